@@ -1,0 +1,1 @@
+"""Decoding, error rates, controls and codebook use of a trained model."""
