@@ -1,0 +1,1 @@
+"""Recordings: sources, simulation, Arrow datasets, augmentation, batches."""

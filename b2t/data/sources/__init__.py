@@ -1,0 +1,1 @@
+"""One module per file format that `b2t prepare` reads."""

@@ -1,0 +1,1 @@
+"""The brain-to-text model and its components."""

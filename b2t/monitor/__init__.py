@@ -1,0 +1,1 @@
+"""Monitors hooked to the engine step, alerts, sinks, reports."""
