@@ -10,9 +10,14 @@ from functools import cache
 
 from b2t.errors import UserError
 
-PHONEMES: tuple[str, ...] = tuple(
-    ["BLANK", "AA", "AE", "AH", "AO", "AW", "AY", "B", "CH", "D", "DH", "EH", "ER", "EY", "F", "G", "HH", "IH", "IY", "JH", "K", "L", "M", "N", "NG", "OW", "OY", "P", "R", "S", "SH", "T", "TH", "UH", "UW", "V", "W", "Y", "Z", "ZH", "SIL"]
-)
+_INVENTORY = """
+BLANK
+AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY
+P R S SH T TH UH UW V W Y Z ZH
+SIL
+"""
+
+PHONEMES: tuple[str, ...] = tuple(_INVENTORY.split())
 """The 41 classes; the index is the class id."""
 
 BLANK = 0
