@@ -1,0 +1,86 @@
+"""One trial as a row of an Arrow table: its columns, its name, its signal."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Array2D, Dataset, Features, List, Value
+
+COLUMNS = (
+    "signal",
+    "text",
+    "phonemes",
+    "session",
+    "subject",
+    "block",
+    "trial",
+    "sampling_rate",
+    "split",
+)
+
+
+def trial_features(channels: int) -> Features:
+    """Return the column types of a prepared dataset with ``channels`` channels."""
+    return Features(
+        {
+            "signal": Array2D((None, channels), "float32"),
+            "text": Value("string"),
+            "phonemes": List(Value("int32")),
+            "session": Value("string"),
+            "subject": Value("string"),
+            "block": Value("int64"),
+            "trial": Value("int64"),
+            "sampling_rate": Value("float64"),
+            "split": Value("string"),
+        }
+    )
+
+
+def row_id(row: dict[str, Any]) -> str:
+    """Name a row as ``session/block/trial``."""
+    return f"{row['session']}/{row['block']}/{row['trial']}"
+
+
+def row_ids(dataset: Dataset) -> list[str]:
+    """Name every row of ``dataset``, without reading signals."""
+    names = dataset.select_columns(["session", "block", "trial"]).with_format("arrow")[:]
+    columns = (names["session"].to_pylist(), names["block"].to_pylist(), names["trial"].to_pylist())
+    return [
+        row_id({"session": session, "block": block, "trial": trial})
+        for session, block, trial in zip(*columns, strict=True)
+    ]
+
+
+def signal_lengths(dataset: Dataset) -> np.ndarray:
+    """Return the number of time bins of every row, int64 [rows], from list offsets alone."""
+    chunks = [_storage(chunk) for chunk in dataset.data.column("signal").chunks]
+    counts = [pc.fill_null(pc.list_value_length(chunk), 0).to_numpy() for chunk in chunks]
+    lengths = np.concatenate([np.zeros(0, np.int64), *counts]).astype(np.int64)
+    if dataset._indices is None:
+        return lengths
+    return lengths[dataset._indices.column(0).to_numpy()]
+
+
+def read_signal(row: pa.Table) -> np.ndarray:
+    """Return the signal of a one-row Arrow table, float32 [T, C] ([0, 0] for an empty trial)."""
+    bins = _storage(row.column("signal").combine_chunks()).flatten()
+    if isinstance(bins, pa.FixedSizeListArray):
+        channels = bins.type.list_size
+    else:
+        channels = _common_width(bins)
+    values = np.asarray(bins.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
+    return values.reshape(-1, channels) if channels else np.zeros((0, 0), np.float32)
+
+
+def _common_width(bins: pa.ListArray) -> int:
+    widths = pc.min_max(pc.list_value_length(bins)).as_py()
+    if widths["min"] != widths["max"]:
+        raise ValueError(f"time bins have between {widths['min']} and {widths['max']} channels")
+    return widths["max"] or 0
+
+
+def _storage(array: pa.Array) -> pa.Array:
+    if isinstance(array, pa.ChunkedArray):
+        array = array.chunk(0) if array.num_chunks == 1 else pa.concat_arrays(array.chunks)
+    return array.storage if isinstance(array, pa.ExtensionArray) else array
