@@ -15,13 +15,14 @@ import numpy as np
 import sacrebleu
 from rouge_score import rouge_scorer
 
-_APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "'", "‐": "-", "‑": "-"})  # noqa: RUF001
+_APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "'", "‐": "-", "‑": "-"})
 _NOT_SPOKEN = re.compile(r"[^\w\s'\-]|_")
 _LONE_MARK = re.compile(r"(?<!\w)['\-]+(?!\w)")
 
 NORMALISATION = (
     "Unicode NFKC, lower case, typographic apostrophes and hyphens made plain, apostrophes and "
-    "hyphens kept where they touch a word, every other punctuation mark removed, white space collapsed"
+    "hyphens kept where they touch a word, every other punctuation mark removed, white space "
+    "collapsed"
 )
 
 
@@ -153,9 +154,7 @@ def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> float | N
     return float(np.mean([t == p for t, p in zip(targets, predictions, strict=True)]))
 
 
-def _normalised(
-    targets: Sequence[str], predictions: Sequence[str]
-) -> tuple[list[str], list[str]]:
+def _normalised(targets: Sequence[str], predictions: Sequence[str]) -> tuple[list[str], list[str]]:
     _same_length(targets, predictions)
     return [normalise_text(t) for t in targets], [normalise_text(p) for p in predictions]
 

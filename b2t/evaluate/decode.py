@@ -1,0 +1,71 @@
+"""Free-running decoding: what a model says of a signal without being shown the target."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from b2t.data.batches import Batch
+
+BLANK = 0
+
+
+def collapse_ctc(logits: Tensor, mask: Tensor) -> list[list[int]]:
+    """Greedy CTC decoding: best class per frame, repeats merged, blanks (class 0) dropped.
+
+    Source: Graves et al., Connectionist Temporal Classification (2006), best path decoding.
+
+    Args:
+        logits: [B, P, classes].
+        mask: [B, P] bool, True = real frame; masked frames are as if absent.
+
+    Returns:
+        B lists of class ids.
+    """
+    best = logits.argmax(-1).cpu()
+    mask = mask.cpu()
+    return [
+        [c for c in torch.unique_consecutive(classes[keep]).tolist() if c != BLANK]
+        for classes, keep in zip(best, mask, strict=True)
+    ]
+
+
+@torch.no_grad()
+def decode_text(model: Any, batch: Batch, tokenizer: Any, **generation: Any) -> list[str]:
+    """Decode the text of each row with ``model.generate``.
+
+    Args:
+        model: a `BrainToText` with a text decoder.
+        batch: signals on the model's device; its labels are not looked at.
+        tokenizer: the tokenizer saved with the model.
+        generation: `num_beams`, `max_new_tokens` and other arguments of transformers' generate.
+
+    Returns:
+        B strings.
+    """
+    tokens = model.generate(batch, **generation)
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def decode_batches(
+    model: Any, batches: Iterable[Batch], tokenizer: Any, **generation: Any
+) -> Iterator[tuple[str, str]]:
+    """Yield (row id, text) for every row of ``batches``, the model in evaluation mode."""
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            batch = to_model(batch, model)
+            yield from zip(
+                batch.rows, decode_text(model, batch, tokenizer, **generation), strict=True
+            )
+    finally:
+        model.train(training)
+
+
+def to_model(batch: Batch, model: Any) -> Batch:
+    """Move a batch to the device and floating-point type of the model's parameters."""
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    return batch.to(parameter.device, parameter.dtype)

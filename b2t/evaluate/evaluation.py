@@ -1,0 +1,351 @@
+"""One pass over a split: decode, score, count codes, and do the same on noise."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from b2t.data.batches import Batch
+from b2t.evaluate import metrics, usage
+from b2t.evaluate.controls import noise_batch, shuffled
+from b2t.evaluate.decode import collapse_ctc, decode_text, to_model
+from b2t.evaluate.signal import SignalSums
+
+EVALUATION_FILE = "evaluation.json"
+PREDICTIONS_FILE = "predictions.jsonl"
+SHUFFLES = 20
+
+
+@dataclass
+class Prediction:
+    """What was said and what was meant for one row; None where the row or model lacks it."""
+
+    row: str
+    session: str
+    target: str | None = None
+    prediction: str | None = None
+    noise_prediction: str | None = None
+    target_phonemes: list[int] | None = None
+    phonemes: list[int] | None = None
+    noise_phonemes: list[int] | None = None
+
+
+@dataclass
+class Evaluation:
+    """Results of one split; fractions are fractions, None where a thing cannot be measured.
+
+    Attributes:
+        split: name of the split.
+        simulated: whether the recordings come from `b2t simulate`.
+        rows, frames: trials and valid latent frames evaluated.
+        per, cer, wer: pooled error rates; `*_interval` are 95 % bootstrap intervals over rows.
+        per_noise, cer_noise, wer_noise: the same model fed noise of the same channel statistics.
+        wer_shuffled: WER when each trial is decoded from another trial's signal, mean over
+            random permutations.
+        bleu, rouge1, rouge2, rougeL: overlap in 0–100.
+        exact: share of sentences without an error.
+        distinct_ratio: distinct predictions over distinct targets (`distinct_ratio_noise` under
+            noise).
+        utilization, perplexity: per quantizer layer; utilization is over min(codes, frames).
+        codebook_size: codes per layer, K.
+        snr_db, snr_median_db: signal-to-noise ratio of the reconstruction, pooled over bins and
+            median over trials.
+        mse, cosine: of the reconstruction, pooled.
+        decoding: how text was generated.
+        notes: what was not measured, and why.
+        predictions: one per row.
+    """
+
+    split: str
+    simulated: bool = False
+    rows: int = 0
+    frames: int = 0
+    per: float | None = None
+    cer: float | None = None
+    wer: float | None = None
+    per_interval: tuple[float, float] | None = None
+    cer_interval: tuple[float, float] | None = None
+    wer_interval: tuple[float, float] | None = None
+    per_noise: float | None = None
+    cer_noise: float | None = None
+    wer_noise: float | None = None
+    wer_shuffled: float | None = None
+    bleu: float | None = None
+    rouge1: float | None = None
+    rouge2: float | None = None
+    rougeL: float | None = None  # noqa: N815  # the metric's own name
+    exact: float | None = None
+    distinct_ratio: float | None = None
+    distinct_ratio_noise: float | None = None
+    utilization: list[float] = field(default_factory=list)
+    perplexity: list[float] = field(default_factory=list)
+    codebook_size: int | None = None
+    snr_db: float | None = None
+    snr_median_db: float | None = None
+    mse: float | None = None
+    cosine: float | None = None
+    decoding: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    predictions: list[Prediction] = field(default_factory=list, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the predictions, ready for JSON: no NaN, no infinity."""
+        record = asdict(self)
+        del record["predictions"]
+        record["normalisation"] = metrics.NORMALISATION
+        return _finite(record)
+
+    def scalars(self) -> dict[str, float]:
+        """Return the finite numbers under flat names, for a log (`wer`, `utilization/0` …)."""
+        flat: dict[str, float] = {}
+        for name, value in self.to_dict().items():
+            if isinstance(value, bool):
+                continue
+            if isinstance(value, (int, float)):
+                flat[name] = float(value)
+            elif name in ("utilization", "perplexity"):
+                flat.update({f"{name}/{q}": v for q, v in enumerate(value) if v is not None})
+        return flat
+
+    def save(self, folder: Path) -> None:
+        """Write `evaluation.json` and `predictions.jsonl`, each complete or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(asdict(p), ensure_ascii=False) for p in self.predictions]
+        write_atomically(folder / PREDICTIONS_FILE, "".join(line + "\n" for line in lines))
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        write_atomically(folder / EVALUATION_FILE, text + "\n")
+
+
+def evaluate_model(
+    model: Any,
+    batches: Iterable[Batch],
+    tokenizer: Any | None = None,
+    *,
+    split: str = "val",
+    simulated: bool = False,
+    noise_control: bool = True,
+    decode: bool = True,
+    seed: int = 0,
+    group: dist.ProcessGroup | None = None,
+    progress: bool = False,
+    **generation: Any,
+) -> Evaluation:
+    """Evaluate a model on batches of a split, decoding freely.
+
+    Where torch.distributed runs, every rank calls this with batches of its own rows (no row on
+    two ranks; a rank may have none) and every rank returns the same results over all rows.
+
+    Args:
+        model: a `BrainToText`; left in the mode in which it came.
+        batches: unaugmented batches; labels are only used for scoring.
+        tokenizer: the model's tokenizer, None for a model without text.
+        split: name recorded in the result.
+        simulated: recorded in the result and printed with it.
+        noise_control: decode noise too, which doubles the time.
+        decode: generate text; without it only phonemes, signals and codes are scored.
+        seed: seed of the noise, of the shuffles and of the bootstrap.
+        group: process group to gather over, None for the default one.
+        progress: show a bar on rank 0.
+        generation: `num_beams`, `max_new_tokens` and other arguments of transformers' generate.
+    """
+    share = _Share(codebook_size(model))
+    with_text = decode and tokenizer is not None and _part(model, "text_decoder") is not None
+    training = model.training
+    model.eval()
+    try:
+        for batch in tqdm(batches, desc=f"evaluate {split}", disable=not progress, leave=False):
+            batch = to_model(batch, model)
+            found = _predict(model, batch, tokenizer if with_text else None, share, generation)
+            if noise_control:
+                noise = noise_batch(batch, seed)
+                _predict_noise(model, noise, tokenizer if with_text else None, found, generation)
+            share.predictions += found
+    finally:
+        model.train(training)
+    share = _gather(share, group)
+    result = _score(share, split, seed)
+    result.simulated = simulated
+    result.decoding = dict(generation) if with_text else {}
+    if not with_text and decode:
+        result.notes.append("the model has no text decoder: no text was decoded")
+    return result
+
+
+def codebook_size(model: Any) -> int | None:
+    """Codes per layer of the model's quantizer, None where it has none."""
+    quantizer = _part(model, "quantizer")
+    return int(quantizer.codebook_size) if quantizer is not None else None
+
+
+@dataclass
+class _Share:
+    """What one rank found."""
+
+    size: int | None
+    predictions: list[Prediction] = field(default_factory=list)
+    signal: SignalSums = field(default_factory=SignalSums)
+    counts: Tensor | None = None
+
+    def count(self, codes: Tensor) -> None:
+        assert self.size is not None
+        counts = usage.count_codes(codes, self.size).cpu()
+        self.counts = counts if self.counts is None else self.counts + counts
+
+
+def _part(model: Any, name: str) -> Any | None:
+    return getattr(model, name, None)
+
+
+@torch.no_grad()
+def _predict(
+    model: Any, batch: Batch, tokenizer: Any | None, share: _Share, generation: dict[str, Any]
+) -> list[Prediction]:
+    output = model(batch)
+    if output.reconstruction is not None:
+        share.signal.add(output.reconstruction, batch.target, batch.signal_mask)
+    if output.codes is not None and share.size is not None:
+        share.count(output.codes)
+    found = [
+        Prediction(row=row, session=row.rsplit("/", 2)[0], target=text)
+        for row, text in zip(batch.rows, batch.texts, strict=True)
+    ]
+    if output.phoneme_logits is not None:
+        decoded = collapse_ctc(output.phoneme_logits, output.frame_mask)
+        lengths = batch.phoneme_lengths.tolist()
+        for row, (prediction, phonemes) in enumerate(zip(found, decoded, strict=True)):
+            prediction.phonemes = phonemes
+            if lengths[row]:
+                prediction.target_phonemes = batch.phonemes[row, : lengths[row]].tolist()
+    if tokenizer is not None:
+        texts = decode_text(model, batch, tokenizer, **generation)
+        for prediction, text in zip(found, texts, strict=True):
+            prediction.prediction = text
+    return found
+
+
+@torch.no_grad()
+def _predict_noise(
+    model: Any,
+    noise: Batch,
+    tokenizer: Any | None,
+    found: list[Prediction],
+    generation: dict[str, Any],
+) -> None:
+    if any(prediction.phonemes is not None for prediction in found):
+        output = model(noise)
+        decoded = collapse_ctc(output.phoneme_logits, output.frame_mask)
+        for prediction, phonemes in zip(found, decoded, strict=True):
+            prediction.noise_phonemes = phonemes
+    if tokenizer is not None:
+        texts = decode_text(model, noise, tokenizer, **generation)
+        for prediction, text in zip(found, texts, strict=True):
+            prediction.noise_prediction = text
+
+
+def _gather(share: _Share, group: dist.ProcessGroup | None) -> _Share:
+    """Pool the shares of all ranks, rows in the order of their ids."""
+    shares: list[Any] = [share]
+    if dist.is_available() and dist.is_initialized():
+        shares = [None] * dist.get_world_size(group)
+        dist.all_gather_object(shares, share, group=group)
+    total = _Share(share.size)
+    for part in shares:
+        total.predictions += part.predictions
+        total.signal = total.signal + part.signal
+        if part.counts is not None:
+            total.counts = part.counts if total.counts is None else total.counts + part.counts
+    total.predictions.sort(key=lambda prediction: prediction.row)
+    return total
+
+
+def _score(share: _Share, split: str, seed: int) -> Evaluation:
+    result = Evaluation(split=split, rows=len(share.predictions), predictions=share.predictions)
+    _score_text(result, share.predictions, seed)
+    _score_phonemes(result, share.predictions, seed)
+    signal = share.signal
+    result.snr_db, result.snr_median_db = signal.snr_db, signal.median_snr_db
+    result.mse, result.cosine = signal.mse, signal.cosine
+    if share.size is not None:
+        result.codebook_size = share.size
+    if share.counts is not None:
+        result.utilization = usage.utilization(share.counts).tolist()
+        result.perplexity = usage.perplexity(share.counts).tolist()
+        result.frames = int(share.counts[0].sum())
+    else:
+        result.notes.append("the model has no quantizer: no codebook use")
+    return result
+
+
+def _score_text(result: Evaluation, predictions: list[Prediction], seed: int) -> None:
+    scored = [p for p in predictions if p.target is not None and p.prediction is not None]
+    if not scored:
+        if any(p.prediction is not None for p in predictions):
+            result.notes.append("the split has no text: WER, CER, BLEU and ROUGE are null")
+        return
+    targets = [metrics.normalise_text(p.target or "") for p in scored]
+    said = [metrics.normalise_text(p.prediction or "") for p in scored]
+    words = metrics.count_edits(targets, said, "word")
+    characters = metrics.count_edits(targets, said, "character")
+    result.wer, result.wer_interval = words.rate(), words.interval(seed=seed)
+    result.cer, result.cer_interval = characters.rate(), characters.interval(seed=seed)
+    result.bleu = metrics.bleu(targets, said)
+    for name, value in metrics.rouge(targets, said).items():
+        setattr(result, name, value)
+    result.exact = metrics.exact_match(targets, said)
+    result.distinct_ratio = metrics.distinct_ratio(targets, said)
+    rates = [metrics.word_error_rate(targets, shuffled(said, seed + i)) for i in range(SHUFFLES)]
+    if len(said) > 1:
+        result.wer_shuffled = float(np.mean([rate for rate in rates if rate is not None]))
+    if scored[0].noise_prediction is not None:
+        noise = [p.noise_prediction or "" for p in scored]
+        result.wer_noise = metrics.word_error_rate(targets, noise)
+        result.cer_noise = metrics.character_error_rate(targets, noise)
+        result.distinct_ratio_noise = metrics.distinct_ratio(targets, noise)
+
+
+def _score_phonemes(result: Evaluation, predictions: list[Prediction], seed: int) -> None:
+    scored = [p for p in predictions if p.target_phonemes is not None and p.phonemes is not None]
+    if not scored:
+        return
+    targets = [p.target_phonemes or [] for p in scored]
+    edits = metrics.count_phoneme_edits(targets, [p.phonemes or [] for p in scored])
+    result.per, result.per_interval = edits.rate(), edits.interval(seed=seed)
+    if scored[0].noise_phonemes is not None:
+        noise = [p.noise_phonemes or [] for p in scored]
+        result.per_noise = metrics.phoneme_error_rate(targets, noise)
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON cannot hold by None, at any depth."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that is either the old one or the whole new one, even after a crash."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

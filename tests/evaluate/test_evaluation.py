@@ -1,0 +1,177 @@
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from b2t.data.batches import Batch
+from b2t.evaluate import evaluation
+from b2t.evaluate.decode import collapse_ctc, decode_batches
+from b2t.evaluate.evaluation import evaluate_model
+
+
+class Reader(nn.Module):
+    """Says what channel 0 spells (value = token), phonemes from channel 1, codes from both."""
+
+    def __init__(self, text=True, phonemes=True, quantizer=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.text_decoder = nn.Identity() if text else None
+        self.quantizer = SimpleNamespace(codebook_size=8) if quantizer else None
+        self.phonemes = phonemes
+
+    def forward(self, batch):
+        assert not self.training and not torch.is_grad_enabled()
+        codes = batch.signal.round().long().clamp(0, 7)
+        codes = codes.masked_fill(~batch.signal_mask[..., None], -1)
+        classes = batch.signal[..., 1].round().long().clamp(0, 40)
+        return SimpleNamespace(
+            reconstruction=batch.target + 0.1,
+            codes=codes if self.quantizer is not None else None,
+            frame_mask=batch.signal_mask,
+            phoneme_logits=nn.functional.one_hot(classes, 41).float() if self.phonemes else None,
+        )
+
+    def generate(self, batch, **kwargs):
+        return batch.signal[..., 0].round().long() * batch.signal_mask
+
+
+class Letters:
+    def batch_decode(self, tokens, skip_special_tokens):
+        return ["".join(" abcdefg"[max(0, min(t, 7))] for t in row) for row in tokens.tolist()]
+
+
+def batch_of(texts, phonemes, start=0, bins=6):
+    size = len(texts)
+    signal = torch.zeros(size, bins, 2)
+    mask = torch.zeros(size, bins, dtype=torch.bool)
+    labels = torch.zeros(size, bins, dtype=torch.int64)
+    for row, (text, sounds) in enumerate(zip(texts, phonemes, strict=True)):
+        mask[row, : bins - row] = True
+        for i, letter in enumerate(text or ""):
+            signal[row, i, 0] = " abcdefg".index(letter)
+        signal[row, : len(sounds), 1] = torch.tensor(sounds).float()
+        labels[row, : len(sounds)] = torch.tensor(sounds)
+    return Batch(
+        signal=signal,
+        target=signal.clone(),
+        signal_mask=mask,
+        session=torch.zeros(size, dtype=torch.int64),
+        tokens=torch.full((size, 1), -100),
+        phonemes=labels,
+        phoneme_lengths=torch.tensor([len(s) for s in phonemes]),
+        rows=[f"s/0/{start + i}" for i in range(size)],
+        texts=list(texts),
+    )
+
+
+def test_a_perfect_reader_scores_zero_and_its_noise_control_does_not():
+    batches = [batch_of(["ab cd", "dab"], [[1, 2, 5], [3]]), batch_of(["fed"], [[7, 2]], start=2)]
+    result = evaluate_model(Reader(), batches, Letters(), split="test", num_beams=1)
+    assert result.wer == result.cer == result.per == 0.0
+    assert result.exact == 1.0 and result.distinct_ratio == 1.0
+    assert result.wer_noise > 0.5 and result.per_noise > 0.5 and result.wer_shuffled > 0.9
+    assert result.bleu == pytest.approx(100.0) or result.bleu == 0.0
+    assert [p.row for p in result.predictions] == ["s/0/0", "s/0/1", "s/0/2"]
+    assert result.predictions[0].session == "s" and result.predictions[1].prediction == "dab"
+    assert result.decoding == {"num_beams": 1}
+    assert result.frames == 6 + 5 + 6
+    assert len(result.utilization) == len(result.perplexity) == 2
+
+
+def test_usage_and_snr_are_pooled_over_batches():
+    batches = [batch_of(["ab"], [[1]]), batch_of(["gg"], [[2]], start=1)]
+    result = evaluate_model(Reader(), batches, Letters(), noise_control=False)
+    used = [{0, 1, 2, 7}, {0, 1, 2}]
+    assert result.utilization == pytest.approx([len(u) / 8 for u in used])
+    power = sum(float(b.target[b.signal_mask].square().sum()) for b in batches)
+    bins = sum(int(b.signal_mask.sum()) for b in batches) * 2
+    assert result.snr_db == pytest.approx(10 * math.log10(power / (bins * 0.01)), abs=1e-5)
+    assert result.wer_noise is None
+
+
+def test_a_tokenizer_only_model_has_no_text_scores_and_says_so():
+    result = evaluate_model(Reader(text=False, phonemes=False), [batch_of([None], [[]])], None)
+    assert result.wer is None and result.per is None and result.wer_noise is None
+    assert any("no text decoder" in note for note in result.notes)
+    assert result.mse == pytest.approx(0.01) and result.utilization
+
+
+def test_rows_without_text_are_decoded_but_not_scored():
+    result = evaluate_model(Reader(), [batch_of(["ab", None], [[1], []])], Letters())
+    assert result.wer == 0.0
+    assert result.predictions[1].prediction == "" and result.predictions[1].target is None
+    only = evaluate_model(Reader(), [batch_of([None], [[]])], Letters())
+    assert only.wer is None and any("no text" in note for note in only.notes)
+
+
+def test_without_a_quantizer_usage_is_empty():
+    result = evaluate_model(Reader(quantizer=False), [batch_of(["ab"], [[1]])], Letters())
+    assert result.utilization == [] and result.codebook_size is None
+    assert any("no quantizer" in note for note in result.notes)
+
+
+def test_an_empty_split_gives_nulls_not_errors():
+    result = evaluate_model(Reader(), [], Letters())
+    assert result.rows == 0 and result.wer is None and result.snr_db is None
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_the_models_mode_is_restored():
+    model = Reader()
+    evaluate_model(model.train(), [batch_of(["ab"], [[1]])], Letters())
+    assert model.training
+    evaluate_model(model.eval(), [batch_of(["ab"], [[1]])], Letters())
+    assert not model.training
+
+
+def test_files_hold_the_stable_names_and_strict_json(tmp_path):
+    result = evaluate_model(Reader(), [batch_of(["ab", "dab"], [[1], [2]])], Letters())
+    result.snr_median_db = math.inf
+    result.save(tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    names = {"per", "cer", "wer", "wer_noise", "distinct_ratio", "utilization", "perplexity"}
+    assert names | {"snr_db"} <= record.keys()
+    assert record["snr_median_db"] is None and len(record["utilization"]) == 2
+    lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["target"] for line in lines] == ["ab", "dab"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "evaluation.json",
+        "predictions.jsonl",
+    ]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "evaluation.json"
+    path.write_text("old")
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(evaluation.os, "replace", full)
+    with pytest.raises(OSError):
+        evaluation.write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_scalars_are_flat_and_finite():
+    result = evaluate_model(Reader(), [batch_of(["ab"], [[1]])], Letters())
+    result.snr_db = math.nan
+    flat = result.scalars()
+    assert flat["utilization/1"] == result.utilization[1] and "snr_db" not in flat
+    assert all(math.isfinite(v) for v in flat.values())
+
+
+def test_ctc_collapse_merges_repeats_unless_a_blank_parts_them():
+    path = torch.tensor([[0, 5, 5, 0, 5, 7, 7, 0], [3, 3, 0, 0, 9, 9, 9, 9]])
+    mask = torch.tensor([[1] * 8, [1] * 4 + [0] * 4]).bool()
+    assert collapse_ctc(nn.functional.one_hot(path, 41), mask) == [[5, 5, 7], [3]]
+    assert collapse_ctc(nn.functional.one_hot(path, 41), torch.zeros_like(mask)) == [[], []]
+
+
+def test_decode_batches_pairs_rows_with_texts():
+    batches = [batch_of(["ab", "dab"], [[1], [2]])]
+    assert list(decode_batches(Reader(), batches, Letters())) == [("s/0/0", "ab"), ("s/0/1", "dab")]
