@@ -1,0 +1,177 @@
+"""``b2t simulate``: write simulated recordings, or compare the simulation with a real one."""
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from b2t.errors import UserError
+
+SUMMARY = "write simulated recordings of attempted speech in the Brain-to-Text '25 layout"
+
+_EPILOG = """
+The simulation stands in for real recordings where there are none: to try the whole pipeline, to
+test a change, to compare settings. Results on it say nothing about decoding a brain. A user of the
+real release changes only the path.
+
+examples:
+  b2t simulate data/simulated
+      4 sessions, 2,000/200/200 trials, 256 electrodes (512 features), 50 words
+  b2t simulate data/small --electrodes 64 --select-from 256 --trials 400 40 40
+      a small array of well-tuned electrodes, decodable in minutes on a CPU
+  b2t simulate data/large --vocabulary 1000 --sessions 45 --trials 8000 1400 1400 --jobs 16
+      as large as the real release
+  b2t simulate --compare t15.2023.08.13/data_train.hdf5
+      firing rates, Fano factor, autocorrelation … of a real recording beside the simulation's
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``b2t simulate``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    parser.add_argument("out", nargs="?", type=Path, metavar="OUT", help="folder to write to")
+    size = parser.add_argument_group("size")
+    size.add_argument("--sessions", type=int, default=4, help="recording days (default: 4)")
+    size.add_argument(
+        "--trials",
+        type=int,
+        nargs=3,
+        default=(2000, 200, 200),
+        metavar=("TRAIN", "VAL", "TEST"),
+        help="trials of each split over all sessions (default: 2000 200 200)",
+    )
+    size.add_argument(
+        "--electrodes",
+        type=int,
+        default=256,
+        help="electrodes; each gives two features, crossings and power (default: 256)",
+    )
+    size.add_argument(
+        "--select-from",
+        type=int,
+        metavar="N",
+        help="draw N electrodes and record the best tuned, as if a good site had been found "
+        "(default: as many as --electrodes, no selection)",
+    )
+    size.add_argument(
+        "--block-trials", type=int, default=50, metavar="N", help="trials in a block (default: 50)"
+    )
+    speech = parser.add_argument_group("speech")
+    speech.add_argument(
+        "--vocabulary", type=int, default=50, metavar="50|1000", help="words (default: 50)"
+    )
+    speech.add_argument(
+        "--speaking-rate",
+        type=float,
+        default=60.0,
+        metavar="WPM",
+        help="attempted words a minute at ordinary word length (default: 60; the participant of "
+        "T15 attempts about 30)",
+    )
+    speech.add_argument(
+        "--unlabelled-test",
+        action="store_true",
+        help="leave the test split without labels, as the real release does",
+    )
+    activity = parser.add_argument_group("activity (1 = calibrated on a real trial)")
+    activity.add_argument(
+        "--tuning", type=float, default=1.0, metavar="X", help="strength of tuning (default: 1)"
+    )
+    activity.add_argument(
+        "--noise",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="noise that electrodes share (default: 1)",
+    )
+    activity.add_argument(
+        "--drift",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="speed at which tuning changes between sessions, 0 = not at all (default: 1)",
+    )
+    running = parser.add_argument_group("running")
+    running.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default: 0)")
+    running.add_argument(
+        "--jobs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes; the result does not depend on it (default: all cores)",
+    )
+    running.add_argument(
+        "--force", action="store_true", help="replace an earlier simulation in OUT"
+    )
+    running.add_argument(
+        "--compare",
+        type=Path,
+        metavar="FILE",
+        help="write nothing; print the statistics of a real recording (.hdf5 of T15, or .npy) "
+        "beside the simulation's at as many electrodes and bins",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Simulate, or compare."""
+    if args.compare is not None:
+        return _compare(args)
+    if args.out is None:
+        raise UserError("name the folder to write to: b2t simulate OUT (see b2t simulate --help)")
+    return _simulate(args)
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from b2t.data.simulate import simulate
+
+    config = _config(args)
+    with tqdm(total=sum(config.trials), unit="trial", desc="simulating", smoothing=0.05) as bar:
+        folder = simulate(
+            config, args.out, jobs=_jobs(args.jobs), force=args.force, progress=bar.update
+        )
+    train, val, test = config.trials
+    print(
+        f"simulated {config.sessions} sessions: {train} train, {val} val, {test} test trials of "
+        f"{2 * config.electrodes} features, seed {config.seed}\n{folder}"
+    )
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    raise UserError("not yet")
+
+
+def _config(args: argparse.Namespace):
+    from b2t.data.population import PopulationConfig
+    from b2t.data.simulate import SimulationConfig
+
+    if args.drift < 0:
+        raise UserError(f"--drift {args.drift}: must not be negative")
+    still = PopulationConfig()
+    population = replace(
+        still,
+        tuning=args.tuning,
+        noise=args.noise,
+        drift_per_day=still.drift_per_day * args.drift,
+        session_spread=still.session_spread * args.drift,
+        gain_spread=still.gain_spread * args.drift,
+    )
+    return SimulationConfig(
+        sessions=args.sessions,
+        trials=tuple(args.trials),
+        electrodes=args.electrodes,
+        select_from=args.select_from,
+        vocabulary=args.vocabulary,
+        seed=args.seed,
+        speaking_rate=args.speaking_rate,
+        block_trials=args.block_trials,
+        labelled_test=not args.unlabelled_test,
+        population=population,
+    )
+
+
+def _jobs(asked: int) -> int:
+    return asked or os.cpu_count() or 1
