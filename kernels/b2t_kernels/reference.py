@@ -1,0 +1,72 @@
+"""Naive references: whole N × K matrices, float64 inside, written to be read and trusted.
+
+Letters: N frames, K codes, D width, Q quantizers. Every function takes and gives what the public
+operator of the same name does; the tests compare the two, and a user who doubts a result can too.
+"""
+
+import torch
+from torch import Tensor
+
+
+def valid_rows(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Rows that count: finite in every column and, where a mask is given, True in it. [N] bool."""
+    valid = x.isfinite().all(dim=1)
+    return valid if mask is None else valid & mask
+
+
+def squared_distances(x: Tensor, codebook: Tensor) -> Tensor:
+    """|x_n − c_k|² in float64, [N, K]; infinite for codes that are not finite."""
+    finite = codebook.isfinite().all(dim=1)
+    safe = torch.where(finite[:, None], codebook, 0).double()
+    distances = (x.double()[:, None, :] - safe[None, :, :]).square().sum(dim=2)
+    return distances.masked_fill(~finite, float("inf"))
+
+
+def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Nearest code of each row of x [N, D] in codebook [K, D], ties to the lowest index.
+
+    Returns indices [N] int64 (−1 where masked or not finite) and counts [K] int64.
+    """
+    K = codebook.shape[0]
+    valid = valid_rows(x, mask)
+    distances = squared_distances(torch.where(valid[:, None], x, 0), codebook)
+    nearest = (distances == distances.amin(dim=1, keepdim=True)).int().argmax(dim=1)
+    indices = torch.where(valid, nearest, -1)
+    return indices, torch.bincount(indices[valid], minlength=K)
+
+
+def rvq_encode(
+    x: Tensor, codebooks: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Residual encoding of x [N, D] with codebooks [Q, K, D], layer by layer.
+
+    Returns indices [N, Q], counts [Q, K] and quantized [N, D] (zero where the row is invalid).
+    """
+    valid = valid_rows(x, mask)
+    residual = torch.where(valid[:, None], x, 0).float()
+    start, indices, counts = residual.clone(), [], []
+    for codebook in codebooks:
+        index, count = nearest_code(residual, codebook, valid)
+        residual = residual - codebook.float()[index.clamp(min=0)] * valid[:, None]
+        indices.append(index)
+        counts.append(count)
+    return torch.stack(indices, dim=1), torch.stack(counts), start - residual
+
+
+def code_usage(
+    x: Tensor, codebook: Tensor, temperature: float | Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """Mean over valid rows of softmax_k(−|x_n − c_k|² / temperature), [K]; plain autograd."""
+    valid = valid_rows(x, mask)
+    kept = x[valid]
+    distances = (kept[:, None, :] - codebook[None, :, :]).square().sum(dim=2)
+    return (-distances / temperature).softmax(dim=1).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def code_sums(
+    x: Tensor, indices: Tensor, K: int, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum of the rows of x [N, D] that chose each code, [K, D] float64, and their counts [K]."""
+    valid = (indices >= 0) if mask is None else (indices >= 0) & mask
+    chosen = torch.nn.functional.one_hot(indices[valid], K)
+    return chosen.double().T @ x[valid].double(), chosen.sum(dim=0)
