@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from b2t.data.batches import Batch
+from b2t.model.tokenizer import decode_texts
 
 BLANK = 0
 
@@ -45,8 +46,7 @@ def decode_text(model: Any, batch: Batch, tokenizer: Any, **generation: Any) -> 
         B strings.
     """
     tokens = model.generate(batch, **generation)
-    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return [text.strip() for text in decode_texts(tokenizer, tokens)]
 
 
 def decode_batches(

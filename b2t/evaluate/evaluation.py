@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +18,7 @@ from b2t.evaluate import metrics, usage
 from b2t.evaluate.controls import noise_batch, shuffled
 from b2t.evaluate.decode import collapse_ctc, decode_text, to_model
 from b2t.evaluate.signal import SignalSums
+from b2t.records import write_atomically
 
 EVALUATION_FILE = "evaluation.json"
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -210,7 +209,7 @@ def _part(model: Any, name: str) -> Any | None:
 def _predict(
     model: Any, batch: Batch, tokenizer: Any | None, share: _Share, generation: dict[str, Any]
 ) -> list[Prediction]:
-    output = model(batch)
+    output = model(batch, weights={"reconstruction": 1.0, "phoneme": 1.0})
     if output.reconstruction is not None:
         share.signal.add(output.reconstruction, batch.target, batch.signal_mask)
     if output.codes is not None and share.size is not None:
@@ -242,7 +241,7 @@ def _predict_noise(
     generation: dict[str, Any],
 ) -> None:
     if any(prediction.phonemes is not None for prediction in found):
-        output = model(noise)
+        output = model(noise, weights={"phoneme": 1.0})
         decoded = collapse_ctc(output.phoneme_logits, output.frame_mask)
         for prediction, phonemes in zip(found, decoded, strict=True):
             prediction.noise_phonemes = phonemes
@@ -334,18 +333,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that is either the old one or the whole new one, even after a crash."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -1,7 +1,10 @@
 import json
 import math
 
-from b2t.monitor.jsonl import JsonlSink, read_jsonl, rewind
+import pytest
+
+from b2t import records
+from b2t.records import JsonlSink, read_jsonl, rewind
 
 
 def test_records_come_back_in_order(tmp_path):
@@ -56,3 +59,17 @@ def test_rewinding_drops_what_a_resumed_run_repeats(tmp_path):
     assert rewind(path, 20) == 1
     assert read_jsonl(path) == ([{"event": "start", "step": None}, {"step": 10}, {"step": 20}], [])
     assert rewind(tmp_path / "none.jsonl", 3) == 0
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "evaluation.json"
+    path.write_text("old")
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(records.os, "replace", full)
+    with pytest.raises(OSError):
+        records.write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

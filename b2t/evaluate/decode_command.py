@@ -1,0 +1,64 @@
+"""`b2t decode`: text of trials, with or without known sentences."""
+
+import argparse
+import json
+from pathlib import Path
+
+from b2t.evaluate.evaluate_command import generation_options, positive
+
+SUMMARY = "decode the text of trials with a trained model"
+EPILOG = """\
+examples:
+  b2t decode runs/demo data/demo/prepared
+  b2t decode runs/t15 prepared/t15 --split test --beams 4 --out submission.jsonl
+
+Prints one line per trial: its id (session/block/trial), a tab, the text. With --out the lines
+are JSON objects with `row` and `prediction`."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `b2t decode`."""
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("run", type=Path, help="run folder, or a folder with a saved model")
+    parser.add_argument("dataset", help="prepared folder, Hugging Face id, or parquet glob")
+    parser.add_argument("--split", default="test", help="split to decode (test)")
+    parser.add_argument("--batch-size", type=positive, default=16, help="trials per forward (16)")
+    parser.add_argument("--beams", type=positive, help="beams; 1 is greedy (default: the run's)")
+    parser.add_argument("--max-new-tokens", type=positive, help="longest text (default: the run's)")
+    parser.add_argument("--device", help="torch device (default: a GPU where there is one)")
+    parser.add_argument("--out", type=Path, help="JSONL file to write instead of printing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Decode every trial of the split, in the order of the dataset."""
+    from b2t.data.dataset import load_trials
+    from b2t.data.trials import row_ids
+    from b2t.errors import UserError
+    from b2t.evaluate import run_folder
+    from b2t.evaluate.decode import decode_batches
+    from b2t.records import write_atomically
+
+    opened = run_folder.open_run(args.run)
+    split = run_folder.choose_split(args.dataset, args.split)
+    model, tokenizer = run_folder.load_model(opened, args.device)
+    if tokenizer is None:
+        raise UserError(
+            f"{opened.checkpoint}: the model has no text decoder, so there is no text to decode; "
+            "`b2t tokenize` writes its codes"
+        )
+    batches = run_folder.load_batches(
+        opened, model, args.dataset, split, tokenizer, args.batch_size
+    )
+    options = generation_options(opened, args.beams, args.max_new_tokens)
+    texts = dict(decode_batches(model, batches, tokenizer, **options))
+    rows = row_ids(load_trials(args.dataset, split))
+    if args.out is None:
+        for row in rows:
+            print(f"{row}\t{texts[row]}")
+        return 0
+    lines = [json.dumps({"row": row, "prediction": texts[row]}, ensure_ascii=False) for row in rows]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.out, "".join(line + "\n" for line in lines))
+    print(f"written: {args.out} ({len(rows):,} trials of {split})")
+    return 0

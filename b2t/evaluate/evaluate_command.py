@@ -1,0 +1,90 @@
+"""`b2t evaluate`: error rates beside their controls, codebook use, decoded sentences."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+SUMMARY = "score a trained model on held-out trials, with a noise control beside it"
+EPILOG = """\
+examples:
+  b2t evaluate runs/demo
+  b2t evaluate runs/demo --split val --beams 4
+  b2t evaluate runs/t15 --data prepared/t15 --batch-size 32 --out results/t15
+
+Text is decoded freely: the model never sees the target. Beside every error rate stands the
+same model fed Gaussian noise with each trial's channel means, deviations and length: a model
+that has learnt the language and not the brain scores alike on both.
+Writes evaluation.json, predictions.jsonl and evaluation.png into the run folder."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `b2t evaluate`."""
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("run", type=Path, help="run folder, or a folder with a saved model")
+    parser.add_argument("--data", help="dataset to evaluate on (default: the run's data.path)")
+    parser.add_argument("--split", help="split (default: test where it has text, else val)")
+    parser.add_argument("--batch-size", type=positive, default=16, help="trials per forward (16)")
+    parser.add_argument("--beams", type=positive, help="beams; 1 is greedy (default: the run's)")
+    parser.add_argument("--max-new-tokens", type=positive, help="longest text (default: the run's)")
+    parser.add_argument("--limit", type=positive, help="only the first LIMIT trials of the split")
+    parser.add_argument("--no-noise", action="store_true", help="leave out the noise control")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the controls (0)")
+    parser.add_argument("--device", help="torch device (default: a GPU where there is one)")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: the run's)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, print, and write the results."""
+    from b2t.evaluate import run_folder
+    from b2t.evaluate.evaluation import evaluate_model
+    from b2t.evaluate.figure import draw_evaluation
+    from b2t.evaluate.table import print_evaluation
+    from b2t.records import read_jsonl
+
+    opened = run_folder.open_run(args.run)
+    path = opened.data_path(args.data)
+    split = run_folder.choose_split(path, args.split)
+    model, tokenizer = run_folder.load_model(opened, args.device)
+    batches = run_folder.load_batches(
+        opened, model, path, split, tokenizer, args.batch_size, args.limit
+    )
+    result = evaluate_model(
+        model,
+        batches,
+        tokenizer,
+        split=split,
+        simulated=run_folder.is_simulated(model, path),
+        noise_control=not args.no_noise,
+        seed=args.seed,
+        progress=True,
+        **generation_options(opened, args.beams, args.max_new_tokens),
+    )
+    folder = args.out or opened.folder
+    result.save(folder)
+    print_evaluation(result, str(args.run))
+    records = read_jsonl(opened.folder / run_folder.METRICS_FILE).records
+    draw_evaluation(result, folder / "evaluation.png", str(args.run), records)
+    print(f"written: {folder / 'evaluation.json'}, predictions.jsonl, evaluation.png")
+    return 0
+
+
+def generation_options(run: Any, beams: int | None, max_new_tokens: int | None) -> dict[str, Any]:
+    """Options of text generation: the arguments, else the run's own, else the model's."""
+    options: dict[str, Any] = {}
+    if run.config is not None:
+        options["num_beams"] = run.config.evaluation.num_beams
+        options["max_new_tokens"] = run.config.evaluation.max_new_tokens
+    if beams is not None:
+        options["num_beams"] = beams
+    if max_new_tokens is not None:
+        options["max_new_tokens"] = max_new_tokens
+    return options
+
+
+def positive(text: str) -> int:
+    """Read a whole number above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text}")
+    return value

@@ -1,0 +1,176 @@
+"""What a finished or running training left on disk: its best model and its configuration."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from b2t.config import Config, load_config
+from b2t.errors import UserError
+
+if TYPE_CHECKING:
+    from b2t.data.batches import Batch
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+BEST = Path("checkpoints") / "best"
+MODEL_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    Attributes:
+        folder: the run folder; for a saved model on its own, the model's folder.
+        checkpoint: folder that `BrainToText.from_pretrained` reads.
+        config: the run's configuration, None for a saved model on its own.
+    """
+
+    folder: Path
+    checkpoint: Path
+    config: Config | None
+
+    def data_path(self, override: str | None = None) -> str:
+        """Return the dataset to use: ``override``, else the one that the run was trained on.
+
+        Raises:
+            UserError: neither is known.
+        """
+        path = override or (self.config.data.path if self.config else None)
+        if path is None:
+            raise UserError(
+                f"{self.folder}: {CONFIG_FILE} names no dataset (data.path); give one with --data"
+            )
+        return path
+
+
+def open_run(folder: str | Path) -> Run:
+    """Find the best model of a run, or a saved model on its own.
+
+    Raises:
+        UserError: there is no such folder, or no trained model in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such run folder; expected the run.dir of a training, which holds "
+            f"{CONFIG_FILE} and {BEST}"
+        )
+    config_file = folder / CONFIG_FILE
+    if (folder / MODEL_FILE).is_file() and not config_file.is_file():
+        return Run(folder, folder, None)
+    if not config_file.is_file():
+        raise UserError(
+            f"{folder}: not a run folder: it has neither {CONFIG_FILE} (written when training "
+            f"starts) nor {MODEL_FILE} of a saved model"
+        )
+    checkpoint = folder / BEST
+    if not (checkpoint / MODEL_FILE).is_file():
+        raise UserError(
+            f"{checkpoint}: no best model yet; it is written at the first validation "
+            "(evaluation.every). Wait for it, or train with --resume"
+        )
+    return Run(folder, checkpoint, load_config(config_file))
+
+
+def load_model(run: Run, device: str | None = None) -> tuple[Any, Any | None]:
+    """Load the model, in evaluation mode, and its tokenizer.
+
+    Args:
+        run: from `open_run`.
+        device: a torch device; None takes a GPU where there is one.
+
+    Returns:
+        The `BrainToText` and its tokenizer, None for a model without text.
+    """
+    import torch
+
+    from b2t.model import BrainToText, load_tokenizer
+
+    model = BrainToText.from_pretrained(run.checkpoint, dtype=torch.float32)
+    tokenizer = load_tokenizer(run.checkpoint) if model.text_decoder is not None else None
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.eval().to(chosen), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"--device {chosen}: {reason}; expected cpu or a GPU of this machine"
+        ) from None
+
+
+def choose_split(path: str, split: str | None) -> str:
+    """Return ``split`` after looking that it is there; by default `test` where it has text.
+
+    Raises:
+        UserError: the dataset has no such split.
+    """
+    from b2t.data.dataset import dataset_info
+
+    splits = list(dataset_info(path).splits)
+    if split is not None:
+        if split not in splits:
+            raise UserError(f"{path}: no split {split!r}; expected one of {', '.join(splits)}")
+        return split
+    if "test" in splits and _has_text(path, "test"):
+        return "test"
+    if "val" in splits:
+        return "val"
+    if "test" in splits:
+        return "test"
+    raise UserError(
+        f"{path}: neither a test nor a val split; found {', '.join(splits)}. Name one with --split"
+    )
+
+
+def load_batches(
+    run: Run,
+    model: Any,
+    path: str,
+    split: str,
+    tokenizer: Any | None,
+    batch_size: int,
+    limit: int | None = None,
+) -> Iterator["Batch"]:
+    """Yield the rows of a split as batches for ``model``, after checking that they fit it.
+
+    Raises:
+        UserError: another number of channels, or rows that cannot be read.
+    """
+    from b2t.data.augment import Augment
+    from b2t.data.batches import eval_batches
+    from b2t.data.dataset import dataset_info, load_trials
+
+    info = dataset_info(path)
+    if info.channels != model.config.channels:
+        raise UserError(
+            f"{path}: trials have {info.channels} channels, the model in {run.checkpoint} reads "
+            f"{model.config.channels}; prepare the data as for training"
+        )
+    trials = load_trials(path, split)
+    if limit is not None:
+        trials = trials.select(range(min(limit, len(trials))))
+    if tokenizer is None:
+        trials = trials.remove_columns("text").add_column("text", [None] * len(trials))
+    section = run.config.data.augment.model_dump() if run.config else {}
+    return eval_batches(
+        trials,
+        tokenizer,
+        model.config.sessions,
+        augment=Augment(**{**section, "enabled": False}),
+        batch_size=batch_size,
+    )
+
+
+def is_simulated(model: Any, path: str) -> bool:
+    """Whether the model or the dataset says that its recordings are simulated."""
+    from b2t.data.dataset import dataset_info
+
+    return bool(model.config.simulated_data or dataset_info(path).simulated)
+
+
+def _has_text(path: str, split: str) -> bool:
+    from b2t.data.dataset import load_trials
+
+    return any(text for text in load_trials(path, split)["text"])

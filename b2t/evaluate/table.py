@@ -1,0 +1,119 @@
+"""An evaluation as tables on a terminal."""
+
+from rich.console import Console
+from rich.table import Table
+
+from b2t.evaluate.evaluation import Evaluation, Prediction
+
+SIMULATED = "SIMULATED DATA: recordings of `b2t simulate`, not of a brain"
+
+
+def print_evaluation(
+    result: Evaluation, title: str, console: Console | None = None, examples: int = 10
+) -> None:
+    """Print metrics, controls, codebook use and ``examples`` pairs of target and output."""
+    console = console or Console()
+    if result.simulated:
+        console.print(SIMULATED, style="bold yellow")
+    console.print(f"{title} · {result.split} · {result.rows:,} trials · {result.frames:,} frames")
+    if result.wer is not None or result.per is not None:
+        console.print(_rates(result))
+    facts = _facts(result)
+    if facts:
+        console.print("\n".join(facts))
+    if result.utilization:
+        console.print(_usage(result))
+    for note in result.notes:
+        console.print(f"note: {note}", markup=False)
+    chosen = choose_examples(result.predictions, examples)
+    if chosen:
+        console.print(_pairs(chosen))
+
+
+def choose_examples(predictions: list[Prediction], number: int) -> list[Prediction]:
+    """Choose rows with text at equal distances, so that nothing about them was selected."""
+    with_text = [p for p in predictions if p.target is not None and p.prediction is not None]
+    if len(with_text) <= number:
+        return with_text
+    return [with_text[i * len(with_text) // number] for i in range(number)]
+
+
+def _rates(result: Evaluation) -> Table:
+    table = Table(title="Error rates, lower is better", title_justify="left")
+    table.add_column("")
+    for heading in ("model", "95 % interval", "noise", "shuffled"):
+        table.add_column(heading, justify="right")
+    rows = (
+        ("phonemes (PER)", result.per, result.per_interval, result.per_noise, None),
+        ("characters (CER)", result.cer, result.cer_interval, result.cer_noise, None),
+        ("words (WER)", result.wer, result.wer_interval, result.wer_noise, result.wer_shuffled),
+    )
+    for name, rate, interval, noise, shuffled in rows:
+        if rate is not None:
+            span = f"{_percent(interval[0])} – {_percent(interval[1])}" if interval else ""
+            table.add_row(name, _percent(rate), span, _percent(noise), _percent(shuffled))
+    return table
+
+
+def _facts(result: Evaluation) -> list[str]:
+    facts = []
+    if result.wer is not None:
+        facts.append(
+            f"distinct outputs / distinct targets {_number(result.distinct_ratio)} "
+            f"(noise {_number(result.distinct_ratio_noise)}) · sentences without an error "
+            f"{_percent(result.exact)}"
+        )
+        facts.append(
+            f"BLEU {_number(result.bleu, 1)} · ROUGE-1 {_number(result.rouge1, 1)} · "
+            f"ROUGE-2 {_number(result.rouge2, 1)} · ROUGE-L {_number(result.rougeL, 1)}"
+        )
+    if result.mse is not None:
+        facts.append(
+            f"reconstruction SNR {_number(result.snr_db)} dB pooled, "
+            f"{_number(result.snr_median_db)} dB median trial · cosine {_number(result.cosine)}"
+        )
+    return facts
+
+
+def _usage(result: Evaluation) -> Table:
+    size = result.codebook_size or 0
+    table = Table(title=f"Codebooks of {size:,} codes on this split", title_justify="left")
+    table.add_column("layer", justify="right")
+    table.add_column("used", justify="right")
+    table.add_column("perplexity", justify="right")
+    table.add_column("of uniform", justify="right")
+    for layer, (used, perplexity) in enumerate(
+        zip(result.utilization, result.perplexity, strict=True)
+    ):
+        table.add_row(
+            str(layer), _percent(used), _number(perplexity, 1), _percent(perplexity / size)
+        )
+    return table
+
+
+def _pairs(predictions: list[Prediction]) -> Table:
+    table = Table(title="Target and output", title_justify="left", show_lines=True)
+    table.add_column("trial", overflow="fold")
+    table.add_column("")
+    table.add_column("text", overflow="fold")
+    for p in predictions:
+        kinds, texts = ["target", "output"], [p.target or "", p.prediction or ""]
+        if p.noise_prediction is not None:
+            kinds.append("of noise")
+            texts.append(p.noise_prediction)
+        table.add_row(_plain(p.row), "\n".join(kinds), _plain("\n".join(texts)))
+    return table
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

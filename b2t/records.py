@@ -1,0 +1,109 @@
+"""Files that survive a crash: text replaced whole, and JSON lines that a kill cannot spoil."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class JsonLines(NamedTuple):
+    """Records of a file in order, and the numbers (from 1) of lines that could not be read."""
+
+    records: list[dict[str, Any]]
+    malformed: list[int]
+
+
+class JsonlSink:
+    """Appends records to a JSONL file; every line is on its way to the disk when `write` returns.
+
+    A line that a killed process left half written stays as it is and the next record starts a new
+    one. Numbers that JSON cannot hold are written as null and named under `non_finite`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        torn = _ends_within_a_line(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        if torn:
+            self._file.write("\n")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record."""
+        self._file.write(encode(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; further writes are errors."""
+        self._file.close()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that is either the old one or the whole new one, even after a crash."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def encode(record: Mapping[str, Any]) -> str:
+    """Return one strict JSON object without line breaks."""
+    clean = dict(record)
+    lost = [k for k, v in clean.items() if isinstance(v, float) and not math.isfinite(v)]
+    if lost:
+        clean.update(dict.fromkeys(lost))
+        clean["non_finite"] = lost
+    return json.dumps(clean, ensure_ascii=False, allow_nan=False)
+
+
+def read_jsonl(path: Path) -> JsonLines:
+    """Read a JSONL file that may be missing, empty, torn or still being written."""
+    records, malformed = [], []
+    if not Path(path).is_file():
+        return JsonLines([], [])
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if isinstance(record, dict):
+                records.append(record)
+            else:
+                malformed.append(number)
+    return JsonLines(records, malformed)
+
+
+def rewind(path: Path, step: int) -> int:
+    """Drop records after ``step``, which a resumed run will write again; return how many."""
+    found = read_jsonl(path)
+    kept = [record for record in found.records if _step(record) <= step]
+    if len(kept) < len(found.records) or found.malformed:
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
+        write_atomically(Path(path), "".join(lines))
+    return len(found.records) - len(kept)
+
+
+def _step(record: Mapping[str, Any]) -> float:
+    step = record.get("step")
+    return step if isinstance(step, (int, float)) else -math.inf
+
+
+def _ends_within_a_line(path: Path) -> bool:
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) != b"\n"
