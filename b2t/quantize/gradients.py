@@ -1,0 +1,120 @@
+"""Gradients that a quantizer defines itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_TINY = 1e-6
+
+
+class _Quantized(torch.autograd.Function):
+    """Value of the quantized sum, bit for bit, with a gradient for its input."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, quantized: Tensor, rotation: bool) -> Tensor:  # type: ignore[override]
+        ctx.rotation = rotation
+        if rotation:
+            ctx.save_for_backward(x, quantized)
+        return quantized.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        if not ctx.rotation:
+            return grad, None, None
+        x, quantized = ctx.saved_tensors
+        return _rotate_back(x, quantized, grad), None, None
+
+
+def _rotate_back(x: Tensor, quantized: Tensor, grad: Tensor) -> Tensor:
+    """λRᵀ·grad, R the rotation of x onto quantized and λ the ratio of their lengths."""
+    x_norm = x.norm(dim=-1, keepdim=True)
+    q_norm = quantized.norm(dim=-1, keepdim=True)
+    u = x / x_norm.clamp(min=_TINY)
+    v = quantized / q_norm.clamp(min=_TINY)
+    between = u + v
+    between_norm = between.norm(dim=-1, keepdim=True)
+    w = between / between_norm.clamp(min=_TINY)
+    rotated = (
+        grad - 2 * w * (w * grad).sum(-1, keepdim=True) + 2 * u * (v * grad).sum(-1, keepdim=True)
+    )
+    # Without a direction there is no rotation: at either end zero, or exactly opposite.
+    defined = (x_norm > _TINY) & (q_norm > _TINY) & (between_norm > _TINY)
+    return torch.where(defined, rotated * (q_norm / x_norm.clamp(min=_TINY)), grad)
+
+
+def pass_gradient(x: Tensor, quantized: Tensor, rotation_trick: bool) -> Tensor:
+    """``quantized`` [N, D] exactly, with gradients to ``x`` [N, D].
+
+    Straight through, or by the rotation trick (Fifty et al. 2024, arXiv 2410.06424) where the
+    rotation and rescaling that carry x onto the whole quantized sum are held constant.
+    """
+    return _Quantized.apply(x, quantized.detach(), rotation_trick)
+
+
+class _Commitment(torch.autograd.Function):
+    """Σ over layers of ‖residual after the layer‖², from sums kept while searching."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, total: Tensor, errors: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(errors)
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (errors,) = ctx.saved_tensors
+        return 2.0 * grad * errors, None, None
+
+
+def squared_commitment(x: Tensor, total: Tensor, errors: Tensor) -> Tensor:
+    """``total`` = Σ_q‖r_q − sg(c_q)‖² with gradient 2·``errors``, errors = Σ_q (r_q − c_q) [N, D].
+
+    One saved tensor instead of one for each layer.
+    """
+    return _Commitment.apply(x, total, errors)
+
+
+class _Codebook(torch.autograd.Function):
+    """Σ over frames of ‖sg(r) − c‖², from counts and sums."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, embed: Tensor, counts: Tensor, sums: Tensor, total: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(embed, counts, sums)
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        embed, counts, sums = ctx.saved_tensors
+        return 2.0 * grad * (counts[..., None] * embed - sums), None, None, None
+
+
+def squared_codebook(embed: Tensor, counts: Tensor, sums: Tensor, total: Tensor) -> Tensor:
+    """``total`` = Σ‖sg(r) − c‖² with its gradient into ``embed`` [L, K, D], 2·(n·c − Σr).
+
+    Args:
+        embed: [L, K, D].
+        counts: [L, K], frames of each code.
+        sums: [L, K, D], their residuals summed.
+        total: [] the loss's value.
+    """
+    return _Codebook.apply(embed, counts, sums, total)
+
+
+class _Master(torch.autograd.Function):
+    """Float32 value of a parameter that may be stored in less, with a scaled gradient."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, value: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+        ctx.scale, ctx.dtype = scale, weight.dtype
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return (grad * ctx.scale).to(ctx.dtype), None, None
+
+
+def master_value(weight: Tensor, value: Tensor, scale: float) -> Tensor:
+    """``value`` (float32), whose gradient goes to ``weight`` times ``scale``."""
+    return _Master.apply(weight, value, scale)

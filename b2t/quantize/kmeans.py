@@ -1,0 +1,187 @@
+"""k-means++ start: D² sampling (Arthur and Vassilvitskii 2007), then Lloyd's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from b2t.quantize.frame_hash import frame_hash
+from b2t.quantize.search import code_sums, nearest
+
+_MAX_PROPOSALS = 128
+
+
+@dataclass
+class Clusters:
+    """Result of k-means: codes [K, D], counts [K] float32, how many are clusters of their own."""
+
+    codes: Tensor
+    counts: Tensor
+    seeded: int
+
+
+class FrameReservoir:
+    """Collects frames up to a number; keeps those of lowest hash, in that order.
+
+    The frames kept depend on which frames were offered and not on their order, their batches or
+    the rank that brought them.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+        self.offered = 0
+        self._frames: list[Tensor] = []
+
+    def add(self, frames: Tensor) -> None:
+        """Offer ``frames`` [n, D] float32."""
+        self.offered += frames.shape[0]
+        self._frames.append(frames)
+        if sum(f.shape[0] for f in self._frames) > 2 * self.size:
+            self._frames = [self.kept()]
+
+    def kept(self) -> Tensor:
+        """At most ``size`` frames, in the order of their hashes."""
+        return canonical(torch.cat(self._frames), self.size, self.seed)
+
+
+def canonical(frames: Tensor, size: int, seed: int) -> Tensor:
+    """The ``size`` frames of lowest hash, in its order."""
+    order = torch.argsort(frame_hash(frames, seed, 0), stable=True)
+    return frames[order[:size]]
+
+
+def _squared_distances(x: Tensor, x_norm: Tensor, centers: Tensor) -> Tensor:
+    """‖x − c‖² [N, M]; what rounding alone can account for is zero, so that copies have none."""
+    c_norm = centers.square().sum(1)
+    d = torch.addmm(x_norm[:, None] + c_norm, x, centers.T, alpha=-2.0)
+    noise = 8 * torch.finfo(torch.float32).eps * (x_norm[:, None] + c_norm)
+    return torch.where(d > noise, d, 0.0)
+
+
+def seed_centers(
+    x: Tensor, clusters: int, generator: torch.Generator, tick: Callable[[int], object]
+) -> Tensor:
+    """Indices of k-means++ seeds among the frames ``x`` [N, D], at most ``clusters``.
+
+    Candidates are proposed in blocks ∝ the D² of the block's start, and each is accepted with
+    probability D²(now)/D²(start). D² only falls, so that this is rejection sampling from exactly
+    the distribution of one-at-a-time seeding, at the cost of matrix products. Fewer seeds come
+    back where fewer frames are distinct.
+    """
+    n = x.shape[0]
+    x = x - x.mean(0)
+    x_norm = x.square().sum(1)
+    first = int(torch.randint(n, (1,), generator=generator))
+    chosen = [first]
+    d2 = _squared_distances(x, x_norm, x[first : first + 1])[:, 0]
+    tick(1)
+    while len(chosen) < clusters:
+        if float(d2.sum()) <= 0:
+            break
+        m = min(_MAX_PROPOSALS, max(1, len(chosen) // 4), clusters - len(chosen))
+        proposals = _draw(d2, m, generator)
+        between = _squared_distances(x[proposals], x_norm[proposals], x[proposals])
+        accepted = _accept(d2[proposals], between, generator)
+        new = proposals[torch.tensor(accepted, device=x.device)]
+        chosen.extend(new.tolist())
+        for part in range(0, n, 65536):
+            rows = slice(part, part + 65536)
+            d2[rows] = torch.minimum(
+                d2[rows], _squared_distances(x[rows], x_norm[rows], x[new]).amin(1)
+            )
+        d2[new] = 0.0
+        tick(len(accepted))
+    return torch.tensor(chosen, device=x.device)
+
+
+def _draw(weights: Tensor, m: int, generator: torch.Generator) -> Tensor:
+    """``m`` indices with probability ∝ ``weights``, with replacement, for any number of them."""
+    cumulative = weights.double().cumsum(0)
+    points = torch.rand(m, generator=generator, dtype=torch.float64).to(weights.device)
+    places = torch.searchsorted(cumulative, points * cumulative[-1], right=True)
+    return places.clamp(max=weights.shape[0] - 1)
+
+
+def _accept(d2: Tensor, between: Tensor, generator: torch.Generator) -> list[int]:
+    """Which proposals stay, one after the other; the first always does."""
+    start, pairs = d2.tolist(), between.tolist()
+    points = torch.rand(len(start), generator=generator).tolist()
+    accepted: list[int] = []
+    for j, before in enumerate(start):
+        now = min([before, *(pairs[i][j] for i in accepted)])
+        if points[j] * before < now:
+            accepted.append(j)
+    return accepted
+
+
+def kmeans(
+    x: Tensor,
+    clusters: int,
+    iterations: int,
+    generator: torch.Generator,
+    tick: Callable[[int], object] = lambda _: None,
+) -> Clusters:
+    """k-means++ of ``x`` [N, D] float32 into ``clusters`` codes.
+
+    Where there are fewer than two distinct frames for each cluster, every frame would be its own
+    code and nothing would remain for the next layer: half as many clusters as distinct frames are
+    fitted, and the codes left over are jittered copies of them with a count of zero, first in line
+    for revival.
+
+    Args:
+        x: frames, finite.
+        clusters: K.
+        iterations: Lloyd steps.
+        generator: CPU generator, the same on all ranks.
+        tick: told of progress, K for the seeding and K for each Lloyd step.
+    """
+    distinct = frame_hash(x, 0, 0).unique().shape[0]
+    wanted = min(clusters, max(1, distinct // 2))
+    codes = x[seed_centers(x, wanted, generator, tick)]
+    counts = torch.zeros(codes.shape[0], device=x.device)
+    for _ in range(iterations):
+        codes, counts = _lloyd(x, codes)
+        tick(clusters)
+    counts = code_sums(x, nearest(x, codes), codes.shape[0])[1].float()
+    return _fill(x, Clusters(codes, counts, codes.shape[0]), clusters, generator)
+
+
+def _lloyd(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """One step; a cluster that lost its frames takes the frame farthest from its code."""
+    assigned = nearest(x, codes)
+    offset = x.mean(0)
+    sums, counts = code_sums(x - offset, assigned, codes.shape[0])
+    moved = sums / counts.clamp(min=1)[:, None] + offset
+    empty = (counts == 0).nonzero()[:, 0]
+    if empty.numel():
+        far = (x - codes[assigned]).square().sum(1).topk(min(empty.numel(), x.shape[0])).indices
+        moved[empty[: far.numel()]] = x[far]
+    return moved, counts.float()
+
+
+def _fill(x: Tensor, found: Clusters, clusters: int, generator: torch.Generator) -> Clusters:
+    missing = clusters - found.seeded
+    if missing == 0:
+        return found
+    copied = torch.randint(found.seeded, (missing,), generator=generator).to(x.device)
+    jitter = torch.randn(missing, x.shape[1], generator=generator).to(x.device)
+    copies = found.codes[copied] + 0.1 * x.std(0, unbiased=False) * jitter
+    return Clusters(
+        torch.cat([found.codes, copies]),
+        torch.cat([found.counts, found.counts.new_zeros(missing)]),
+        found.seeded,
+    )
+
+
+def collect(
+    frames: Iterable[Tensor], reservoir: FrameReservoir, target: int, tick: Callable[[int], object]
+) -> None:
+    """Draw from ``frames`` until ``target`` have been offered or it ends."""
+    for batch in frames:
+        reservoir.add(batch)
+        tick(batch.shape[0])
+        if reservoir.offered >= target:
+            return
