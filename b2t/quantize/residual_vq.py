@@ -638,7 +638,7 @@ class ResidualVQ(nn.Module):
             books.push()
         revived = self._revive(pool, group)
         books.updates += 1
-        return UpdateReport(True, stats.frames, revived, stats.nonfinite)
+        return UpdateReport(True, stats.frames, revived, stats.nonfinite, stats.counts)
 
     def _revive(self, pool: FramePool | None, group: ProcessGroup | None) -> list[int]:
         revived = [0] * self.num_quantizers

@@ -155,12 +155,15 @@ class UpdateReport:
         frames: frames of the step, over all ranks and micro-batches.
         revived: codes revived in each layer.
         nonfinite: frames of the step that held NaN or infinity.
+        counts: [Q, K] frames of each code, over all ranks and micro-batches; None where nothing
+            was applied.
     """
 
     applied: bool
     frames: Tensor
     revived: list[int]
     nonfinite: Tensor
+    counts: Tensor | None = None
 
 
 @dataclass
