@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from b2t.data.augment import Augment, row_generator
-from b2t.data.trials import read_signal, row_id, signal_lengths
+from b2t.data.trials import read_signal, require_finite, row_id, signal_lengths
 from b2t.errors import UserError
 from b2t.log import logger
 
@@ -369,14 +369,7 @@ def checked_signal(table: Any, name: str) -> np.ndarray:
         signal = read_signal(table)
     except ValueError as error:
         raise UserError(f"trial {name}: {error}: every bin needs the same channels") from None
-    if not signal.size:
-        raise UserError(f"trial {name} has no time bins: remove it, or prepare the data again")
-    if not np.isfinite(signal).all():
-        time, channel = np.argwhere(~np.isfinite(signal))[0]
-        raise UserError(
-            f"trial {name} holds {signal[time, channel]} at bin {time}, channel {channel} (finite "
-            "values expected): remove the trial or interpolate the channel, then prepare again"
-        )
+    require_finite(signal, name)
     return signal
 
 

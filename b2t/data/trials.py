@@ -1,11 +1,15 @@
-"""One trial as a row of an Arrow table: its columns, its name, its signal."""
+"""One trial as a row of an Arrow table: its columns, its name, its signal, its fingerprint."""
 
+import hashlib
+import json
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Array2D, Dataset, Features, List, Value
+
+from b2t.errors import UserError
 
 COLUMNS = (
     "signal",
@@ -71,6 +75,50 @@ def read_signal(row: pa.Table) -> np.ndarray:
         channels = _common_width(bins)
     values = np.asarray(bins.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
     return values.reshape(-1, channels) if channels else np.zeros((0, 0), np.float32)
+
+
+def require_finite(signal: np.ndarray, name: str) -> None:
+    """Refuse a signal [T, C] that would poison training.
+
+    Raises:
+        UserError: no time bins, or NaN or infinity; the message names the trial as ``name``.
+    """
+    if not signal.size:
+        raise UserError(
+            f"trial {name} has no time bins: remove it, or leave out such trials with "
+            "`b2t prepare --skip-bad-trials`"
+        )
+    if not np.isfinite(signal).all():
+        time, channel = np.argwhere(~np.isfinite(signal))[0]
+        raise UserError(
+            f"trial {name} holds {signal[time, channel]} at bin {time}, channel {channel}, where "
+            "finite values are expected: repair or remove the trial, or leave out such trials "
+            "with `b2t prepare --skip-bad-trials`"
+        )
+
+
+class Fingerprint:
+    """A hash of trials' content: the same after every preparation of the same data."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def add(self, row: dict[str, Any], signal: np.ndarray) -> None:
+        """Add one row: its columns, and its signal [T, C] float32."""
+        phonemes = row["phonemes"]
+        header = [
+            row_id(row),
+            row["text"],
+            None if phonemes is None else [int(phoneme) for phoneme in phonemes],
+            float(row["sampling_rate"]),
+            list(signal.shape),
+        ]
+        self._hash.update(json.dumps(header).encode())
+        self._hash.update(np.ascontiguousarray(signal, dtype="<f4").data)
+
+    def hexdigest(self) -> str:
+        """Return the hash of everything added so far."""
+        return self._hash.hexdigest()
 
 
 def _common_width(bins: pa.ListArray) -> int:

@@ -1,0 +1,160 @@
+"""`b2t prepare`: recordings into a dataset that training reads."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from b2t.errors import UserError
+
+SUMMARY = "read recordings (T15 HDF5, FIF, EDF, BDF, SET) into an Arrow dataset"
+
+_EPILOG = """\
+examples:
+  the Brain-to-Text '25 release (z-scored already, with its own splits):
+    b2t prepare hdf5_data_final data/t15
+  continuous EEG, for training a tokenizer without text:
+    b2t prepare recordings/ data/eeg --window 2 --overlap 0.5 --resample 128
+  epochs with words in their metadata; no word of one split in another:
+    b2t prepare words-epo.fif data/words --text-column association --disjoint-text
+
+Continuous recordings are split in time: the first 80 % of each is for training. Look at the result
+with `b2t inspect`; train on it with data.path=FOLDER.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command."""
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="a recording, or a folder")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder of the new dataset")
+    parser.add_argument(
+        "--normalize",
+        choices=("auto", "block", "none"),
+        default="auto",
+        help="block: z-score each channel over its block (T15) or recording; none: keep the unit; "
+        "auto: block, but none for T15, which is z-scored already (default: auto)",
+    )
+    parser.add_argument("--resample", metavar="HZ", type=float, help="new sampling rate in Hz")
+    parser.add_argument(
+        "--split",
+        metavar="A/B/C",
+        default="0.8/0.1/0.1",
+        help="shares of train, val and test where the source has no splits (default: 0.8/0.1/0.1)",
+    )
+    parser.add_argument(
+        "--disjoint-text",
+        action="store_true",
+        help="keep all trials of one text in one split: no test sentence was seen in training",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random split (default: 0)")
+    recordings = parser.add_argument_group("recordings that MNE reads")
+    recordings.add_argument(
+        "--window",
+        metavar="S",
+        type=float,
+        default=2.0,
+        help="cut continuous recordings into windows of S seconds (default: 2)",
+    )
+    recordings.add_argument(
+        "--overlap",
+        metavar="F",
+        type=float,
+        default=0.0,
+        help="share of a window that the next one repeats, 0 to below 1 (default: 0)",
+    )
+    recordings.add_argument(
+        "--annotations",
+        action="store_true",
+        help="cut at annotations instead; their descriptions become the texts",
+    )
+    recordings.add_argument(
+        "--text-column",
+        metavar="NAME",
+        help="metadata column of the epochs that holds the text ('event': the event's name)",
+    )
+    recordings.add_argument(
+        "--channels",
+        metavar="A,B,…",
+        help="channels to read, in this order (default: all EEG, MEG and intracranial ones)",
+    )
+    parser.add_argument(
+        "--skip-bad-trials",
+        action="store_true",
+        help="leave out empty trials and trials with NaN, instead of stopping at the first",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier dataset at OUT"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare, and say what came out."""
+    from b2t.log import quiet_libraries
+
+    quiet_libraries()
+    from b2t.data.prepare import PrepareOptions, prepare, source_options
+    from b2t.data.sources import detect
+
+    if args.resample is not None and args.resample <= 0:
+        raise UserError(f"--resample {args.resample:g}: a sampling rate is above 0 Hz")
+    options = PrepareOptions(
+        normalize=args.normalize,
+        fractions=parse_split(args.split),
+        disjoint_text=args.disjoint_text,
+        skip_bad_trials=args.skip_bad_trials,
+        seed=args.seed,
+        overwrite=args.overwrite,
+    )
+    reading = source_options(
+        options,
+        window=args.window,
+        overlap=args.overlap,
+        annotations=args.annotations,
+        text_column=args.text_column,
+        channels=_names(args.channels),
+        resample=args.resample,
+    )
+    source = detect(args.source, reading)
+    record = {"source": args.source.name, "reading": vars(reading)}
+    content = prepare(source, args.out, options, record=record)
+    print(summary(content, args.out))
+    return 0
+
+
+def parse_split(text: str) -> tuple[float, float, float]:
+    """Read ``A/B/C``, three shares that sum to 1."""
+    try:
+        shares = tuple(float(part) for part in text.split("/"))
+    except ValueError:
+        shares = ()
+    if len(shares) != 3 or min(shares) < 0 or not shares[0] or abs(sum(shares) - 1) > 1e-6:
+        raise UserError(
+            f"--split {text}: expected three shares of train, val and test that sum to 1, "
+            "such as 0.8/0.1/0.1"
+        )
+    return shares[0], shares[1], shares[2]
+
+
+def summary(content: dict[str, Any], out: Path) -> str:
+    """Say in a few lines what was prepared."""
+    rows = ", ".join(f"{split} {count:,}" for split, count in content["rows"].items())
+    kind = f"{content['format']}{', SIMULATION' if content['simulated'] else ''}"
+    scale = {"block": "z-scored per block", "none": "scale as in the source"}
+    lines = [
+        f"{out}: {rows} trials ({kind})",
+        f"  {len(content['channels'])} channels at {content['sampling_rate']:g} Hz, "
+        f"{scale[content['normalization']]}",
+    ]
+    if content["skipped"]:
+        lines.append(f"  {content['skipped']} bad trials left out")
+    return "\n".join([*lines, f"  look at it: b2t inspect {out}"])
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise UserError(f"--channels {text!r} names no channel")
+    return names

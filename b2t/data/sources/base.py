@@ -1,0 +1,123 @@
+"""What every source of trials offers, whatever its file format."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from scipy.signal import resample_poly
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How to read a source.
+
+    Attributes:
+        window: length of the windows that continuous recordings are cut into, in seconds.
+        overlap: share of a window that the next one repeats, 0 ≤ overlap < 1.
+        annotations: cut at annotations, whose descriptions become texts, instead of in windows.
+        text_column: column of the epochs' metadata that holds the text.
+        channels: names to read, in this order; None = all recorded channels.
+        resample: sampling rate of the result in Hz; None = as recorded.
+        fractions: shares of train, val and test where the source has no splits of its own.
+    """
+
+    window: float = 2.0
+    overlap: float = 0.0
+    annotations: bool = False
+    text_column: str | None = None
+    channels: tuple[str, ...] | None = None
+    resample: float | None = None
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+
+
+@dataclass(frozen=True)
+class TrialInfo:
+    """Everything about a trial but its signal.
+
+    ``name`` says where it lies, for messages. ``split`` None: still to be assigned.
+    """
+
+    name: str
+    session: str
+    subject: str
+    block: int
+    trial: int
+    text: str | None = None
+    phonemes: tuple[int, ...] | None = None
+    split: str | None = None
+
+
+class Source(Protocol):
+    """Trials of one recording, release or folder.
+
+    Attributes:
+        format: the format's name.
+        channels: channel names, the same for every trial.
+        sampling_rate: in Hz, after any resampling.
+        standardized: the signals are z-scored per block already.
+        simulated: the signals come from a simulation.
+        trials: what is known before any signal is read.
+    """
+
+    format: str
+    channels: list[str]
+    sampling_rate: float
+    standardized: bool
+    simulated: bool
+    trials: list[TrialInfo]
+
+    def read(self, index: int) -> np.ndarray:
+        """Return the signal [T, C] of ``trials[index]``."""
+        ...
+
+
+class SourceFormat(Protocol):
+    """A module that reads one format."""
+
+    NAME: str
+
+    def find(self, path: Path) -> list[Path]:
+        """Return the files of this format at ``path`` (a file or a folder), or nothing."""
+        ...
+
+    def open_source(self, path: Path, files: list[Path], options: SourceOptions) -> Source:
+        """Open the files that ``find`` returned."""
+        ...
+
+
+def resampled(
+    read: Callable[[int, int], np.ndarray],
+    start: int,
+    stop: int,
+    limits: tuple[int, int],
+    rates: tuple[float, float],
+) -> np.ndarray:
+    """Resample the samples [start, stop) of a longer recording, free of edge effects.
+
+    Args:
+        read: returns samples [T, C] between two positions.
+        start: first sample.
+        stop: the one after the last.
+        limits: samples outside this range are never read, so that splits stay apart.
+        rates: recorded and wanted sampling rate in Hz.
+
+    Returns:
+        [T', C] with T' = T × wanted / recorded, rounded.
+    """
+    recorded, wanted = rates
+    if wanted == recorded:
+        return read(start, stop)
+    ratio = Fraction(wanted / recorded).limit_denominator(1000)
+    up, down = ratio.numerator, ratio.denominator
+    # The context holds the filter of resample_poly, in steps that keep both time grids aligned.
+    context = -(-10 * max(up, down) // (up * down)) * down
+    before = min(context, (start - limits[0]) // down * down)
+    signal = read(start - before, min(stop + context, limits[1]))
+    whole = resample_poly(signal, up, down, axis=0, padtype="line")
+    first = before * up // down
+    return whole[first : first + max(1, round((stop - start) * up / down))]
