@@ -1,0 +1,542 @@
+"""The whole model: signal to codes, and codes to signal, phonemes and text."""
+
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from b2t.errors import UserError
+from b2t.model import losses as sums
+from b2t.model.configuration import BrainToTextConfig
+from b2t.model.encoder import Encoder
+from b2t.model.phoneme_head import PhonemeHead
+from b2t.model.session_adapter import SessionAdapter
+from b2t.model.signal_decoder import SignalDecoder
+from b2t.model.text_decoder import (
+    TextDecoder,
+    config_from_checkpoint,
+    config_from_mapping,
+    small_config,
+)
+from b2t.quantize import QuantizerStats, ResidualVQ, SoftUsage
+
+if TYPE_CHECKING:
+    from b2t.data.batches import Batch
+
+COMPONENTS = (
+    "adapter",
+    "encoder",
+    "quantizer",
+    "signal_decoder",
+    "phoneme_head",
+    "text_decoder",
+)
+"""Attribute names of the parts of `BrainToText`; a part that was not built is None."""
+
+QUANTIZER_LOSSES = ("commitment", "diversity", "perplexity")
+
+DEFAULT_WEIGHTS: Mapping[str, float] = {
+    "generation": 1.0,
+    "reconstruction": 0.5,
+    "commitment": 0.2,
+    "diversity": 0.1,
+    "perplexity": 0.05,
+    "phoneme": 0.3,
+}
+"""Weights of the total loss where a call brings none."""
+
+Number = Tensor | float
+
+
+class Encoded(NamedTuple):
+    """What the first half of the model makes of a signal."""
+
+    latents: Tensor
+    """[B, P, D], zero under the mask."""
+    quantized: Tensor
+    """[B, P, D]; the latents themselves in a model without a quantizer."""
+    codes: Tensor | None
+    """[B, P, Q] int64, −1 under the mask; None without a quantizer."""
+    frame_mask: Tensor
+    """[B, P] bool, True = real."""
+    losses: dict[str, Tensor]
+    """Losses of the quantizer that were asked for."""
+    stats: QuantizerStats | None
+    """What the codebook update needs; None without a quantizer."""
+
+
+@dataclass
+class BrainToTextOutput(ModelOutput):
+    """Result of `BrainToText.forward`.
+
+    Attributes:
+        loss: weighted sum of `losses`, 0-d float32.
+        losses: unweighted losses by name, those of weight 0 left out.
+        reconstruction: [B, T, C] float32, None where its weight is 0.
+        latents: [B, P, D].
+        quantized: [B, P, D].
+        codes: [B, P, Q] int64, −1 under the mask; None without a quantizer.
+        frame_mask: [B, P] bool.
+        phoneme_logits: [B, P, 41], None where its weight is 0.
+        text_logits: [B, L, V], None where its weight is 0.
+        stats: `QuantizerStats`, None without a quantizer.
+        metrics: detached sums that can be added over batches: `squared_error` and `signal_power`
+            over `bins` elements (SNR in dB is 10·log10(signal_power / squared_error)),
+            `tokens_correct` of `tokens` under teacher forcing, `phoneme_rows` and
+            `phoneme_rows_too_short`, `frames`.
+    """
+
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    reconstruction: Tensor | None = None
+    latents: Tensor | None = None
+    quantized: Tensor | None = None
+    codes: Tensor | None = None
+    frame_mask: Tensor | None = None
+    phoneme_logits: Tensor | None = None
+    text_logits: Tensor | None = None
+    stats: Any = None
+    metrics: dict[str, Tensor] | None = None
+
+
+class BrainToText(PreTrainedModel):
+    """Brain signals to discrete codes, and codes to signal, phonemes and text.
+
+    Attributes:
+        adapter, encoder, quantizer, signal_decoder, phoneme_head, text_decoder: the components;
+            None where the config leaves one out.
+
+    Args:
+        config: the architecture. It is copied: the model's own has the text decoder's config
+            resolved, and no checkpoint left to load.
+
+    Raises:
+        UserError: the text decoder's config or checkpoint cannot be used.
+    """
+
+    config_class = BrainToTextConfig
+    base_model_prefix = ""
+    main_input_name = "signal"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    # Distances in half precision choose other codes, and sums over 65,504 frames overflow.
+    _keep_in_fp32_modules_strict = ["quantizer.codebooks"]  # noqa: RUF012  (transformers reads a list)
+
+    def __init__(self, config: BrainToTextConfig) -> None:
+        config = copy.deepcopy(config)
+        text_config = _resolve_text_decoder(config) if config.text_decoder["enabled"] else None
+        checkpoint = config.text_decoder["checkpoint"]
+        config.text_decoder["checkpoint"] = None
+        super().__init__(config)
+        self._frozen: frozenset[str] = frozenset()
+        self.adapter = _build_adapter(config)
+        self.encoder = Encoder(config.channels, **config.encoder)
+        self.quantizer = _build_quantizer(config)
+        self.signal_decoder = _build_signal_decoder(config)
+        dim = config.encoder["dim"]
+        head = _without(config.phoneme_head, "enabled")
+        self.phoneme_head = PhonemeHead(dim, **head) if config.phoneme_head["enabled"] else None
+        self.text_decoder = (
+            TextDecoder(dim, text_config, checkpoint, config.text_decoder["max_tokens"])
+            if text_config is not None
+            else None
+        )
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    @property
+    def patch_size(self) -> int:
+        """Bins per patch."""
+        return self.encoder.patch_size
+
+    def frame_mask(self, signal_mask: Tensor) -> Tensor:
+        """Real latent frames [B, P] bool for real bins [B, T] bool."""
+        return self.encoder.frame_mask(signal_mask)
+
+    def counts(self, batch: "Batch") -> dict[str, Any]:
+        """Elements that normalise the losses: `Batch.counts` and `frames`, the real frames."""
+        return {**batch.counts(), "frames": self.frame_mask(batch.signal_mask).sum()}
+
+    def encode(
+        self,
+        signal: Tensor,
+        signal_mask: Tensor | None = None,
+        session: Tensor | None = None,
+        *,
+        frames: Number | None = None,
+        losses: Collection[str] = (),
+        usage: SoftUsage | None = None,
+        micro_batches: int = 1,
+    ) -> Encoded:
+        """Encode and quantize.
+
+        Args:
+            signal: [B, T, C].
+            signal_mask: [B, T] bool, True = real; None is all real.
+            session: [B] int64, −1 = unseen; None is all unseen.
+            frames: normaliser of the commitment loss; None is the batch's own real frames.
+            losses: losses of the quantizer to compute.
+            usage: see `forward`.
+            micro_batches: see `forward`.
+        """
+        if signal_mask is None:
+            signal_mask = torch.ones(signal.shape[:2], dtype=torch.bool, device=signal.device)
+        if session is None:
+            session = torch.full(signal.shape[:1], -1, dtype=torch.int64, device=signal.device)
+        signal = signal.to(self.encoder.embed.weight.dtype)
+        signal = signal.masked_fill(~signal_mask[..., None], 0.0)
+        if self.adapter is not None:
+            signal = self.adapter(signal, session)
+        latents = self.encoder(signal, signal_mask)
+        mask = self.frame_mask(signal_mask)
+        if self.quantizer is None:
+            return Encoded(latents, latents, None, mask, {}, None)
+        out = self.quantizer(
+            latents,
+            mask,
+            frames=frames,
+            losses=tuple(losses),
+            usage=usage,
+            micro_batches=micro_batches,
+        )
+        return Encoded(latents, out.quantized, out.codes, mask, dict(out.losses), out.stats)
+
+    def forward(
+        self,
+        batch: "Batch",
+        counts: Mapping[str, Number] | None = None,
+        weights: Mapping[str, float] | None = None,
+        *,
+        usage: SoftUsage | None = None,
+        micro_batches: int = 1,
+    ) -> BrainToTextOutput:
+        """Compute the losses of a batch.
+
+        Args:
+            batch: signals and labels.
+            counts: `bins`, `frames`, `tokens` and `phonemes` that normalise the sums; None is the
+                batch's own. With the mean over the micro-batches and ranks of a step the mean of
+                the losses is the mean over the step's elements.
+            weights: weight per loss; a loss of weight 0, or not named, is not computed. None is
+                `DEFAULT_WEIGHTS`. A loss whose component the model lacks is left out. The
+                quantizer's gradient rule brings a loss `codebook`, of weight 1 unless named.
+            usage: soft usage of the whole step, see `ResidualVQ.soft_usage`.
+            micro_batches: forwards of this step on each rank; needed with `usage`.
+
+        Raises:
+            UserError: a text longer than the text decoder allows.
+            ValueError: an unknown name among the weights.
+        """
+        weights = self._active_weights(weights)
+        counts = self.counts(batch) if counts is None else counts
+        encoded = self.encode(
+            batch.signal,
+            batch.signal_mask,
+            batch.session,
+            frames=counts["frames"],
+            losses=[name for name in QUANTIZER_LOSSES if name in weights],
+            usage=usage,
+            micro_batches=micro_batches,
+        )
+        reconstruction = phoneme_logits = text_logits = None
+        losses, metrics = {}, {"frames": encoded.frame_mask.sum()}
+        if "reconstruction" in weights:
+            reconstruction, total, found = self._reconstruct(batch, encoded)
+            losses["reconstruction"] = _normalise(total, counts["bins"])
+            metrics |= found
+        if "phoneme" in weights:
+            phoneme_logits, total, found = self._classify_phonemes(batch, encoded)
+            losses["phoneme"] = _normalise(total, counts["phonemes"])
+            metrics |= found
+        if "generation" in weights:
+            text_logits, total, found = self._predict_text(batch, encoded)
+            losses["generation"] = _normalise(total, counts["tokens"])
+            metrics |= found
+        losses |= encoded.losses
+        zero = torch.zeros((), device=batch.signal.device)
+        return BrainToTextOutput(
+            loss=sum((weights.get(name, 1.0) * loss for name, loss in losses.items()), zero),
+            losses=losses,
+            reconstruction=reconstruction,
+            latents=encoded.latents,
+            quantized=encoded.quantized,
+            codes=encoded.codes,
+            frame_mask=encoded.frame_mask,
+            phoneme_logits=phoneme_logits,
+            text_logits=text_logits,
+            stats=encoded.stats,
+            metrics=metrics,
+        )
+
+    def _active_weights(self, weights: Mapping[str, float] | None) -> dict[str, float]:
+        """Positive weights of losses whose components exist."""
+        weights = DEFAULT_WEIGHTS if weights is None else weights
+        known = {*DEFAULT_WEIGHTS, "codebook"}
+        if set(weights) - known:
+            raise ValueError(
+                f"unknown losses {sorted(set(weights) - known)}; expected {sorted(known)}"
+            )
+        component = {
+            "generation": self.text_decoder,
+            "reconstruction": self.signal_decoder,
+            "phoneme": self.phoneme_head,
+            **dict.fromkeys((*QUANTIZER_LOSSES, "codebook"), self.quantizer),
+        }
+        return {
+            name: float(weight)
+            for name, weight in weights.items()
+            if weight and component[name] is not None
+        }
+
+    def _reconstruct(
+        self, batch: "Batch", encoded: Encoded
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        bins = batch.signal.shape[1]
+        signal = self.signal_decoder(encoded.quantized, encoded.frame_mask, bins)
+        found = sums.reconstruction_sums(signal, batch.target, batch.signal_mask)
+        metrics = {
+            "squared_error": found.squared_error.detach(),
+            "signal_power": found.power,
+            "bins": batch.signal_mask.sum() * batch.signal.shape[2],
+        }
+        return signal, found.squared_error, metrics
+
+    def _classify_phonemes(
+        self, batch: "Batch", encoded: Encoded
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        assert self.phoneme_head is not None
+        logits = self.phoneme_head(encoded.quantized)
+        found = sums.phoneme_sums(logits, encoded.frame_mask, batch.phonemes, batch.phoneme_lengths)
+        metrics = {"phoneme_rows": found.rows, "phoneme_rows_too_short": found.too_short}
+        return logits, found.negative_log_likelihood, metrics
+
+    def _predict_text(
+        self, batch: "Batch", encoded: Encoded
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        assert self.text_decoder is not None
+        tokens = self._checked_tokens(batch)
+        logits = self.text_decoder(encoded.quantized, encoded.frame_mask, tokens)
+        found = sums.token_sums(logits, tokens)
+        metrics = {"tokens": (tokens != sums.IGNORE).sum(), "tokens_correct": found.correct}
+        return logits, found.cross_entropy, metrics
+
+    def _checked_tokens(self, batch: "Batch") -> Tensor:
+        tokens = batch.tokens
+        limit = self.config.text_decoder["max_tokens"]
+        if tokens.shape[1] > limit:
+            lengths = (tokens != sums.IGNORE).sum(1).tolist()
+            longest = max(range(len(lengths)), key=lengths.__getitem__)
+            if lengths[longest] > limit:
+                raise UserError(
+                    f"{batch.rows[longest]}: its text has {lengths[longest]} tokens, the text "
+                    f"decoder takes {limit}; raise data.max_text_tokens or drop the trial"
+                )
+            tokens = tokens[:, :limit]
+        if tokens.shape[1] == 0:
+            return tokens.new_full((tokens.shape[0], 1), sums.IGNORE)
+        return tokens
+
+    @torch.no_grad()
+    def generate(
+        self,
+        signal: "Batch | Tensor",
+        signal_mask: Tensor | None = None,
+        session: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Decode text freely, without labels and without dropout.
+
+        Args:
+            signal: a batch, or signals [B, T, C].
+            signal_mask: [B, T] bool, True = real; None is all real.
+            session: [B] int64, −1 = unseen; None is all unseen.
+            kwargs: as in transformers' `generate` (`num_beams`, `max_new_tokens`, …).
+
+        Returns:
+            Tokens [B, ≤ max_tokens + 1] with the start token; `decode_texts` makes texts of them.
+
+        Raises:
+            UserError: the model has no text decoder, or too many tokens are asked for.
+        """
+        if self.text_decoder is None:
+            raise UserError(
+                "this model has no text decoder (text_decoder.enabled=false): it tokenizes "
+                "signals; train with text to decode text"
+            )
+        if not isinstance(signal, Tensor):
+            batch = signal
+            signal, signal_mask, session = batch.signal, batch.signal_mask, batch.session
+        training = self.training
+        self.eval()
+        try:
+            encoded = self.encode(signal, signal_mask, session)
+            return self.text_decoder.generate(encoded.quantized, encoded.frame_mask, **kwargs)
+        finally:
+            self.train(training)
+
+    def freeze(self, components: Iterable[str] = ()) -> None:
+        """Freeze exactly these components and train all others.
+
+        The parameters of a frozen component need no gradient and it stays in eval mode (no
+        dropout, nearest codes) also under `train()`. A frozen component whose input needs no
+        gradient either, such as adapter and encoder together, builds no graph and keeps no
+        activations; behind a trained one it still passes the gradient on.
+
+        Raises:
+            ValueError: an unknown component.
+        """
+        components = frozenset(components)
+        if components - set(COMPONENTS):
+            raise ValueError(
+                f"unknown components {sorted(components - set(COMPONENTS))}; expected {COMPONENTS}"
+            )
+        self._frozen = components
+        for name in COMPONENTS:
+            module = getattr(self, name)
+            if module is not None:
+                module.requires_grad_(name not in components)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "BrainToText":
+        """Set training mode; frozen components stay in eval mode."""
+        super().train(mode)
+        for name in getattr(self, "_frozen", ()):
+            module = getattr(self, name)
+            if module is not None:
+                module.eval()
+        return self
+
+    def checkpoint_activations(
+        self, encoder: int = 0, signal_decoder: int = 0, text_decoder: int = 0
+    ) -> None:
+        """Recompute activations in backward instead of keeping them; the quantizer never is.
+
+        Args:
+            encoder: recompute every n-th block; 0 keeps all.
+            signal_decoder: likewise.
+            text_decoder: 1 recomputes all layers, 0 none.
+        """
+        self.encoder.transformer.checkpoint_every = encoder
+        self.signal_decoder.transformer.checkpoint_every = signal_decoder
+        if self.text_decoder is not None:
+            self.text_decoder.checkpoint_activations(bool(text_decoder))
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Recompute the activations of encoder, signal decoder and text decoder in backward."""
+        self.checkpoint_activations(encoder=1, signal_decoder=1, text_decoder=1)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations."""
+        self.checkpoint_activations()
+
+    activation_checkpointing_enable = gradient_checkpointing_enable
+    activation_checkpointing_disable = gradient_checkpointing_disable
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a saved model; arguments as in transformers.
+
+        Raises:
+            UserError: no model there, or one that lacks weights.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        except OSError as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"{path}: no trained model ({reason}); expected a folder with config.json and "
+                "model.safetensors, such as RUN/checkpoints/best"
+            ) from None
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise UserError(
+                f"{path}: its model.safetensors lacks {len(missing)} tensors of this architecture, "
+                f"such as {missing[0]}; it was written by another version or cut short"
+            )
+        return (model, info) if with_info else model
+
+
+def _normalise(total: Tensor, count: Number) -> Tensor:
+    """Divide a sum by a count; nothing to count gives a zero that still has its graph."""
+    if isinstance(count, Tensor):
+        return total / count.to(total.device, torch.float32).clamp(min=1e-6)
+    return total / max(float(count), 1e-6)
+
+
+def _without(section: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in keys}
+
+
+def _build_adapter(config: BrainToTextConfig) -> SessionAdapter | None:
+    if not config.adapter["enabled"]:
+        return None
+    options = _without(config.adapter, "enabled")
+    return SessionAdapter(config.channels, len(config.sessions), **options)
+
+
+def _build_quantizer(config: BrainToTextConfig) -> ResidualVQ | None:
+    if not config.quantizer["enabled"]:
+        return None
+    quantizer = ResidualVQ(config.encoder["dim"], **_without(config.quantizer, "enabled"))
+    for module in quantizer.modules():
+        module._is_hf_initialized = True  # type: ignore[assignment]  # it sets its own start
+    return quantizer
+
+
+def _build_signal_decoder(config: BrainToTextConfig) -> SignalDecoder:
+    encoder = config.encoder
+    return SignalDecoder(
+        config.channels,
+        encoder["dim"],
+        encoder["patch_size"],
+        encoder["patch_stride"],
+        **config.signal_decoder,
+    )
+
+
+def _resolve_text_decoder(config: BrainToTextConfig) -> PretrainedConfig:
+    """Find the seq2seq config and store it, so that a saved model needs no checkpoint."""
+    section = config.text_decoder
+    special = {
+        "vocab_size": config.vocab_size,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }
+    if section["checkpoint"] is not None:
+        resolved = config_from_checkpoint(section["checkpoint"])
+        section["initialized_from"] = section["checkpoint"]
+    elif section["config"] is not None:
+        resolved = config_from_mapping(section["config"], **special)
+    else:
+        keys = ("dim", "depth", "heads", "ffn_dim", "dropout", "max_tokens")
+        resolved = small_config(**{key: section[key] for key in keys}, **special)
+    vocabulary = resolved.get_text_config(decoder=True).vocab_size
+    if vocabulary < config.vocab_size:
+        raise UserError(
+            f"text_decoder: the tokenizer has {config.vocab_size} tokens, the model's vocabulary "
+            f"only {vocabulary}; use the checkpoint's own tokenizer or a larger vocab_size"
+        )
+    limit = getattr(resolved, "max_position_embeddings", None)
+    if limit is not None and limit < section["max_tokens"]:
+        raise UserError(
+            f"text_decoder: texts of up to {section['max_tokens']} tokens need as many positions, "
+            f"its config has max_position_embeddings={limit}; lower data.max_text_tokens"
+        )
+    section["config"] = _without(resolved.to_dict(), "dtype", "torch_dtype", "_name_or_path")
+    return resolved

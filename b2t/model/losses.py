@@ -1,0 +1,106 @@
+"""Sums over real elements, in float32, for losses that a count normalises.
+
+Every function returns sums, not means: divided by counts of the whole global batch they add up to
+the global mean over any split into micro-batches and ranks.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE = -100
+"""Label of a position that is no token."""
+
+
+class ReconstructionSums(NamedTuple):
+    """Sums over the real bins and all channels; SNR in dB is 10·log10(power / squared_error)."""
+
+    squared_error: Tensor
+    """0-d, differentiable."""
+    power: Tensor
+    """0-d, sum of the squared target."""
+
+
+def reconstruction_sums(prediction: Tensor, target: Tensor, mask: Tensor) -> ReconstructionSums:
+    """Squared error and power of the target over real bins.
+
+    Args:
+        prediction: [B, T, C].
+        target: [B, T, C].
+        mask: [B, T] bool, True = real; what stands elsewhere, NaN included, changes nothing.
+    """
+    hidden = ~mask[..., None]
+    target = target.float().masked_fill(hidden, 0.0)
+    error = prediction.float().masked_fill(hidden, 0.0) - target
+    return ReconstructionSums(error.square().sum(), target.square().sum().detach())
+
+
+class TokenSums(NamedTuple):
+    """Sums over the tokens that count."""
+
+    cross_entropy: Tensor
+    """0-d, differentiable, in nats."""
+    correct: Tensor
+    """0-d, tokens whose most likely prediction is right, given the true ones before."""
+
+
+def token_sums(logits: Tensor, tokens: Tensor) -> TokenSums:
+    """Cross entropy of the text.
+
+    Args:
+        logits: [B, L, V].
+        tokens: [B, L] int64; positions with −100 do not count.
+    """
+    logits = logits.float()
+    entropy = F.cross_entropy(
+        logits.flatten(0, 1), tokens.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    return TokenSums(entropy, (logits.argmax(-1) == tokens).sum().detach())
+
+
+class PhonemeSums(NamedTuple):
+    """Sums over the rows whose phonemes fit into their frames."""
+
+    negative_log_likelihood: Tensor
+    """0-d, differentiable, in nats."""
+    rows: Tensor
+    """0-d, rows that count."""
+    too_short: Tensor
+    """0-d, rows left out because they have phonemes but too few frames for them."""
+
+
+def phoneme_sums(
+    logits: Tensor, frame_mask: Tensor, phonemes: Tensor, lengths: Tensor
+) -> PhonemeSums:
+    """CTC loss (Graves et al. 2006) with class 0 as the blank.
+
+    A path needs one frame per phoneme and one more between two equal ones; rows with fewer are left
+    out and counted. Rows without phonemes are left out.
+
+    Args:
+        logits: [B, P, 41].
+        frame_mask: [B, P] bool, True = real; the real frames count, wherever they stand.
+        phonemes: [B, S] int64, ids 1–40, padded with 0.
+        lengths: [B] int64, 0 = no phonemes.
+    """
+    if phonemes.shape[1] == 0:
+        phonemes = phonemes.new_zeros(phonemes.shape[0], 1)
+    frames = frame_mask.sum(1)
+    place = torch.arange(1, phonemes.shape[1], device=phonemes.device)
+    repeated = (phonemes[:, 1:] == phonemes[:, :-1]) & (place < lengths[:, None])
+    fits = frames >= lengths + repeated.sum(1)
+    used = fits & (lengths > 0)
+    real_first = frame_mask.int().argsort(dim=1, descending=True, stable=True)
+    logits = logits.float().masked_fill(~frame_mask[..., None], 0.0)
+    logits = logits.gather(1, real_first[..., None].expand_as(logits))
+    nll = F.ctc_loss(
+        logits.log_softmax(-1).transpose(0, 1),
+        phonemes,
+        frames.clamp(min=1),
+        torch.where(used, lengths, 0),
+        reduction="none",
+    )
+    total = torch.where(used, nll, 0.0).sum()
+    return PhonemeSums(total, used.sum(), (~fits & (lengths > 0)).sum())

@@ -1,0 +1,58 @@
+"""Quantized latents back to the signal."""
+
+from torch import Tensor, nn
+
+from b2t.model.patches import from_patches
+from b2t.model.transformer import Transformer
+
+
+class SignalDecoder(nn.Module):
+    """A small transformer over the latent frames and a linear map to their patches.
+
+    Args:
+        channels: C.
+        latent_dim: D.
+        patch_size: bins per patch, as in the encoder.
+        patch_stride: bins from one patch to the next, as in the encoder.
+        dim: width; None is the latent's.
+        depth: transformer blocks.
+        heads: attention heads.
+        mlp_ratio: width of the feed-forward layers over `dim`.
+        dropout: dropout of attention, its output and the feed-forward layers.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        latent_dim: int,
+        patch_size: int,
+        patch_stride: int,
+        dim: int | None = None,
+        depth: int = 4,
+        heads: int = 8,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        dim = dim or latent_dim
+        self.patch_size = patch_size
+        self.patch_stride = patch_stride
+        self.project = nn.Linear(latent_dim, dim)
+        self.transformer = Transformer(dim, depth, heads, mlp_ratio, dropout)
+        self.to_patch = nn.Linear(dim, patch_size * channels)
+
+    def forward(self, latents: Tensor, frame_mask: Tensor, bins: int) -> Tensor:
+        """Decode latent frames.
+
+        Args:
+            latents: [B, P, D], quantized or not.
+            frame_mask: [B, P] bool, True = real.
+            bins: length T of the signal.
+
+        Returns:
+            Signal [B, T, C] in float32, zero where no real frame lies. Overlapping patches are
+            averaged.
+        """
+        x = self.transformer(self.project(latents), frame_mask)
+        patches = self.to_patch(x).float()
+        return from_patches(patches, frame_mask, bins, self.patch_size, self.patch_stride)

@@ -1,0 +1,168 @@
+"""Tokenizers of the text decoder: bytes, BPE trained on the spot, or a checkpoint's own."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    ByT5Tokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from b2t.errors import UserError
+from b2t.model.losses import IGNORE
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """UTF-8 bytes: 259 tokens, needs no files and knows every text."""
+    return ByT5Tokenizer(extra_ids=0)
+
+
+def bpe_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedTokenizerBase:
+    """Byte-level BPE (Sennrich et al. 2016) learnt from the training texts.
+
+    It falls back to bytes, so it knows every text. The same texts give the same tokenizer.
+
+    Args:
+        texts: training texts only.
+        vocab_size: tokens at most, at least 260 (256 bytes and 4 special tokens).
+
+    Raises:
+        UserError: no text, or too small a vocabulary.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + len(special):
+        raise UserError(
+            f"text_decoder.bpe_vocab_size={vocab_size}: expected at least "
+            f"{len(alphabet) + len(special)} (256 bytes and {len(special)} special tokens)"
+        )
+    texts = [text for text in texts if text]
+    if not texts:
+        raise UserError(
+            "text_decoder.tokenizer=bpe: the training split holds no text to learn from; "
+            "use text_decoder.tokenizer=byte or text_decoder.enabled=false"
+        )
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special.values()),
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    core.train_from_iterator(sorted(texts), trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", core.token_to_id("</s>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+def load_tokenizer(checkpoint: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or Hub id.
+
+    Raises:
+        UserError: no tokenizer there, or one without an end token.
+    """
+    path = Path(checkpoint).expanduser()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else str(checkpoint))
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{checkpoint}: no tokenizer could be loaded ({reason}); expected a folder with "
+            "tokenizer.json or a Hub id that can be reached"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{checkpoint}: its tokenizer has no end token, so decoding cannot stop")
+    return tokenizer
+
+
+def build_tokenizer(
+    kind: str = "byte",
+    texts: Iterable[str] = (),
+    vocab_size: int = 2000,
+    checkpoint: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """Make the tokenizer that a text decoder section asks for.
+
+    Args:
+        kind: `byte` or `bpe`; a checkpoint brings its own.
+        texts: training texts, for `bpe`.
+        vocab_size: tokens at most, for `bpe`.
+        checkpoint: folder or Hub id of a sequence-to-sequence model.
+
+    Raises:
+        UserError: unknown kind, no texts, or an unreadable checkpoint.
+    """
+    if checkpoint is not None:
+        return load_tokenizer(checkpoint)
+    if kind == "byte":
+        return byte_tokenizer()
+    if kind == "bpe":
+        return bpe_tokenizer(texts, vocab_size)
+    raise UserError(f"text_decoder.tokenizer={kind}: expected byte or bpe")
+
+
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int, row: str = "text"
+) -> list[int]:
+    """Tokens of one text, ending in the end token.
+
+    Raises:
+        UserError: more tokens than `max_tokens`; the message names the row.
+    """
+    tokens = list(tokenizer(text)["input_ids"])
+    if not tokens or tokens[-1] != tokenizer.eos_token_id:
+        tokens.append(tokenizer.eos_token_id)
+    if len(tokens) > max_tokens:
+        shown = text if len(text) <= 60 else text[:57] + "…"
+        raise UserError(
+            f"{row}: its text has {len(tokens)} tokens with the end token, the limit is "
+            f"{max_tokens} ({shown!r}); raise data.max_text_tokens or drop the trial"
+        )
+    return tokens
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str | None],
+    max_tokens: int,
+    rows: Sequence[str] | None = None,
+) -> Tensor:
+    """Labels [B, L ≥ 1] int64, −100 behind the end token and in rows without text.
+
+    Raises:
+        UserError: a text longer than `max_tokens`.
+    """
+    names = rows if rows is not None else [f"row {index}" for index in range(len(texts))]
+    encoded = [
+        encode_text(tokenizer, text, max_tokens, name) if text is not None else []
+        for text, name in zip(texts, names, strict=True)
+    ]
+    labels = torch.full((len(encoded), max([1, *map(len, encoded)])), IGNORE, dtype=torch.int64)
+    for row, tokens in zip(labels, encoded, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+    return labels
+
+
+def decode_texts(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> list[str]:
+    """Texts of generated tokens or labels [B, L], cut at the first end token.
+
+    A text that begins with the end token as its start token is read from behind it.
+    """
+    texts = []
+    for row in tokens.tolist():
+        row = [token for token in row if token >= 0]
+        if len(row) > 1 and row[0] in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+            row = row[1:]
+        if tokenizer.eos_token_id in row:
+            row = row[: row.index(tokenizer.eos_token_id)]
+        texts.append(tokenizer.decode(row, skip_special_tokens=True))
+    return texts
