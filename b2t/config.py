@@ -173,7 +173,7 @@ class QuantizerConfig(Section):
     """A code is dead below this fraction of uniform use."""
     revival_every: PositiveInt = 5
     """Applied steps between revivals."""
-    stochastic: bool = False
+    stochastic_sample_codes: bool = False
     """Sample codes in training at the current temperature (Gumbel) instead of the nearest."""
 
 
