@@ -1,0 +1,346 @@
+"""Datasets as training reads them: a prepared folder, parquet files, or a Hugging Face dataset."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from tqdm import tqdm
+
+from b2t.data.phonemes import PHONEMES
+from b2t.data.prepare import RECORD, arrow_state, combined_fingerprint
+from b2t.data.sources import FORMATS
+from b2t.data.sources.base import SPLITS
+from b2t.data.trials import (
+    COLUMNS,
+    Fingerprint,
+    read_signal,
+    require_finite,
+    row_id,
+    signal_lengths,
+)
+from b2t.errors import UserError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_TIMEOUT_SECONDS = 5.0
+_SPLIT_NAMES = {"validation": "val", "valid": "val", "dev": "val"}
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What a dataset holds.
+
+    Attributes:
+        channels: number of channels C.
+        sampling_rate: in Hz.
+        sessions: sessions with training trials, sorted: those a model can learn to adapt to.
+        simulated: the signals come from `b2t simulate`.
+        has_text: some trial has a text.
+        has_phonemes: some trial has phonemes.
+        splits: number of rows by split.
+        fingerprint: hash of the content, the same whenever the same data is prepared again.
+        channel_names: C names, where the dataset carries them.
+    """
+
+    channels: int
+    sampling_rate: float
+    sessions: list[str]
+    simulated: bool
+    has_text: bool
+    has_phonemes: bool
+    splits: dict[str, int]
+    fingerprint: str
+    channel_names: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class _Opened:
+    splits: dict[str, Dataset]
+    info: DatasetInfo
+
+
+def load_trials(path: str | Path, split: str) -> Dataset:
+    """Return one split, checked.
+
+    Args:
+        path: a folder written by `b2t prepare`, a glob of parquet files, or a Hugging Face id.
+        split: ``train``, ``val`` or ``test``.
+
+    Raises:
+        UserError: nothing there, another layout, a missing column or split, an empty split, and,
+            in data that `b2t prepare` has not checked, NaN, empty trials or unequal channels.
+    """
+    splits = _opened(path).splits
+    if split not in splits:
+        raise UserError(
+            f"{path} has no {split} split: it has {', '.join(splits)}; prepare it again with a "
+            "share for it (--split), or choose another split"
+        )
+    return splits[split]
+
+
+def dataset_info(path: str | Path) -> DatasetInfo:
+    """Describe a dataset. Errors as in `load_trials`."""
+    return _opened(path).info
+
+
+def _opened(path: str | Path) -> _Opened:
+    return _open(str(path), _stamp(Path(path)))
+
+
+def _stamp(path: Path) -> tuple[float, ...]:
+    """Return what changes when a folder or file is written again, so that no stale copy is used."""
+    files = [path, *sorted(path.glob("*/state.json"))] if path.is_dir() else []
+    return tuple(file.stat().st_mtime_ns for file in files)
+
+
+@lru_cache(maxsize=8)
+def _open(path: str, stamp: tuple[float, ...]) -> _Opened:
+    splits = _load(path)
+    _require_columns(splits, path)
+    _require_rows(splits, path)
+    record = _trusted_record(Path(path), splits)
+    fingerprint = record["fingerprint"] if record else _examine(splits, path)
+    first = next(iter(splits.values()))
+    info = DatasetInfo(
+        channels=read_signal(first.with_format("arrow")[0]).shape[1],
+        sampling_rate=_sampling_rate(splits, path),
+        sessions=sorted(splits.get("train", first).unique("session")),
+        simulated=bool((record or _record(Path(path))).get("simulated", False)),
+        has_text=any(_has_values(dataset, "text") for dataset in splits.values()),
+        has_phonemes=any(_has_values(dataset, "phonemes") for dataset in splits.values()),
+        splits={split: len(dataset) for split, dataset in splits.items()},
+        fingerprint=fingerprint,
+        channel_names=(record or {}).get("channels"),
+    )
+    return _Opened(splits, info)
+
+
+def _load(path: str) -> dict[str, Dataset]:
+    place = Path(path).expanduser()
+    if has_magic(path) or path.endswith(".parquet"):
+        return _load_parquet(path)
+    if place.is_dir():
+        return _load_folder(place)
+    if place.exists():
+        raise UserError(_unprepared(place))
+    if _HUB_ID.fullmatch(path):
+        return _load_hub(path)
+    raise UserError(
+        f"{path}: no such folder. Expected a folder written by `b2t prepare`, a glob of parquet "
+        "files ('data/*.parquet') or a Hugging Face dataset id ('user/name')"
+    )
+
+
+def _load_folder(path: Path) -> dict[str, Dataset]:
+    if (path / "state.json").exists():
+        raise UserError(
+            f"{path} holds one split saved on its own, where a folder with dataset_dict.json and "
+            f"one folder per split is expected: did you mean {path.parent}?"
+        )
+    if not (path / "dataset_dict.json").exists():
+        raise UserError(_unprepared(path))
+    try:
+        loaded = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}: {_first_line(error)}): a file is "
+            "missing or damaged; prepare it again"
+        ) from None
+    return _named(loaded)
+
+
+def _unprepared(path: Path) -> str:
+    formats = [module.NAME for module in FORMATS if module.find(path)]
+    if formats:
+        return f"{path} holds recordings ({formats[0]}) not yet prepared: b2t prepare {path} OUT"
+    parquet = path.is_dir() and any(path.glob("*.parquet"))
+    hint = f"; its parquet files are read as '{path}/*.parquet'" if parquet else ""
+    return (
+        f"{path} is not a dataset: expected a folder written by `b2t prepare`, with "
+        f"dataset_dict.json and one folder per split{hint}"
+    )
+
+
+def _load_parquet(pattern: str) -> dict[str, Dataset]:
+    files = sorted(glob(os.path.expanduser(pattern), recursive=True))
+    if not files:
+        raise UserError(f"{pattern}: no such parquet file")
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        name = re.split(r"[-_.]", Path(file).name)[0]
+        by_split.setdefault(_SPLIT_NAMES.get(name, name), []).append(file)
+    if not set(by_split) <= set(SPLITS):
+        by_split = {"train": files}
+    try:
+        loaded = load_dataset("parquet", data_files=by_split)
+    except Exception as error:  # datasets wraps whatever pyarrow and the cache raise
+        cause = error.__cause__ or error
+        raise UserError(
+            f"{pattern} cannot be read as parquet ({type(cause).__name__}: {_first_line(cause)})"
+        ) from None
+    if len(loaded) == 1 and "split" in loaded["train"].column_names:
+        return _by_column(loaded["train"])
+    return _named(loaded)
+
+
+def _by_column(dataset: Dataset) -> dict[str, Dataset]:
+    names = np.asarray(dataset.with_format("arrow").select_columns(["split"])[:]["split"])
+    names = np.asarray([_SPLIT_NAMES.get(str(name), str(name)) for name in names])
+    found = [split for split in SPLITS if split in names]
+    return {split: dataset.select(np.flatnonzero(names == split)) for split in found}
+
+
+def _load_hub(name: str) -> dict[str, Dataset]:
+    from huggingface_hub import constants
+
+    nothing = f"{name} is neither a folder here nor"
+    if not constants.HF_HUB_OFFLINE:
+        _require_on_hub(name, nothing)
+    try:
+        loaded = load_dataset(name)
+    except Exception as error:  # datasets raises many kinds here, each a reason not to go on
+        raise UserError(
+            f"{nothing} a Hugging Face dataset that can be loaded"
+            f"{' offline (HF_HUB_OFFLINE is set)' if constants.HF_HUB_OFFLINE else ''} "
+            f"({type(error).__name__}: {_first_line(error)})"
+        ) from None
+    return _named(loaded)
+
+
+def _require_on_hub(name: str, nothing: str) -> None:
+    """Ask the Hub once, briefly: load_dataset would retry for minutes without a network."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        HfApi().dataset_info(name, timeout=_HUB_TIMEOUT_SECONDS)
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{nothing} a Hugging Face dataset that you can read: check the spelling, or log in "
+            "with `hf auth login` if it is private"
+        ) from None
+    except Exception as error:  # the HTTP library, and so its errors, change between releases
+        raise UserError(
+            f"{nothing} can the Hugging Face Hub be reached ({type(error).__name__}): check the "
+            "path or the network; HF_HUB_OFFLINE=1 uses a copy downloaded before"
+        ) from None
+
+
+def _named(loaded: Any) -> dict[str, Dataset]:
+    if not isinstance(loaded, DatasetDict):
+        loaded = {"train": loaded}
+    found = {_SPLIT_NAMES.get(split, split): dataset for split, dataset in loaded.items()}
+    order = [split for split in SPLITS if split in found]
+    return {split: found[split] for split in [*order, *(set(found) - set(order))]}
+
+
+def _require_columns(splits: dict[str, Dataset], path: str) -> None:
+    for split, dataset in splits.items():
+        missing = [name for name in COLUMNS if name not in dataset.column_names and name != "split"]
+        if missing:
+            raise UserError(
+                f"{path}, {split}: no column {', '.join(missing)} (found: "
+                f"{', '.join(dataset.column_names)}); expected {', '.join(COLUMNS)}, as "
+                "`b2t prepare` writes them"
+            )
+
+
+def _require_rows(splits: dict[str, Dataset], path: str) -> None:
+    if not splits:
+        raise UserError(f"{path}: no split named train, val or test")
+    for split, dataset in splits.items():
+        if not len(dataset):
+            raise UserError(f"{path}: the {split} split is empty: prepare it again, or remove it")
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((path / RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _trusted_record(path: Path, splits: dict[str, Dataset]) -> dict[str, Any]:
+    """Return ``b2t.json`` where the splits beside it are those that `b2t prepare` checked."""
+    record = _record(path)
+    if not record:
+        return {}
+    states = {split: arrow_state(path / split) for split in splits}
+    return record if states == record.get("arrow") else {}
+
+
+def _examine(splits: dict[str, Dataset], path: str) -> str:
+    """Read everything once: refuse bad trials, return the fingerprint."""
+    digests = {}
+    channels: tuple[int, str] | None = None
+    for split, dataset in splits.items():
+        mark = Fingerprint()
+        rows = dataset.with_format("arrow")
+        for index in tqdm(range(len(rows)), desc=f"checking {split}", unit="trial", disable=None):
+            row, signal = _checked_row(rows[index], f"{path}, {split}, row {index}")
+            name = f"{row_id(row)} ({path}, {split}, row {index})"
+            require_finite(signal, name)
+            channels = channels or (signal.shape[1], name)
+            if signal.shape[1] != channels[0]:
+                raise UserError(
+                    f"trial {channels[1]} has {channels[0]} channels and trial {name} has "
+                    f"{signal.shape[1]}: one dataset needs the same channels throughout"
+                )
+            mark.add(row, signal)
+        digests[split] = mark.hexdigest()
+    return combined_fingerprint(digests)
+
+
+def _checked_row(table: pa.Table, place: str) -> tuple[dict[str, Any], np.ndarray]:
+    row = {name: table[name][0].as_py() for name in COLUMNS[1:-1]}
+    for name in ("session", "block", "trial", "sampling_rate"):
+        if row[name] is None:
+            raise UserError(f"{place}: {name} is null, where every trial needs one")
+    phonemes = row["phonemes"] or []
+    if phonemes and not 0 < min(phonemes) <= max(phonemes) < len(PHONEMES):
+        raise UserError(
+            f"{place}: phonemes holds {min(phonemes)} to {max(phonemes)}, expected classes 1 to "
+            f"{len(PHONEMES) - 1}"
+        )
+    try:
+        return row, read_signal(table)
+    except (ValueError, AttributeError, pa.ArrowException) as error:
+        raise UserError(
+            f"{place}: signal is no list [bins] of lists [channels] of numbers: "
+            f"{_first_line(error)}"
+        ) from None
+
+
+def _sampling_rate(splits: dict[str, Dataset], path: str) -> float:
+    rates = {rate for dataset in splits.values() for rate in dataset.unique("sampling_rate")}
+    if len(rates) != 1:
+        raise UserError(
+            f"{path} mixes sampling rates ({', '.join(f'{rate:g} Hz' for rate in sorted(rates))}): "
+            "prepare it again with --resample HZ"
+        )
+    return float(rates.pop())
+
+
+def _has_values(dataset: Dataset, column: str) -> bool:
+    values = dataset.data.column(column)
+    return pc.count(values, mode="only_valid").as_py() > 0 and bool(len(dataset))
+
+
+def durations(dataset: Dataset) -> np.ndarray:
+    """Return the duration of every trial in seconds, [rows]."""
+    rates = dataset.with_format("arrow").select_columns(["sampling_rate"])[:]["sampling_rate"]
+    return signal_lengths(dataset) / rates.to_numpy()
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "no detail")[:200]
