@@ -124,8 +124,6 @@ class BrainToText(PreTrainedModel):
     main_input_name = "signal"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    # Distances in half precision choose other codes, and sums over 65,504 frames overflow.
-    _keep_in_fp32_modules_strict = ["quantizer.codebooks"]  # noqa: RUF012  (transformers reads a list)
 
     def __init__(self, config: BrainToTextConfig) -> None:
         config = copy.deepcopy(config)
@@ -450,12 +448,22 @@ class BrainToText(PreTrainedModel):
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a saved model; arguments as in transformers.
 
+        Whatever the dtype asked for, codebooks and their averages come back in float32, bit for
+        bit.
+
         Raises:
             UserError: no model there, or one that lacks weights.
         """
         with_info = kwargs.pop("output_loading_info", False)
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
         try:
-            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+            if dtype in ("auto", None):
+                dtype = BrainToTextConfig.from_pretrained(path).dtype
+            # transformers would cast codebooks, averages and counters with the rest; `.to` leaves
+            # them as they are.
+            model, info = super().from_pretrained(
+                path, *args, output_loading_info=True, dtype=torch.float32, **kwargs
+            )
         except OSError as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(
@@ -468,6 +476,8 @@ class BrainToText(PreTrainedModel):
                 f"{path}: its model.safetensors lacks {len(missing)} tensors of this architecture, "
                 f"such as {missing[0]}; it was written by another version or cut short"
             )
+        if dtype is not None:
+            model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         return (model, info) if with_info else model
 
 
