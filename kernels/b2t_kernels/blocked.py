@@ -24,13 +24,16 @@ def lowest_duplicate(codebook: Tensor, bias: Tensor) -> Tensor | None:
     A matrix product may round equal columns differently at the edge of a block, so ties between
     identical codes are settled here and not by comparing scores.
     """
-    K = codebook.shape[0]
-    if torch.unique(bias).numel() == K:
+    _, group, members = torch.unique(bias, return_inverse=True, return_counts=True)
+    suspects = (members[group] > 1).nonzero()[:, 0]
+    if not suspects.numel():
         return None
-    _, inverse = torch.unique(codebook, dim=0, return_inverse=True)
-    positions = torch.arange(K, device=codebook.device)
-    first = torch.full_like(positions, K).scatter_reduce_(0, inverse, positions, "amin")
-    return first[inverse]
+    _, inverse = torch.unique(codebook[suspects], dim=0, return_inverse=True)
+    lowest = torch.full_like(suspects, codebook.shape[0])
+    lowest.scatter_reduce_(0, inverse, suspects, "amin")
+    first = torch.arange(codebook.shape[0], device=codebook.device)
+    first[suspects] = lowest[inverse]
+    return first
 
 
 class CentredCodes:
@@ -64,18 +67,18 @@ class CentredCodes:
 
 
 def _search_block(
-    rows: Tensor, codes: CentredCodes, runner_up: bool
+    rows: Tensor, codes: CentredCodes, buffer: Tensor, runner_up: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Best score, its index and (if asked for) the second-best score of centred rows [n, D].
 
     Maxima are taken over groups of 64 codes; the index is looked up in the winning group alone, and
-    only for rows that a block of codes improves, which is a few per cent of a full argmax.
+    only for rows that a block of codes improves, which is a few per cent of a full argmax. The
+    scores of one block of codes live in ``buffer``.
     """
     n, K = rows.shape[0], codes.codes.shape[0]
     best = rows.new_full((n,), -torch.inf)
     second = best.clone()
     winner = torch.zeros(n, dtype=torch.int64, device=rows.device)
-    buffer = rows.new_empty(n * min(CODE_BLOCK, K))
     for start in range(0, K, CODE_BLOCK):
         block = slice(start, min(start + CODE_BLOCK, K))
         groups = (block.stop - start) // GROUP
@@ -146,10 +149,11 @@ def nearest_code(
     indices = torch.empty(N, dtype=torch.int64, device=x.device)
     doubtful = torch.zeros(N, dtype=torch.bool, device=x.device)
     unit = torch.finfo(codes.mean.dtype).eps / 2
+    buffer = codes.mean.new_empty(min(ROW_BLOCK, N) * min(CODE_BLOCK, codes.bias.numel()))
     for start in range(0, N, ROW_BLOCK):
         block = slice(start, start + ROW_BLOCK)
         rows = codes.centre(x[block])
-        best, winner, second = _search_block(rows, codes, exact)
+        best, winner, second = _search_block(rows, codes, buffer, exact)
         valid = best.isfinite()
         if mask is not None:
             valid &= mask[block]
