@@ -1,0 +1,61 @@
+"""The `b2t` command: one subcommand per job, each defined beside the code that does it."""
+
+import argparse
+import importlib
+import sys
+
+from b2t.errors import UserError
+from b2t.log import configure, quiet_libraries
+
+COMMANDS = {
+    "simulate": "b2t.data.simulate_command",
+    "prepare": "b2t.data.prepare_command",
+    "inspect": "b2t.data.inspect_command",
+    "evaluate": "b2t.evaluate.evaluate_command",
+    "decode": "b2t.evaluate.decode_command",
+    "tokenize": "b2t.evaluate.tokenize_command",
+    "report": "b2t.monitor.report_command",
+    "doctor": "b2t.doctor_command",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Arguments of all subcommands."""
+    top = argparse.ArgumentParser(
+        prog="b2t",
+        description="Brain-to-text training at scale: data, evaluation, reports. "
+        "Training itself is started with deepspeed train_ds.py (see train_ds.py --help).",
+    )
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, module_name in COMMANDS.items():
+        module = importlib.import_module(module_name)
+        command = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.SUMMARY,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; return its exit status."""
+    quiet_libraries()
+    configure()
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except UserError as error:
+        print(f"b2t {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"b2t {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""From a configuration to the objects that train: data, tokenizer, model."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from b2t.config import Config
+from b2t.data.augment import Augment
+from b2t.data.dataset import DatasetInfo, dataset_info, load_trials
+from b2t.errors import UserError
+from b2t.log import logger
+from b2t.model.brain_to_text import BrainToText
+from b2t.model.configuration import BrainToTextConfig
+from b2t.model.tokenizer import build_tokenizer
+
+
+@dataclass
+class Materials:
+    """What a run trains with.
+
+    Attributes:
+        info: facts about the dataset.
+        train, validation: trials.
+        tokenizer: None where no text is trained on.
+        model: on the CPU, float32.
+        augment: of training signals.
+    """
+
+    info: DatasetInfo
+    train: Dataset
+    validation: Dataset
+    tokenizer: PreTrainedTokenizerBase | None
+    model: BrainToText
+    augment: Augment
+
+
+def build(config: Config) -> Materials:
+    """Open the data and build tokenizer and model.
+
+    Raises:
+        UserError: on data that cannot be trained on.
+    """
+    data = config.data
+    if data.path is None:
+        raise UserError(
+            "data.path is not set: give a folder made by `b2t prepare`, a Hugging Face dataset id "
+            "or a parquet glob, for example data.path=prepared/t15"
+        )
+    info = dataset_info(data.path)
+    train = load_trials(data.path, data.train_split)
+    validation = load_trials(data.path, data.validation_split)
+    with_text = info.has_text and config.model.text_decoder.enabled
+    if config.model.text_decoder.enabled and not info.has_text:
+        logger(__name__).info("%s has no text: training a tokenizer of signals only", data.path)
+    tokenizer = _tokenizer(config, train) if with_text else None
+    # Weights are made on every rank from the same seed.
+    torch.manual_seed(config.run.seed)
+    model = BrainToText(model_config(config, info, tokenizer))
+    knobs = config.model.activation_checkpointing
+    model.checkpoint_activations(knobs.encoder, knobs.signal_decoder, knobs.text_decoder)
+    return Materials(
+        info, train, validation, tokenizer, model, Augment(**data.augment.model_dump())
+    )
+
+
+def _tokenizer(config: Config, train: Dataset) -> PreTrainedTokenizerBase:
+    section = config.model.text_decoder
+    texts = [text for text in train["text"] if text] if section.tokenizer == "bpe" else []
+    return build_tokenizer(
+        section.tokenizer, texts, section.bpe_vocab_size, checkpoint=section.checkpoint
+    )
+
+
+def model_config(
+    config: Config, info: DatasetInfo, tokenizer: PreTrainedTokenizerBase | None
+) -> BrainToTextConfig:
+    """Resolve the architecture for one dataset."""
+    model = config.model
+    text: dict[str, Any] = model.text_decoder.model_dump()
+    text["enabled"] = tokenizer is not None
+    text["max_tokens"] = config.data.max_text_tokens
+    phonemes = model.phoneme_head.model_dump()
+    phonemes["enabled"] = phonemes["enabled"] and info.has_phonemes
+    quantizer = model.quantizer.model_dump()
+    quantizer["seed"] = config.run.seed
+    quantizer["temperature"] = config.temperature.start
+    quantizer["temperature_end"] = config.temperature.end
+    quantizer["temperature_schedule"] = config.temperature.schedule
+    special: dict[str, Any] = {}
+    if tokenizer is not None:
+        special = {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+    return BrainToTextConfig(
+        channels=info.channels,
+        sampling_rate=info.sampling_rate,
+        sessions=info.sessions,
+        adapter=model.adapter.model_dump(),
+        encoder=model.encoder.model_dump(),
+        quantizer=quantizer,
+        signal_decoder=model.signal_decoder.model_dump(),
+        phoneme_head=phonemes,
+        text_decoder=text,
+        simulated_data=info.simulated,
+        **special,
+    )

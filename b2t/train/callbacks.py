@@ -1,0 +1,300 @@
+"""Hooks around the engine step, and the ones that every run has: console, files, WandB."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from b2t.config import LogConfig, PhaseConfig
+from b2t.log import logger
+from b2t.monitor.jsonl import JsonlSink, rewind
+
+if TYPE_CHECKING:
+    from b2t.train.trainer import Trainer
+
+
+@dataclass
+class Alert:
+    """Something a person should act on.
+
+    Attributes:
+        severity: `info`, `warning` or `critical`; a critical one ends the run.
+        message: what was seen.
+        remedy: what to try.
+    """
+
+    severity: str
+    message: str
+    remedy: str = ""
+    values: dict[str, float] = field(default_factory=dict)
+
+
+class Callback:
+    """Base of hooks; each does nothing until overridden.
+
+    All ranks call all hooks in the same order, so that a hook may use collectives. Hooks must not
+    wait for the device outside `on_log`.
+    """
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step, after a resume."""
+
+    def on_step(self, trainer: Trainer, context: Any) -> None:
+        """After each applied step; `context` is a `b2t.monitor.context.StepContext`."""
+
+    def on_log(self, trainer: Trainer, record: dict[str, float]) -> None:
+        """At each log step, with the metrics since the last one; may add to them."""
+
+    def on_eval(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """After each validation, with its metrics."""
+
+    def on_phase_end(self, trainer: Trainer, phase: PhaseConfig) -> None:
+        """After the last step, validation and decoding of a phase."""
+
+    def on_alert(self, trainer: Trainer, alert: Alert) -> None:
+        """When a rule fires."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """When the run leaves, finished or not."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State that a resume restores, as JSON."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+
+class ProgressBar(Callback):
+    """A bar with the time left, on a terminal."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Show the bar."""
+        self._bar = tqdm(
+            total=trainer.config.total_steps,
+            initial=trainer.progress.step,
+            unit="step",
+            desc=trainer.phase.name,
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+            smoothing=0.05,
+        )
+
+    def on_step(self, trainer: Trainer, context: Any) -> None:
+        """Advance."""
+        assert self._bar is not None
+        if self._bar.desc != f"{trainer.phase.name}: ":
+            self._bar.set_description(trainer.phase.name)
+        self._bar.update(trainer.progress.step - self._bar.n)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Console(Callback):
+    """One readable line per log step, evaluation and phase."""
+
+    def on_log(self, trainer: Trainer, record: dict[str, float]) -> None:
+        """Print the step."""
+        logger().info(step_line(trainer, record))
+
+    def on_eval(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """Print the validation."""
+        logger().info(evaluation_line(trainer.progress.step, metrics))
+
+    def on_phase_end(self, trainer: Trainer, phase: PhaseConfig) -> None:
+        """Say that the phase is over."""
+        logger().info("phase %s ended after %d steps", phase.name, trainer.progress.phase_step)
+
+    def on_alert(self, trainer: Trainer, alert: Alert) -> None:
+        """Print the alert with its remedy."""
+        log = logger()
+        level = {"critical": log.error, "warning": log.warning}.get(alert.severity, log.info)
+        level(
+            "%s: %s%s", alert.severity, alert.message, f" — {alert.remedy}" if alert.remedy else ""
+        )
+
+
+class MetricsFile(Callback):
+    """`metrics.jsonl`: one object per log step and evaluation."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "metrics.jsonl"
+        self._sink: JsonlSink | None = None
+        self._started = time.time()
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Drop records that a resumed run writes again, and open the file."""
+        rewind(self.path, trainer.progress.step)
+        self._sink = JsonlSink(self.path)
+        self._started = time.time() - trainer.progress.seconds
+
+    def on_log(self, trainer: Trainer, record: dict[str, float]) -> None:
+        """Write the step."""
+        self._write(trainer, record)
+
+    def on_eval(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """Write the validation."""
+        self._write(trainer, metrics)
+
+    def on_alert(self, trainer: Trainer, alert: Alert) -> None:
+        """Write the alert."""
+        entry = {"severity": alert.severity, "message": alert.message, "remedy": alert.remedy}
+        self._write(trainer, {"alert": {**entry, "values": alert.values}})
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Close the file."""
+        if self._sink is not None:
+            self._sink.close()
+
+    def _write(self, trainer: Trainer, values: dict[str, Any]) -> None:
+        assert self._sink is not None
+        head = {
+            "step": trainer.progress.step,
+            "phase": trainer.phase.name,
+            "time_s": round(time.time() - self._started, 3),
+        }
+        self._sink.write({**head, **values})
+
+
+class Wandb(Callback):
+    """Weights & Biases: our own run, whose id a resume keeps."""
+
+    def __init__(self, config: LogConfig, folder: Path) -> None:
+        self.config = config.wandb
+        self.folder = folder
+        self.run_id: str | None = None
+        self._run: Any = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Open the run, or the same one again."""
+        import wandb
+
+        self.run_id = self.run_id or uuid.uuid4().hex[:8]
+        section = self.config
+        self._run = wandb.init(
+            project=section.project,
+            entity=section.entity,
+            group=section.group,
+            name=section.name or self.folder.name,
+            tags=section.tags or None,
+            dir=str(self.folder),
+            id=self.run_id,
+            resume="allow",
+            config={
+                "b2t": trainer.config.model_dump(mode="json"),
+                "deepspeed": trainer.ds_file.raw,
+                "simulated_data": trainer.materials.info.simulated,
+            },
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        where = self._run.url or f"offline in {os.path.relpath(self._run.dir)}"
+        logger(__name__).info("wandb run %s (%s)", self.run_id, where)
+
+    def on_log(self, trainer: Trainer, record: dict[str, float]) -> None:
+        """Log the step."""
+        self._run.log({"step": trainer.progress.step, **record})
+
+    def on_eval(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """Log the validation."""
+        self._run.log({"step": trainer.progress.step, **metrics})
+
+    def on_alert(self, trainer: Trainer, alert: Alert) -> None:
+        """Pass the alert on."""
+        levels = {"critical": "ERROR", "warning": "WARN"}
+        level = levels.get(alert.severity, "INFO")
+        self._run.alert(
+            title=alert.message[:64], text=f"{alert.message}\n{alert.remedy}", level=level
+        )
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Close the run."""
+        if self._run is not None:
+            self._run.finish(quiet=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the id."""
+        return {"run_id": self.run_id}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Use the id again."""
+        self.run_id = state["run_id"]
+
+
+_SHORT = {
+    "reconstruction": "rec",
+    "commitment": "commit",
+    "diversity": "div",
+    "perplexity": "perp",
+    "generation": "gen",
+    "phoneme": "phon",
+}
+
+
+def step_line(trainer: Trainer, record: dict[str, float]) -> str:
+    """Put the metrics of one log step in a line, with units."""
+    parts = " ".join(
+        f"{short} {record[f'loss/{name}']:.3f}"
+        for name, short in _SHORT.items()
+        if f"loss/{name}" in record
+    )
+    fields = [
+        f"step {trainer.progress.step:,}/{trainer.config.total_steps:,}",
+        trainer.phase.name,
+        f"loss {record['loss/total']:.3f} ({parts})",
+    ]
+    if "reconstruction/snr_db" in record:
+        fields.append(f"SNR {record['reconstruction/snr_db']:.1f} dB")
+    if "codebook/utilization_worst" in record:
+        fields.append(f"codes in use ≥ {100 * record['codebook/utilization_worst']:.0f} %")
+    fields.append(f"lr {max(trainer.engine.learning_rates().values()):.1e}")
+    if record.get("optim/grad_norm") is not None:
+        fields.append(f"grad {record['optim/grad_norm']:.2f}")
+    if trainer.ds_file.precision == "fp16":
+        fields.append(f"scale {record['optim/loss_scale']:.0f}")
+    if record["optim/skipped_steps"]:
+        fields.append(f"skipped {record['optim/skipped_steps']:.0f}")
+    fields += [
+        f"{record['time/step_s']:.2f} s/step",
+        f"{record['throughput/frames_per_s']:,.0f} frames/s",
+        f"left {_clock(trainer.seconds_left(record['time/step_s']))}",
+    ]
+    return " · ".join(fields)
+
+
+def evaluation_line(step: int, metrics: dict[str, float]) -> str:
+    """Put the metrics of one validation in a line, with units."""
+    percent = {"wer": "WER", "cer": "CER", "per": "PER", "token_accuracy": "next token right"}
+    fields = [f"step {step:,} validation"]
+    if "val/loss" in metrics:
+        fields.append(f"loss {metrics['val/loss']:.3f}")
+    for name, short in _SHORT.items():
+        if f"val/{name}" in metrics:
+            fields.append(f"{short} {metrics[f'val/{name}']:.3f}")
+    if metrics.get("val/snr_db") is not None:
+        fields.append(f"SNR {metrics['val/snr_db']:.1f} dB")
+    for name, label in percent.items():
+        if metrics.get(f"val/{name}") is not None:
+            fields.append(f"{label} {100 * metrics[f'val/{name}']:.1f} %")
+    if "val/distinct_ratio" in metrics:
+        fields.append(f"distinct outputs {metrics['val/distinct_ratio']:.2f}")
+    return " · ".join(fields)
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -1,0 +1,193 @@
+"""Checkpoints: whole, checked, independent of the number of ranks, and free of pickles.
+
+A checkpoint is a folder `checkpoints/step-00000200/` of
+
+    weights.safetensors    float32 masters of all parameters, and all buffers (codebooks)
+    moments.safetensors    Adam's moments of the current phase, whole tensors by name
+    state.json             progress, engine counters, callbacks, configuration, versions
+    manifest.json          size and SHA-256 of each file
+
+It is written beside its place, synced and renamed; `latest` is replaced last. DeepSpeed's own
+format is not used: it is a set of pickles tied to the number of ranks, not atomic, and its
+conversion for another number of ranks drops buffers.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from b2t.errors import UserError
+from b2t.log import logger
+
+LATEST = "latest"
+BEST = "best"
+_PREFIX = "step-"
+_PARTIAL = ".writing-"
+_FILES = ("weights.safetensors", "moments.safetensors", "state.json")
+
+
+@dataclass
+class Checkpoint:
+    """One moment of a run: everything that the next step depends on."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class CheckpointStore:
+    """The `checkpoints/` folder of a run; only rank 0 writes.
+
+    Args:
+        folder: where checkpoints live.
+        keep: most recent checkpoints that are kept.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = Path(folder)
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending."""
+        found = self.folder.glob(f"{_PREFIX}*") if self.folder.is_dir() else []
+        return sorted(int(path.name.removeprefix(_PREFIX)) for path in found if path.is_dir())
+
+    def save(self, step: int, checkpoint: Checkpoint) -> Path | None:
+        """Write a checkpoint; on a full disk say so, keep the older ones and return None."""
+        target = self.folder / f"{_PREFIX}{step:08d}"
+        partial = self.folder / f"{_PARTIAL}{target.name}"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _write(partial, checkpoint)
+            if target.exists():
+                shutil.rmtree(target)
+            partial.rename(target)
+            sync_folder(self.folder)
+            _replace_text(self.folder / LATEST, target.name + "\n")
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            kept = self.steps()
+            logger(__name__).error(
+                "checkpoint at step %d could not be written (%s): training goes on, the newest "
+                "checkpoint is %s; free space on %s",
+                step,
+                error,
+                f"step {kept[-1]}" if kept else "none",
+                self.folder,
+            )
+            return None
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self.folder / f"{_PREFIX}{old:08d}", ignore_errors=True)
+        return target
+
+    def load(self) -> Checkpoint | None:
+        """Read the newest whole checkpoint; torn ones are named and passed over.
+
+        Raises:
+            UserError: there are checkpoints, and none is whole.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            path = self.folder / f"{_PREFIX}{step:08d}"
+            problem = find_problem(path)
+            if problem is None:
+                return _read(path)
+            logger(__name__).error(
+                "checkpoint %s is damaged (%s): trying the one before", path, problem
+            )
+        if steps:
+            raise UserError(
+                f"{self.folder}: none of the {len(steps)} checkpoints is whole; restore one from a "
+                "copy, or start again with another run.dir"
+            )
+        return None
+
+
+def find_problem(path: Path) -> str | None:
+    """Compare a checkpoint with its manifest; None means whole."""
+    manifest = path / "manifest.json"
+    if not manifest.is_file():
+        return "manifest.json is missing"
+    try:
+        entries = json.loads(manifest.read_text("utf-8"))
+    except ValueError:
+        return "manifest.json is not valid JSON"
+    for name in _FILES:
+        file, entry = path / name, entries.get(name)
+        if entry is None:
+            return f"manifest.json does not name {name}"
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, expected {entry['bytes']}"
+        if sha256(file) != entry["sha256"]:
+            return f"{name} has another checksum than when it was written"
+    return None
+
+
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    save_file(_contiguous(checkpoint.weights), folder / "weights.safetensors")
+    save_file(_contiguous(checkpoint.moments), folder / "moments.safetensors")
+    (folder / "state.json").write_text(json.dumps(checkpoint.state, indent=1), "utf-8")
+    manifest = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        for name in _FILES
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
+    for file in folder.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    sync_folder(folder)
+
+
+def _read(path: Path) -> Checkpoint:
+    try:
+        return Checkpoint(
+            weights=load_file(path / "weights.safetensors"),
+            moments=load_file(path / "moments.safetensors"),
+            state=json.loads((path / "state.json").read_text("utf-8")),
+        )
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file, as hexadecimal text."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while chunk := handle.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _replace_text(path: Path, text: str) -> None:
+    partial = path.with_name(f"{_PARTIAL}{path.name}")
+    with partial.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,193 @@
+"""The DeepSpeed file: read, checked key by key, summarised.
+
+DeepSpeed accepts misspelt top-level keys in silence (`gradient_cliping` trains unclipped), so each
+is compared with the keys that it reads. The file owns micro-batch, accumulation, precision, ZeRO
+and clipping; the optimizer and its schedule are set per phase in the configuration.
+"""
+
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from b2t.errors import UserError
+
+Precision = Literal["fp16", "bf16", "fp32"]
+
+_KNOWN_KEYS = frozenset(
+    # One key a word, in one text, reads better than a list a page long.
+    """
+    train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping steps_per_print
+    fp16 bf16 zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    communication_data_type prescale_gradients gradient_predivide_factor gradient_allreduce_op
+    disable_allgather disable_python_gc dump_state wall_clock_breakdown memory_breakdown
+    flops_profiler comms_logger csv_monitor tensorboard data_types aio timers compile
+    activation_checkpointing log_level
+    """.split()  # noqa: SIM905
+)
+
+_ELSEWHERE = {
+    "train_batch_size": "leave it out: it is micro-batch × accumulation × ranks, and a fixed "
+    "number would tie the file to one number of GPUs",
+    "optimizer": "leave it out: set optim.* and phases.N.lr in the configuration",
+    "scheduler": "leave it out: set phases.N.warmup_steps and phases.N.schedule in the "
+    "configuration",
+    "wandb": "leave it out: set log.wandb.* in the configuration",
+}
+
+
+@dataclass(frozen=True)
+class DeepSpeedFile:
+    """A checked DeepSpeed file.
+
+    Attributes:
+        path: where it was read.
+        raw: its content, as `deepspeed.initialize(config=…)` takes it.
+        micro_batch: trials per rank and forward.
+        accumulation: micro-batches per optimizer step.
+        precision: dtype of weights and activations.
+        zero_stage: 1 or 2.
+        clipping: largest global gradient norm.
+        offload: whether the optimizer lives on the CPU.
+    """
+
+    path: Path
+    raw: dict[str, Any]
+    micro_batch: int
+    accumulation: int
+    precision: Precision
+    zero_stage: int
+    clipping: float
+    offload: bool
+
+    def global_batch(self, world: int) -> int:
+        """Trials per optimizer step over all ranks."""
+        return self.micro_batch * self.accumulation * world
+
+
+def load_ds_config(path: str | Path) -> DeepSpeedFile:
+    """Read and check a DeepSpeed JSON file.
+
+    Raises:
+        UserError: on an unreadable file, unknown or misplaced keys, or bad values.
+    """
+    path = Path(path)
+    raw = _read(path)
+    for key in raw:
+        _check_key(key, path)
+    micro_batch = _positive_int(raw, "train_micro_batch_size_per_gpu", path)
+    accumulation = _positive_int(raw, "gradient_accumulation_steps", path)
+    clipping = raw.get("gradient_clipping")
+    if not isinstance(clipping, (int, float)) or isinstance(clipping, bool) or clipping <= 0:
+        raise UserError(
+            f"{path}: gradient_clipping: found {clipping!r}, expected a number above 0 "
+            "(its default changes between DeepSpeed versions, so the file must say it)"
+        )
+    zero = _zero_section(raw, path)
+    return DeepSpeedFile(
+        path=path,
+        raw=raw,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        precision=_precision(raw, path),
+        zero_stage=int(zero.stage),
+        clipping=float(clipping),
+        offload=zero.offload_optimizer is not None
+        and str(zero.offload_optimizer.device.value) != "none",
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(
+            f"--deepspeed_config {path}: no such file; the repository ships "
+            "ds_configs/zero2_fp16.json, zero2_bf16.json, zero2_cpu.json and zero2_offload.json"
+        )
+    try:
+        raw = json.loads(path.read_text("utf-8"), object_pairs_hook=_no_duplicates)
+    except (json.JSONDecodeError, ValueError) as error:
+        raise UserError(f"{path}: not a valid JSON file: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(raw).__name__}")
+    return raw
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"key {key!r} appears twice")
+    return dict(pairs)
+
+
+def _check_key(key: str, path: Path) -> None:
+    if key in _KNOWN_KEYS:
+        return
+    if key in _ELSEWHERE:
+        raise UserError(f"{path}: {key}: {_ELSEWHERE[key]}")
+    close = difflib.get_close_matches(key, _KNOWN_KEYS, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"known keys: {sorted(_KNOWN_KEYS)}"
+    raise UserError(f"{path}: {key}: unknown key (DeepSpeed would ignore it); {hint}")
+
+
+def _positive_int(raw: dict[str, Any], key: str, path: Path) -> int:
+    value = raw.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{path}: {key}: found {value!r}, expected a whole number from 1")
+    return value
+
+
+def _zero_section(raw: dict[str, Any], path: Path) -> Any:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    section = raw.get("zero_optimization")
+    if not isinstance(section, dict):
+        raise UserError(
+            f"{path}: zero_optimization: found {section!r}, expected a section such as "
+            '{"stage": 2}'
+        )
+    zero = _checked(DeepSpeedZeroConfig, section, "zero_optimization", path)
+    if int(zero.stage) not in (1, 2):
+        raise UserError(
+            f"{path}: zero_optimization.stage: found {int(zero.stage)}, expected 1 or 2: the "
+            "phases keep float32 masters of each weight, which stage 0 has not and stage 3 splits"
+        )
+    return zero
+
+
+def _precision(raw: dict[str, Any], path: Path) -> Precision:
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+
+    fp16 = _checked(DeepSpeedFP16Config, raw.get("fp16", {}), "fp16", path)
+    bf16 = _checked(DeepSpeedBF16Config, raw.get("bf16", {}), "bf16", path)
+    if fp16.enabled and bf16.enabled:
+        raise UserError(f"{path}: fp16 and bf16 are both enabled; expected at most one")
+    if fp16.enabled and fp16.loss_scale == 0 and fp16.min_loss_scale <= 0:
+        raise UserError(
+            f"{path}: fp16.min_loss_scale: found {fp16.min_loss_scale}, expected above 0"
+        )
+    return "fp16" if fp16.enabled else "bf16" if bf16.enabled else "fp32"
+
+
+def _checked(model: Any, section: Any, name: str, path: Path) -> Any:
+    """Validate one section with DeepSpeed's own pydantic model."""
+    from pydantic import ValidationError
+
+    if not isinstance(section, dict):
+        raise UserError(f"{path}: {name}: found {section!r}, expected a JSON object")
+    try:
+        return model(**section)
+    except ValidationError as error:
+        item = error.errors()[0]
+        key = ".".join(str(part) for part in item["loc"])
+        hint = ""
+        if item["type"] == "extra_forbidden":
+            known = [n for n in model.model_fields if re.fullmatch(r"[a-z0-9_]+", n)]
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {known}"
+            message = "unknown key"
+        else:
+            message = f"{item['msg']}, found {item['input']!r}"
+        raise UserError(f"{path}: {name}.{key}: {message}{hint}") from None

@@ -1,0 +1,267 @@
+"""Everything that touches DeepSpeed: one engine per phase, exact float32 masters between them.
+
+Under ZeRO-2 `requires_grad_(False)` after `deepspeed.initialize` does not freeze (missing
+gradients are filled with zeros, so momentum and weight decay still move weights), and a parameter
+frozen before it never trains later. So each phase gets its own engine over the parameters that
+it trains. Adam's moments start fresh with each phase, behind its warm-up. What carries over are
+the float32 masters: a 16-bit engine keeps only rounded weights in the module.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from b2t.config import OptimConfig, PhaseConfig
+from b2t.train.ds_config import DeepSpeedFile
+from b2t.train.schedule import lr_factor
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def parameter_groups(model: nn.Module, phase: PhaseConfig, optim: OptimConfig) -> list[dict]:
+    """Named groups per trained component, with and without weight decay.
+
+    Vectors (norms, biases), per-session weights and codebooks do not decay.
+    """
+    groups = []
+    for component in phase.trainable:
+        module = getattr(model, component, None)
+        if module is None:
+            continue
+        lr = phase.lr * phase.lr_scale.get(component, 1.0)
+        decays = component not in ("adapter", "quantizer")
+        split: dict[str, list[nn.Parameter]] = {"": [], "/no_decay": []}
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                split["" if decays and parameter.ndim > 1 else "/no_decay"].append(parameter)
+        for suffix, parameters in split.items():
+            if parameters:
+                groups.append(
+                    {
+                        "name": component + suffix,
+                        "params": parameters,
+                        "lr": lr,
+                        "weight_decay": 0.0 if suffix else optim.weight_decay,
+                    }
+                )
+    return groups
+
+
+class PhaseEngine:
+    """A DeepSpeed engine over the components that one phase trains.
+
+    Args:
+        model: `BrainToText`, already frozen to the phase's components.
+        phase: the phase.
+        optim: optimizer settings.
+        ds_file: the checked DeepSpeed file.
+        masters: exact float32 weights by name; read at construction, written by
+            `collect_masters`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        phase: PhaseConfig,
+        optim: OptimConfig,
+        ds_file: DeepSpeedFile,
+        masters: dict[str, Tensor],
+    ) -> None:
+        import deepspeed
+
+        self.model = model
+        self.masters = masters
+        self.ds_file = ds_file
+        _load_weights(model, masters)
+        groups = parameter_groups(model, phase, optim)
+        optimizer = self._optimizer(groups, optim)
+        self._engine, _, _, self._scheduler = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=[p for g in groups for p in g["params"]],
+            lr_scheduler=lambda inner: LambdaLR(inner, lambda step: lr_factor(step, phase)),
+            config=_with_quiet_defaults(ds_file.raw),
+            dist_init_required=False,
+        )
+        self._set_masters(masters)
+
+    def _optimizer(self, groups: list[dict], optim: OptimConfig) -> torch.optim.Optimizer:
+        settings: dict[str, Any] = {"betas": optim.betas, "eps": optim.eps}
+        if self.ds_file.offload:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+        return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **settings)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's forward inside the engine."""
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate one micro-batch, scaled by the loss scale and 1/accumulation."""
+        self._engine.backward(loss)
+
+    def step(self) -> bool:
+        """Step after a micro-batch; True where weights changed (boundary and no overflow)."""
+        self._engine.step()
+        return self._engine.was_step_applied()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of weights and activations."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[
+            self.ds_file.precision
+        ]
+
+    @property
+    def loss_scale(self) -> float:
+        """Current loss scale, 1 without fp16."""
+        return float(getattr(self._engine.optimizer, "cur_scale", 1.0))
+
+    def grad_norm(self) -> float:
+        """Global gradient norm before clipping, unscaled; synchronises the device."""
+        norm = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def learning_rates(self) -> dict[str, float]:
+        """Current learning rate of each component."""
+        groups = self._engine.optimizer.param_groups
+        return {group["name"].split("/")[0]: float(group["lr"]) for group in groups}
+
+    def collect_masters(self) -> dict[str, Tensor]:
+        """Bring the trained weights up to date in `masters` (float32, CPU) and return it.
+
+        Collective: all ranks must call it.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self._trained():
+            full = safe_get_full_fp32_param(parameter)
+            assert full is not None, f"{name} has no float32 master"
+            self.masters[name] = full.detach().to("cpu", torch.float32, copy=True)
+        return self.masters
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return (tensors, numbers) that continue this engine exactly, at any number of ranks.
+
+        Collective. Tensors are Adam's moments by `name/moment`, whole, float32, on the CPU;
+        numbers are counters, the loss scaler and the scheduler.
+        """
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        tensors: dict[str, Tensor] = {}
+        stepped = self._adam_step()
+        if stepped > 0:
+            self._link_moments()
+            for name, parameter in self._trained():
+                for moment in _MOMENTS:
+                    full = safe_get_full_optimizer_state(parameter, moment)
+                    assert full is not None, f"{name} has no {moment}"
+                    tensors[f"{name}/{moment}"] = full.detach().to("cpu", copy=True)
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        numbers = {
+            "adam_step": stepped,
+            "scheduler_step": self._scheduler.last_epoch,
+            "global_steps": self._engine.global_steps,
+            "skipped_steps": self._engine.skipped_steps,
+            "micro_steps": self._engine.micro_steps,
+            "scaler": {f: getattr(scaler, f) for f in _SCALER_FIELDS if hasattr(scaler, f)},
+        }
+        return tensors, numbers
+
+    def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Continue from what `state` returned; the weights come through `masters`."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        if numbers["adam_step"] > 0:
+            self._create_moments(numbers["adam_step"])
+            for name, parameter in self._trained():
+                for moment in _MOMENTS:
+                    value = tensors[f"{name}/{moment}"].to(self._engine.device)
+                    safe_set_full_optimizer_state(parameter, value, moment)
+        for field, value in numbers["scaler"].items():
+            setattr(self._engine.optimizer.loss_scaler, field, value)
+        for counter in ("global_steps", "skipped_steps", "micro_steps"):
+            setattr(self._engine, counter, numbers[counter])
+        self._set_schedule(numbers["scheduler_step"])
+
+    def close(self) -> None:
+        """Release the engine's hooks and buffers; the model keeps its (rounded) weights."""
+        self._engine.destroy()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        del self._engine
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter
+
+    def _set_masters(self, masters: Mapping[str, Tensor]) -> None:
+        """Replace the engine's masters, made from 16-bit weights, by the exact ones."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, parameter in self._trained():
+            safe_set_full_fp32_param(parameter, masters[name].to(self._engine.device))
+
+    def _set_schedule(self, step: int) -> None:
+        scheduler = self._scheduler
+        scheduler.last_epoch = step
+        rates = [b * f(step) for b, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+
+    def _flat_partitions(self) -> list[Tensor]:
+        return list(self._engine.optimizer.single_partition_of_fp32_groups)
+
+    def _adam_step(self) -> int:
+        states = self._engine.optimizer.optimizer.state
+        steps = [int(states[p]["step"]) for p in self._flat_partitions() if "step" in states[p]]
+        return max(steps, default=0)
+
+    def _create_moments(self, step: int) -> None:
+        """Make the optimizer state that DeepSpeed would make at its first step."""
+        zero = self._engine.optimizer
+        for flat in self._flat_partitions():
+            count: Any = step
+            if not self.ds_file.offload:
+                on_device = bool(zero.optimizer.defaults.get("fused"))
+                count = torch.tensor(
+                    float(step), dtype=torch.float32, device=flat.device if on_device else "cpu"
+                )
+            zero.optimizer.state[flat] = {
+                "step": count,
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Point each parameter at its part of Adam's moments.
+
+        DeepSpeed does so after stepping the first parameter group, when the moments of the
+        others do not exist yet, and never again.
+        """
+        zero = self._engine.optimizer
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def initial_masters(model: nn.Module) -> dict[str, Tensor]:
+    """Float32 copies of all parameters, on the CPU, by name."""
+    return {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in model.named_parameters()}
+
+
+def _load_weights(model: nn.Module, masters: Mapping[str, Tensor]) -> None:
+    """Copy masters into the module in float32, so that every engine casts from exact weights."""
+    for name, parameter in model.named_parameters():
+        parameter.data = masters[name].to(device=parameter.device, dtype=torch.float32, copy=True)
+
+
+def _with_quiet_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {"log_level": "error", "steps_per_print": 10**9, **raw}

@@ -1,0 +1,119 @@
+"""Ranks: joining the process group, small agreements between ranks on the CPU."""
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from b2t.log import quiet_libraries
+
+
+@dataclass
+class Ranks:
+    """One process among all of the run.
+
+    Attributes:
+        rank: number of this process, from 0.
+        world: number of processes.
+        local_rank: number of this process on its host.
+        device: where the model lives.
+        control: gloo group for agreements that must not wait for the device.
+    """
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+    control: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes and prints."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Add lists of numbers over ranks, in float64 on the CPU."""
+        tensor = torch.tensor(list(values), dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(tensor, group=self.control)
+        return tensor.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """True where any rank says so."""
+        return self.sum([float(flag)])[0] > 0
+
+    def from_main(self, value: Any) -> Any:
+        """Return rank 0's value on all ranks."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, in order, on all ranks."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+
+def join(timeout_s: float = 1800.0) -> Ranks:
+    """Join the process group that the launcher describes in the environment.
+
+    `deepspeed`, `torchrun` and `accelerate launch` set RANK, WORLD_SIZE and LOCAL_RANK; a plain
+    `python` becomes a world of one.
+    """
+    quiet_libraries()
+    if "RANK" not in os.environ:
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_port()
+        )
+    import deepspeed
+
+    quiet_libraries()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    timeout = timedelta(seconds=timeout_s)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+        _share_cores()
+    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    control = dist.new_group(backend="gloo", timeout=timeout) if dist.get_world_size() > 1 else None
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, control)
+
+
+def leave() -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _share_cores() -> None:
+    """Give each CPU rank of this host its share of the cores, unless the user chose."""
+    if "B2T_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["B2T_THREADS"]))
+        return
+    on_host = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 0)))
+    on_host = on_host or int(os.environ["WORLD_SIZE"])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(max(1, (cores or 1) // on_host))
+
+
+def _port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

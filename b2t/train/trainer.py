@@ -1,0 +1,509 @@
+"""The training loop: phases, steps, validation, checkpoints, hooks."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from b2t.config import COMPONENTS, Config, PhaseConfig
+from b2t.data.batches import Batch, BatchPlan, TrialRows, collate, train_batches
+from b2t.data.trials import signal_lengths
+from b2t.errors import UserError
+from b2t.log import logger
+from b2t.monitor.context import StepContext
+from b2t.train.build import Materials
+from b2t.train.callbacks import Alert, Callback
+from b2t.train.checkpoint import BEST, Checkpoint, CheckpointStore
+from b2t.train.ds_config import DeepSpeedFile
+from b2t.train.engine import PhaseEngine, initial_masters
+from b2t.train.export import export_model
+from b2t.train.progress import Progress
+from b2t.train.ranks import Ranks
+from b2t.train.signals import StopSignals
+from b2t.train.validation import decode_after_phase, validate
+from b2t.train.window import Window
+
+log = logger(__name__)
+
+COUNTED = ("bins", "frames", "tokens", "phonemes", "rows")
+"""What losses are averaged over, summed over micro-batches and ranks before each step."""
+
+
+class Stopped(Exception):  # noqa: N818  # not an error: the user or the scheduler asked
+    """All ranks leave because one was asked to; a checkpoint has been written."""
+
+
+class TrainingFailed(Exception):  # noqa: N818  # reads as what happened
+    """The run cannot learn any further; the message is the diagnosis."""
+
+
+class Trainer:
+    """Trains the phases of a configuration.
+
+    Args:
+        config: the resolved configuration.
+        ds_file: the checked DeepSpeed file.
+        materials: data, tokenizer, model.
+        ranks: this process among all.
+        callbacks: hooks, in order.
+        stop: signals to listen to, None listens to none.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ds_file: DeepSpeedFile,
+        materials: Materials,
+        ranks: Ranks,
+        callbacks: Sequence[Callback] = (),
+        stop: StopSignals | None = None,
+    ) -> None:
+        self.config = config
+        self.ds_file = ds_file
+        self.materials = materials
+        self.ranks = ranks
+        self.callbacks = list(callbacks)
+        self.stop = stop
+        self.model = materials.model.to(ranks.device)
+        self.masters = initial_masters(self.model)
+        self.progress = Progress()
+        self.store = CheckpointStore(config.run.dir / "checkpoints", config.checkpoint.keep)
+        self.plan = BatchPlan(
+            signal_lengths(materials.train),
+            ds_file.global_batch(ranks.world),
+            split=config.data.train_split,
+        )
+        self.window = Window(ranks)
+        self.engine: PhaseEngine
+        self._restored: Checkpoint | None = None
+        self._clock = time.perf_counter()
+
+    @property
+    def phase(self) -> PhaseConfig:
+        """The phase that is being trained."""
+        return self.config.phases[self.progress.phase]
+
+    def fit(self) -> None:
+        """Train all phases, from the start or from where `restore` left."""
+        if self._restored is None:
+            self._enter_phase(0)
+        try:
+            self._hook("on_start")
+            while not self.progress.finished:
+                self._train_phase()
+        finally:
+            self._hook("on_end")
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint; call before `fit`."""
+        self.progress = Progress.from_dict(checkpoint.state["progress"])
+        for name, value in checkpoint.weights.items():
+            if name in self.masters:
+                self.masters[name] = value
+        for name, buffer in self.model.named_buffers():
+            if name in checkpoint.weights:
+                buffer.data = checkpoint.weights[name].to(buffer.device)
+        for callback in self.callbacks:
+            name = type(callback).__name__
+            tensors = {
+                key.removeprefix(f"{name}:"): value
+                for key, value in checkpoint.moments.items()
+                if key.startswith(f"{name}:")
+            }
+            state = {**checkpoint.state["callbacks"].get(name, {}), **tensors}
+            if state:
+                callback.load_state_dict(state)
+        self._restored = checkpoint
+
+    def seconds_left(self, step_s: float) -> float:
+        """Estimate of the training time left, in seconds, at this pace."""
+        return step_s * (self.config.total_steps - self.progress.step)
+
+    def _train_phase(self) -> None:
+        self._build_engine()
+        batches = self._batches()
+        try:
+            while self.progress.phase_step < self.phase.steps:
+                self._start_codebooks_when_due()
+                waited = time.perf_counter()
+                micro_batches = next(batches)
+                self._step(micro_batches, time.perf_counter() - waited)
+                if self._stopping_early():
+                    break
+        finally:
+            batches.close()
+        self._end_phase()
+
+    def _enter_phase(self, number: int) -> None:
+        phase = self.config.phases[number]
+        self.progress.enter_phase(number, self.config.checkpoint.best_mode, phase.early_stopping)
+
+    def _build_engine(self) -> None:
+        phase = self.phase
+        trained = [name for name in phase.trainable if getattr(self.model, name) is not None]
+        frozen = [name for name in self.components() if name not in trained]
+        self.model.freeze(frozen)
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise UserError(
+                f"phases.{self.progress.phase}.trainable: none of {phase.trainable} exists in this "
+                "model (text_decoder needs text, phoneme_head needs phonemes)"
+            )
+        self.engine = PhaseEngine(self.model, phase, self.config.optim, self.ds_file, self.masters)
+        if self._restored is not None:
+            self.engine.load_state(self._restored.moments, self._restored.state["engine"])
+            self._restored = None
+        self.model.train()
+        log.info("phase %s: training %s", phase.name, ", ".join(trained))
+
+    def components(self) -> list[str]:
+        """Names of the components that this model has."""
+        return [name for name in COMPONENTS if getattr(self.model, name) is not None]
+
+    def _batches(self) -> Any:
+        epoch, position = divmod(self.progress.consumed, len(self.plan))
+        return self._unpacked(
+            train_batches(
+                self.materials.train,
+                self.plan,
+                self.materials.tokenizer,
+                self.materials.info.sessions,
+                self.materials.augment,
+                seed=self.config.run.seed,
+                phase=self.progress.phase,
+                epoch=epoch,
+                position=position,
+                micro_batch=self.ds_file.micro_batch,
+                accumulation=self.ds_file.accumulation,
+                rank=self.ranks.rank,
+                world=self.ranks.world,
+                workers=self.config.data.workers,
+                max_tokens=self.config.data.max_text_tokens,
+            )
+        )
+
+    @staticmethod
+    def _unpacked(loader: Iterator[tuple[int, int, list[Batch]]]) -> Iterator[list[Batch]]:
+        try:
+            for _, _, micro_batches in loader:
+                yield micro_batches
+        finally:
+            loader.close()  # type: ignore[attr-defined]  # it is a generator
+
+    def _step(self, micro_batches: list[Batch], data_s: float) -> None:
+        """Take one optimizer step: micro-batches, losses, backward, step, and what it moves."""
+        totals = self._totals(micro_batches)
+        counts = {name: totals[name] / self._shares() for name in COUNTED}
+        self._seed_step()
+        self._set_clocks()
+        weights = self.phase.losses.model_dump()
+        stats: Any = None
+        for batch in micro_batches:
+            output = self.engine(
+                batch.to(self.ranks.device, self.engine.dtype), counts=counts, weights=weights
+            )
+            self.engine.backward(output.loss)
+            applied = self._engine_step()
+            self.window.add(output, self.ds_file.accumulation)
+            if output.stats is not None:
+                stats = output.stats if stats is None else stats + output.stats
+        self.progress.consumed += 1
+        if applied:
+            self._after_applied(stats, output, weights, totals, data_s)
+        else:
+            self._after_skipped(micro_batches)
+        if totals["stop"]:
+            self._save_and_leave()
+
+    def _totals(self, micro_batches: list[Batch]) -> dict[str, float]:
+        """Sums over micro-batches and ranks of what losses are averaged over, and of stop flags.
+
+        Goes through the CPU group, so that it never waits for the device.
+        """
+        local = dict.fromkeys((*COUNTED, "padded", "stop"), 0.0)
+        for batch in micro_batches:
+            for name, value in self.model.counts(batch).items():
+                local[name] += float(value)
+            local["padded"] += float(batch.signal.numel())
+        local["stop"] = float(self.stop is not None and self.stop.requested)
+        return dict(zip(local, self.ranks.sum(list(local.values())), strict=True))
+
+    def _shares(self) -> int:
+        return self.ranks.world * self.ds_file.accumulation
+
+    def _seed_step(self) -> None:
+        """Make dropout a function of (seed, phase, batch, rank), so that a resume repeats it."""
+        place = (self.config.run.seed, self.progress.phase, self.progress.consumed, self.ranks.rank)
+        digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def _set_clocks(self) -> None:
+        quantizer = self.model.quantizer
+        if quantizer is not None:
+            quantizer.set_progress(self.progress.step / self.config.total_steps)
+            quantizer.revival_enabled = self.phase.revival
+
+    def _engine_step(self) -> bool:
+        try:
+            return self.engine.step()
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):
+                raise
+            raise TrainingFailed(
+                f"step {self.progress.step}: gradients overflow at the smallest loss scale "
+                f"({self.engine.loss_scale:g}): lower phases.{self.progress.phase}.lr, or train in "
+                "bf16 (ds_configs/zero2_bf16.json) on GPUs that have it"
+            ) from None
+
+    def _after_applied(
+        self,
+        stats: Any,
+        output: Any,
+        weights: dict[str, float],
+        totals: dict[str, float],
+        data_s: float,
+    ) -> None:
+        progress = self.progress
+        report = None
+        quantizer = self.model.quantizer
+        if stats is not None and quantizer.initialized and "quantizer" in self.phase.trainable:
+            report = quantizer.update(stats)
+        progress.step += 1
+        progress.phase_step += 1
+        progress.consecutive_skips = 0
+        now = time.perf_counter()
+        step_s, self._clock = now - self._clock, now
+        progress.seconds += step_s
+        self.window.close_step(totals, step_s, data_s, report)
+        context = StepContext(
+            step=progress.step,
+            phase=self.phase.name,
+            losses=self.window.last_losses,
+            weights=weights,
+            counts=getattr(report, "counts", None),
+            update_report=report,
+            quantizer=quantizer,
+            skipped_steps=progress.skipped,
+            step_time_s=step_s,
+            data_time_s=data_s,
+            frames=totals["frames"],
+            bins=totals["bins"],
+            padded_bins=totals["padded"],
+            reconstruction=output.reconstruction,
+        )
+        self._hook("on_step", context)
+        if progress.step % self.config.log.every == 0 or progress.phase_step == self.phase.steps:
+            self._log()
+        last = progress.phase_step == self.phase.steps
+        if progress.step % self.config.evaluation.every == 0 and not last:
+            self._validate()
+        if progress.step % self.config.checkpoint.every == 0 and not last:
+            self.save()
+
+    def _after_skipped(self, micro_batches: list[Batch]) -> None:
+        """Count a skipped step; nothing else moves."""
+        progress = self.progress
+        progress.skipped += 1
+        progress.consecutive_skips += 1
+        self.window.drop_step()
+        limit = self.config.stability.max_consecutive_skips
+        if progress.consecutive_skips >= limit:
+            rows = [row for batch in micro_batches for row in batch.rows]
+            shown = ", ".join(rows[:8]) + (" …" if len(rows) > 8 else "")
+            raise TrainingFailed(
+                f"step {progress.step}: {limit} optimizer steps in a row had gradients "
+                f"that are not finite; the last batch of rank {self.ranks.rank} held "
+                f"{shown}. Look at these trials (`b2t inspect`), or lower "
+                f"phases.{progress.phase}.lr"
+            )
+
+    def _start_codebooks_when_due(self) -> None:
+        quantizer = self.model.quantizer
+        if quantizer is None or quantizer.initialized:
+            return
+        start = self.config.codebook_start
+        due = min(start.after_steps, self.config.phases[0].steps - 1)
+        if self.progress.step < due:
+            return
+        self.model.eval()
+        # All latents offered are used, so that the start does not depend on how ranks share them.
+        report = quantizer.initialize(
+            self._latents(), progress=self.ranks.is_main, frames_per_code=2 * start.frames_per_code
+        )
+        self.model.train()
+        log.info("%s", report)
+        self._clock = time.perf_counter()
+
+    @torch.no_grad()
+    def _latents(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield latents of training trials for k-means: an order of its own, each rank its share.
+
+        Trials are encoded one by one, so that their latents do not depend on what they are
+        batched with, and the codebooks not on the number of ranks.
+        """
+        rows = TrialRows(
+            self.materials.train,
+            None,
+            self.materials.info.sessions,
+            self.materials.augment,
+            seed=self.config.run.seed,
+            phase=len(self.config.phases),
+        )
+        for row in self._codebook_rows()[self.ranks.rank :: self.ranks.world]:
+            batch = collate([rows.example(0, int(row))]).to(self.ranks.device, self.engine.dtype)
+            encoded = self.model.encode(batch.signal, batch.signal_mask, batch.session)
+            yield encoded.latents, encoded.frame_mask
+
+    def _codebook_rows(self) -> np.ndarray:
+        """Trials, in random order, that hold enough frames to start the codebooks."""
+        wanted = (
+            self.config.codebook_start.frames_per_code * self.config.model.quantizer.codebook_size
+        )
+        generator = np.random.default_rng([self.config.run.seed, 0xC0DE])
+        order = generator.permutation(len(self.plan.lengths))
+        frames = np.cumsum(self.plan.lengths[order] // self.config.model.encoder.patch_stride)
+        return order[: int(np.searchsorted(frames, wanted)) + 1]
+
+    def _log(self) -> None:
+        record = self.window.metrics()
+        record["optim/skipped_steps"] = float(self.progress.skipped)
+        record["optim/loss_scale"] = self.engine.loss_scale
+        record["optim/grad_norm"] = self.engine.grad_norm()
+        for component, rate in self.engine.learning_rates().items():
+            record[f"optim/lr/{component}"] = rate
+        if self.model.quantizer is not None:
+            record["codebook/temperature"] = float(self.model.quantizer.temperature)
+        self._hook("on_log", record)
+
+    def _validate(self) -> None:
+        """Validate; keep the best model."""
+        metrics = validate(self)
+        section = self.config.checkpoint
+        watched = metrics.get(section.best_metric)
+        if watched is None:
+            raise UserError(
+                f"checkpoint.best_metric: {section.best_metric} is not a validation metric; "
+                f"expected one of {', '.join(sorted(metrics))}"
+            )
+        if self.progress.best.update(watched, self.progress.step):
+            self._export_best()
+        rule = self.phase.early_stopping
+        if rule is not None:
+            self.progress.stopping.update(
+                metrics.get(rule.metric, float("nan")), self.progress.step
+            )
+        self._hook("on_eval", metrics)
+        self._clock = time.perf_counter()
+
+    def _stopping_early(self) -> bool:
+        rule = self.phase.early_stopping
+        if rule is None or self.progress.stopping.waited < rule.patience:
+            return False
+        best = self.progress.stopping
+        log.info(
+            "phase %s stops early: %s has not improved on %.4g (step %d) for %d evaluations",
+            self.phase.name, rule.metric, best.value or float("nan"), best.step, best.waited,
+        )  # fmt: skip
+        return True
+
+    def _end_phase(self) -> None:
+        self._validate()
+        decode_after_phase(self)
+        self._hook("on_phase_end", self.phase)
+        self.engine.collect_masters()
+        following = self.progress.phase + 1
+        self.progress.finished = following == len(self.config.phases)
+        if self.progress.finished:
+            self.save()
+            self.engine.close()
+            return
+        self.engine.close()
+        self._enter_phase(following)
+        self.save_between_phases()
+
+    def _export_best(self) -> None:
+        masters = self.engine.collect_masters()
+        if self.ranks.is_main:
+            export_model(self.store.folder / BEST, self.model, masters, self.materials.tokenizer)
+        self.ranks.barrier()
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment."""
+        moments, numbers = self.engine.state()
+        self._write_checkpoint(self.engine.collect_masters(), moments, numbers)
+
+    def save_between_phases(self) -> None:
+        """Write a checkpoint of the start of a phase, whose optimizer is new."""
+        self._write_checkpoint(self.masters, {}, None)
+
+    def _write_checkpoint(
+        self, masters: dict[str, Tensor], moments: dict[str, Tensor], engine: Any
+    ) -> None:
+        if self.ranks.is_main:
+            buffers = dict(self.model.named_buffers())
+            numbers, tensors = self._callback_states()
+            state = {
+                "progress": self.progress.to_dict(),
+                "engine": engine,
+                "callbacks": numbers,
+                "config": self.config.model_dump(mode="json"),
+                "deepspeed": self.ds_file.raw,
+                "world": self.ranks.world,
+                "data_fingerprint": self.materials.info.fingerprint,
+                "versions": versions(),
+            }
+            path = self.store.save(
+                self.progress.step,
+                Checkpoint({**masters, **buffers}, {**moments, **tensors}, state),
+            )
+            if path is not None:
+                log.info("checkpoint %s", path)
+        self.ranks.barrier()
+        self._clock = time.perf_counter()
+
+    def _callback_states(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """States of the hooks by class name: JSON values, and tensors under `Name:key`."""
+        numbers: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
+        for callback in self.callbacks:
+            name = type(callback).__name__
+            for key, value in callback.state_dict().items():
+                if isinstance(value, Tensor):
+                    tensors[f"{name}:{key}"] = value
+                else:
+                    numbers.setdefault(name, {})[key] = value
+        return numbers, tensors
+
+    def _save_and_leave(self) -> None:
+        self.save()
+        raise Stopped(self.progress.step)
+
+    def alert(self, alert: Alert) -> None:
+        """Tell all hooks; a critical alert saves and ends the run."""
+        self._hook("on_alert", alert)
+        if alert.severity == "critical":
+            self.save()
+            raise TrainingFailed(f"{alert.message}: {alert.remedy}")
+
+    def _hook(self, name: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, name)(self, *arguments)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    names = ("b2t", "torch", "deepspeed", "transformers", "datasets", "triton", "numpy")
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

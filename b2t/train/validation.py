@@ -1,0 +1,127 @@
+"""Validation during training: losses over the whole split, decoding after each phase."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from b2t.data.batches import Batch, eval_batches
+from b2t.evaluate import usage
+from b2t.evaluate.evaluation import evaluate_model
+from b2t.log import logger
+
+if TYPE_CHECKING:
+    from b2t.train.trainer import Trainer
+
+log = logger(__name__)
+
+_NORMALISER = {
+    "generation": "tokens",
+    "reconstruction": "bins",
+    "commitment": "frames",
+    "phoneme": "phonemes",
+}
+"""Losses that are means over elements; the regularisers of a batch are no validation metric."""
+
+
+def validation_batches(trainer: Trainer, limit: int | None) -> Iterator[Batch]:
+    """Return a rank's share of the validation trials (the first `limit` rows of the split)."""
+    dataset = trainer.materials.validation
+    if limit is not None and limit < len(dataset):
+        dataset = dataset.select(range(limit))
+    return eval_batches(
+        dataset,
+        trainer.materials.tokenizer,
+        trainer.materials.info.sessions,
+        augment=trainer.materials.augment,
+        batch_size=trainer.config.evaluation.batch_size,
+        rank=trainer.ranks.rank,
+        world=trainer.ranks.world,
+        max_tokens=trainer.config.data.max_text_tokens,
+    )
+
+
+@torch.no_grad()
+def validate(trainer: Trainer) -> dict[str, float]:
+    """Return `val/…` metrics pooled over all trials and ranks: losses, SNR, codes in use."""
+    model, ranks = trainer.model, trainer.ranks
+    weights = {
+        name: weight
+        for name, weight in trainer.phase.losses.model_dump().items()
+        if name in _NORMALISER
+    }
+    ones = dict.fromkeys(("bins", "frames", "tokens", "phonemes", "rows"), 1.0)
+    keys = (*_NORMALISER, *ones, "squared_error", "signal_power", "tokens_correct")
+    sums = dict.fromkeys(keys, 0.0)
+    codes = None
+    model.eval()
+    for batch in validation_batches(trainer, trainer.config.evaluation.max_trials):
+        for name, value in model.counts(batch).items():
+            sums[name] += float(value)
+        output = model(batch.to(ranks.device, trainer.engine.dtype), counts=ones, weights=weights)
+        for name, loss in output.losses.items():
+            sums[name] += float(loss)
+        for name in ("squared_error", "signal_power", "tokens_correct"):
+            sums[name] += float(output.metrics.get(name, 0.0))
+        if output.codes is not None and model.quantizer.initialized:
+            counts = usage.count_codes(output.codes, model.quantizer.codebook_size).cpu()
+            codes = counts if codes is None else codes + counts
+    model.train()
+    total = dict(zip(sums, ranks.sum(list(sums.values())), strict=True))
+    metrics = _metrics(total, weights)
+    shares = [share for share in ranks.gather(codes) if share is not None]
+    if shares:
+        pooled = torch.stack(shares).sum(0)
+        for q, value in enumerate(usage.utilization(pooled).tolist()):
+            metrics[f"val/codebook/utilization/{q}"] = value
+        for q, value in enumerate(usage.perplexity(pooled).tolist()):
+            metrics[f"val/codebook/perplexity/{q}"] = value
+    return metrics
+
+
+def _metrics(total: dict[str, float], weights: dict[str, float]) -> dict[str, float]:
+    metrics = {"val/loss": 0.0}
+    for name, counted in _NORMALISER.items():
+        if weights.get(name) and total[counted] > 0:
+            metrics[f"val/{name}"] = total[name] / total[counted]
+            metrics["val/loss"] += weights[name] * metrics[f"val/{name}"]
+    if total["squared_error"] > 0 and total["signal_power"] > 0:
+        ratio = total["signal_power"] / total["squared_error"]
+        metrics["val/snr_db"] = 10 * math.log10(ratio)
+    if weights.get("generation") and total["tokens"] > 0:
+        metrics["val/token_accuracy"] = total["tokens_correct"] / total["tokens"]
+    return metrics
+
+
+def decode_after_phase(trainer: Trainer) -> None:
+    """Decode validation trials freely, print some, and hand the scores to the hooks."""
+    section = trainer.config.evaluation
+    if section.decode_trials == 0:
+        return
+    speaks = trainer.phase.losses.generation > 0
+    result = evaluate_model(
+        trainer.model,
+        validation_batches(trainer, section.decode_trials),
+        trainer.materials.tokenizer if speaks else None,
+        split=trainer.config.data.validation_split,
+        simulated=trainer.materials.info.simulated,
+        noise_control=False,
+        decode=speaks,
+        seed=trainer.config.run.seed,
+        max_new_tokens=section.max_new_tokens,
+        num_beams=section.num_beams,
+    )
+    trainer.model.train()
+    names = ("wer", "cer", "per", "distinct_ratio", "snr_db")
+    scores = {name: value for name, value in result.scalars().items() if name in names}
+    metrics = {f"val/{name}": value for name, value in scores.items()}
+    if metrics:
+        for callback in trainer.callbacks:
+            callback.on_eval(trainer, metrics)
+    spoken = [p for p in result.predictions if p.prediction is not None and p.target]
+    for prediction in spoken[:3]:
+        log.info("  target: %s", prediction.target)
+        log.info("  output: %s", prediction.prediction)

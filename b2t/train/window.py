@@ -1,0 +1,89 @@
+"""Metrics between two log steps, summed on the device and read once."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from b2t.train.ranks import Ranks
+
+_POOLED = ("squared_error", "signal_power", "bins", "tokens", "tokens_correct")
+
+
+class Window:
+    """Sums over the applied steps since the last log step; a skipped step leaves no trace.
+
+    Args:
+        ranks: whose sums are added when the window is read.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.last_losses: dict[str, Tensor] = {}
+        self._step: dict[str, Tensor] = {}
+        self._start()
+
+    def _start(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+        self._frames = self._bins = self._padded = self._seconds = self._data_s = 0.0
+        self._revived = 0.0
+
+    @torch.no_grad()
+    def add(self, output: Any, accumulation: int) -> None:
+        """Take in one micro-batch of the current step."""
+        values = {f"loss/{name}": loss.detach().float() for name, loss in output.losses.items()}
+        values["loss/total"] = output.loss.detach().float()
+        values = {name: value / accumulation for name, value in values.items()}
+        for name in _POOLED:
+            if name in (output.metrics or {}):
+                values[name] = output.metrics[name].detach().double()
+        for name, value in values.items():
+            self._step[name] = self._step[name] + value if name in self._step else value
+
+    def drop_step(self) -> None:
+        """Forget the current step: it was skipped."""
+        self._step = {}
+
+    def close_step(
+        self, totals: dict[str, float], step_s: float, data_s: float, report: Any
+    ) -> None:
+        """Add the current step, which was applied, to the window."""
+        self.last_losses = {
+            name.removeprefix("loss/"): value
+            for name, value in self._step.items()
+            if name.startswith("loss/")
+        }
+        for name, value in self._step.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._step = {}
+        self._steps += 1
+        self._frames += totals["frames"]
+        self._bins += totals["bins"]
+        self._padded += totals["padded"]
+        self._seconds += step_s
+        self._data_s += data_s
+        self._revived += sum(report.revived) if report is not None else 0
+
+    def metrics(self) -> dict[str, float]:
+        """Return means over steps and ranks, and start a new window. Collective."""
+        names = sorted(self._sums)
+        local = torch.stack([self._sums[name].double() for name in names]).cpu().tolist()
+        total = dict(zip(names, self.ranks.sum(local), strict=True))
+        world, steps = self.ranks.world, max(1, self._steps)
+        record = {name: total[name] / world / steps for name in names if name.startswith("loss/")}
+        if total.get("squared_error", 0) > 0 and total["signal_power"] > 0:
+            record["reconstruction/snr_db"] = 10 * math.log10(
+                total["signal_power"] / total["squared_error"]
+            )
+        if total.get("tokens", 0) > 0:
+            record["text/token_accuracy"] = total["tokens_correct"] / total["tokens"]
+        seconds = max(self._seconds, 1e-9)
+        record["time/step_s"] = seconds / steps
+        record["time/data_wait_fraction"] = self._data_s / seconds
+        record["throughput/frames_per_s"] = self._frames / seconds
+        record["throughput/padding_fraction"] = 1 - self._bins / max(self._padded, 1.0)
+        record["codebook/revived"] = float(self._revived)
+        self._start()
+        return record
