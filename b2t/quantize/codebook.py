@@ -92,12 +92,18 @@ class Codebooks(nn.Module):
         return super()._apply(move, recurse)
 
     def attach_master(self, read: Read, write: Write) -> None:
-        """Name who owns the float32 master of ``weight``, once an engine stores it in less.
+        """Name who owns the float32 master of ``weight``, once an engine may store it in less.
+
+        An engine rounds parameters to half precision and keeps a float32 master of its own. Here
+        the codes are always ``embed``; ``weight`` only carries gradients to the optimizer, and
+        after each step ``embed`` is read back from the master. A new engine makes its master from
+        the rounded weight: this writes the true codes into it.
 
         Under DeepSpeed: ``attach_master(safe_get_full_fp32_param, safe_set_full_fp32_param)`` of
-        `deepspeed.utils`, after ``deepspeed.initialize``.
+        `deepspeed.utils`, after each ``deepspeed.initialize`` and before a checkpoint is loaded.
         """
         self._read, self._write = read, write
+        self.push()
 
     def pull(self) -> None:
         """Bring ``embed`` up to date with the optimizer's result (gradient rule)."""
@@ -134,7 +140,8 @@ class Codebooks(nn.Module):
             )
         if self.weight is None:
             return self.embed
-        current = self.weight.detach() if self.weight.dtype == torch.float32 else self.embed
+        owned = self._read is not None or self.weight.dtype != torch.float32
+        current = self.embed if owned else self.weight.detach()
         if self.weight.requires_grad and torch.is_grad_enabled():
             return master_value(self.weight, current, gradient_scale)
         return current
@@ -151,19 +158,23 @@ class Codebooks(nn.Module):
         self.push()
 
     @torch.no_grad()
-    def start_layer(self, layer: int, codes: Tensor, counts: Tensor, error: Tensor) -> None:
+    def start_layer(
+        self, layer: int, codes: Tensor, counts: Tensor, gain: Tensor, error: Tensor
+    ) -> None:
         """Set one codebook from k-means: sums are code × count, so the averages agree with it.
 
         Args:
             layer: which one.
             codes: [K, D].
             counts: [K] frames of each.
+            gain: [] length of the codes.
             error: [] mean squared distance of a frame to its code.
         """
         self.embed[layer] = codes
         self.ema_count[layer] = counts
         self.ema_sum[layer] = codes * counts[:, None]
         self.unscaled[layer] = True
+        self.gain[layer] = gain
         self.distance_scale[layer] = error
 
     @torch.no_grad()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,15 +11,6 @@ from b2t.quantize.frame_hash import frame_hash
 from b2t.quantize.search import code_sums, nearest
 
 _MAX_PROPOSALS = 128
-
-
-@dataclass
-class Clusters:
-    """Result of k-means: codes [K, D], counts [K] float32, how many are clusters of their own."""
-
-    codes: Tensor
-    counts: Tensor
-    seeded: int
 
 
 class FrameReservoir:
@@ -111,7 +101,7 @@ def _accept(d2: Tensor, between: Tensor, generator: torch.Generator) -> list[int
     points = torch.rand(len(start), generator=generator).tolist()
     accepted: list[int] = []
     for j, before in enumerate(start):
-        now = min([before, *(pairs[i][j] for i in accepted)])
+        now = min(before, *(pairs[i][j] for i in accepted)) if accepted else before
         if points[j] * before < now:
             accepted.append(j)
     return accepted
@@ -123,13 +113,12 @@ def kmeans(
     iterations: int,
     generator: torch.Generator,
     tick: Callable[[int], object] = lambda _: None,
-) -> Clusters:
+) -> tuple[Tensor, int]:
     """k-means++ of ``x`` [N, D] float32 into ``clusters`` codes.
 
     Where there are fewer than two distinct frames for each cluster, every frame would be its own
     code and nothing would remain for the next layer: half as many clusters as distinct frames are
-    fitted, and the codes left over are jittered copies of them with a count of zero, first in line
-    for revival.
+    fitted, and the codes left over are jittered copies of them.
 
     Args:
         x: frames, finite.
@@ -137,51 +126,36 @@ def kmeans(
         iterations: Lloyd steps.
         generator: CPU generator, the same on all ranks.
         tick: told of progress, K for the seeding and K for each Lloyd step.
+
+    Returns:
+        codes [K, D], the clusters first, and how many are clusters.
     """
     distinct = frame_hash(x, 0, 0).unique().shape[0]
     wanted = min(clusters, max(1, distinct // 2))
     codes = x[seed_centers(x, wanted, generator, tick)]
-    counts = torch.zeros(codes.shape[0], device=x.device)
     for _ in range(iterations):
-        codes, counts = _lloyd(x, codes)
+        codes = _lloyd(x, codes)
         tick(clusters)
-    counts = code_sums(x, nearest(x, codes), codes.shape[0])[1].float()
-    return _fill(x, Clusters(codes, counts, codes.shape[0]), clusters, generator)
+    return _fill(x, codes, clusters, generator), codes.shape[0]
 
 
-def _lloyd(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+def _lloyd(x: Tensor, codes: Tensor) -> Tensor:
     """One step; a cluster that lost its frames takes the frame farthest from its code."""
-    assigned = nearest(x, codes)
+    assigned, counts = nearest(x, codes)
     offset = x.mean(0)
-    sums, counts = code_sums(x - offset, assigned, codes.shape[0])
+    sums = code_sums(x - offset, assigned, codes.shape[0])
     moved = sums / counts.clamp(min=1)[:, None] + offset
     empty = (counts == 0).nonzero()[:, 0]
     if empty.numel():
         far = (x - codes[assigned]).square().sum(1).topk(min(empty.numel(), x.shape[0])).indices
         moved[empty[: far.numel()]] = x[far]
-    return moved, counts.float()
+    return moved
 
 
-def _fill(x: Tensor, found: Clusters, clusters: int, generator: torch.Generator) -> Clusters:
-    missing = clusters - found.seeded
+def _fill(x: Tensor, codes: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
+    missing = clusters - codes.shape[0]
     if missing == 0:
-        return found
-    copied = torch.randint(found.seeded, (missing,), generator=generator).to(x.device)
+        return codes
+    copied = torch.randint(codes.shape[0], (missing,), generator=generator).to(x.device)
     jitter = torch.randn(missing, x.shape[1], generator=generator).to(x.device)
-    copies = found.codes[copied] + 0.1 * x.std(0, unbiased=False) * jitter
-    return Clusters(
-        torch.cat([found.codes, copies]),
-        torch.cat([found.counts, found.counts.new_zeros(missing)]),
-        found.seeded,
-    )
-
-
-def collect(
-    frames: Iterable[Tensor], reservoir: FrameReservoir, target: int, tick: Callable[[int], object]
-) -> None:
-    """Draw from ``frames`` until ``target`` have been offered or it ends."""
-    for batch in frames:
-        reservoir.add(batch)
-        tick(batch.shape[0])
-        if reservoir.offered >= target:
-            return
+    return torch.cat([codes, codes[copied] + 0.1 * x.std(0, unbiased=False) * jitter])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import time
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,20 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from b2t.errors import UserError
-from b2t.log import logger
-from b2t.quantize import search
 from b2t.quantize.codebook import Codebooks, Read, Write, default_decay
-from b2t.quantize.distributed import all_gather_rows, all_reduce_sum, broadcast_from_first, rank
-from b2t.quantize.distributed import world_size as ranks_of
 from b2t.quantize.frame_hash import frame_hash, signed64
 from b2t.quantize.gradients import pass_gradient, squared_codebook, squared_commitment
-from b2t.quantize.kmeans import FrameReservoir, canonical, collect, kmeans
+from b2t.quantize.layers import Layers, Walk
 from b2t.quantize.regularizers import diversity_loss, global_usage, perplexity_loss
 from b2t.quantize.revival import REVIVALS, revive_layer
 from b2t.quantize.schedules import SCHEDULES, anneal
+from b2t.quantize.search import BACKENDS
+from b2t.quantize.start import gather_frames, start_codebooks
 from b2t.quantize.statistics import (
     FramePool,
     InitReport,
@@ -55,32 +51,6 @@ class RVQOutput(NamedTuple):
     codes: Tensor
     losses: dict[str, Tensor]
     stats: QuantizerStats
-
-
-class _Pass(NamedTuple):
-    """One pass over the layers, on the N frames that count."""
-
-    codes: Tensor  # [N, Q]
-    quantized: Tensor  # [N, D]
-    errors: Tensor  # [N, D], sum over layers of the residual that each leaves
-    counts: Tensor  # [Q, K]
-    squared_error: Tensor  # [Q]
-    projection: Tensor  # [Q]
-    layers: int
-    sums: Tensor | None = None  # [L, K, D]
-    pool: FramePool | None = None
-
-    @classmethod
-    def zeros(cls, latents: Tensor, Q: int, K: int, layers: int) -> _Pass:
-        return cls(
-            codes=torch.full((latents.shape[0], Q), -1, device=latents.device),
-            quantized=torch.zeros_like(latents),
-            errors=torch.zeros_like(latents),
-            counts=torch.zeros(Q, K, dtype=torch.int64, device=latents.device),
-            squared_error=latents.new_zeros(Q),
-            projection=latents.new_zeros(Q),
-            layers=layers,
-        )
 
 
 class ResidualVQ(nn.Module):
@@ -128,6 +98,7 @@ class ResidualVQ(nn.Module):
         temperature_schedule: ``cosine``, ``linear`` or ``exponential``.
         stochastic_sample_codes: in training, draw codes from the soft assignment (Gumbel-max);
             the noise is a function of the frame and the update.
+        backend: ``kernels``, or ``reference`` for the naive versions of the same (small data only).
         seed: of everything random here.
 
     Attributes:
@@ -161,6 +132,7 @@ class ResidualVQ(nn.Module):
         temperature_end: float = 0.5,
         temperature_schedule: str = "cosine",
         stochastic_sample_codes: bool = False,
+        backend: str = "kernels",
         seed: int = 0,
     ) -> None:
         given = dict(locals())
@@ -183,7 +155,7 @@ class ResidualVQ(nn.Module):
         self.revival_until, self.revival_enabled = revival_until, True
         self.temperature_start, self.temperature_end = temperature, temperature_end
         self.temperature_schedule = temperature_schedule
-        self.stochastic_sample_codes = stochastic_sample_codes
+        self.stochastic_sample_codes, self.backend = stochastic_sample_codes, backend
         projects = self.codebook_dim != dim
         self.project_in = nn.Linear(dim, self.codebook_dim) if projects else nn.Identity()
         self.project_out = nn.Linear(self.codebook_dim, dim) if projects else nn.Identity()
@@ -246,9 +218,6 @@ class ResidualVQ(nn.Module):
             total = total * 31 + (bits * torch.arange(1, 2 * bits.numel(), 2).to(bits)).sum()
         return total
 
-    def _book(self, layer: int) -> int:
-        return 0 if self.shared_codebook else layer
-
     def _revives_next(self) -> bool:
         return (
             self.revival is not None
@@ -298,19 +267,32 @@ class ResidualVQ(nn.Module):
         rows, latents, nonfinite = self._valid_latents(x, mask)
         if not self.initialized:
             return self._pass_through(x, rows, latents, nonfinite, losses)
-        active = self._active_layers()
-        books = self.codebooks.value(self.codebook_gradient_scale)
-        hashes = self._hashes(latents)
-        pool_rows = self._pool_rows(hashes)
-        with torch.no_grad():
-            done = self._search(latents.detach(), books.detach(), active, hashes, pool_rows)
-            stats = self._statistics(done, nonfinite)
-        terms = self._losses(
-            latents, books, done, stats, frames, losses, group, usage, micro_batches
+        layers = self._layers(self.codebooks.value(self.codebook_gradient_scale))
+        hashes, keep = self._draw(latents)
+        walk = layers.walk(
+            latents.detach(),
+            self._active_layers(),
+            hashes=hashes if self.training and self.stochastic_sample_codes else None,
+            sums=self.training,
+            keep=keep,
         )
-        z = pass_gradient(latents, done.quantized, self.rotation_trick)
+        stats = self._statistics(walk, nonfinite, hashes, keep)
+        terms = self._losses(latents, layers, walk, stats, losses, frames)
+        terms |= self._regularizers(latents, layers, walk, losses, group, usage, micro_batches)
+        z = pass_gradient(latents, walk.quantized, self.rotation_trick)
         return RVQOutput(
-            self._output(z, rows, x), self._scatter(done.codes, rows, x, -1), terms, stats
+            self._output(z, rows, x), self._scatter(walk.codes, rows, x, -1), terms, stats
+        )
+
+    def _layers(self, books: Tensor) -> Layers:
+        return Layers(
+            books,
+            gain=self.codebooks.gain,
+            distance=self.codebooks.distance_scale,
+            quantizers=self.num_quantizers,
+            temperature=self.temperature,
+            cosine=self.use_cosine_sim,
+            backend=self.backend,
         )
 
     def _valid_latents(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -356,113 +338,30 @@ class ResidualVQ(nn.Module):
             terms["codebook"] = zero.clone()
         return RVQOutput(self._output(latents, rows, x), codes, terms, stats)
 
-    def _hashes(self, latents: Tensor) -> Tensor | None:
-        if not self.training or not (self.stochastic_sample_codes or self._revives_next()):
-            return None
+    def _draw(self, latents: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Random numbers [N] of the frames and the rows of the revival pool, where needed."""
+        revives = self.training and self._revives_next()
+        if not (revives or (self.training and self.stochastic_sample_codes)):
+            return None, None
         seed, step = int(self.codebooks.seed), int(self.codebooks.updates)
-        return frame_hash(latents.detach(), seed, step)
-
-    def _pool_rows(self, hashes: Tensor | None) -> Tensor | None:
-        if hashes is None or not self._revives_next():
-            return None
-        return torch.argsort(hashes, stable=True)[: self._pool_size]
+        hashes = frame_hash(latents.detach(), seed, step)
+        keep = torch.argsort(hashes, stable=True)[: self._pool_size] if revives else None
+        return hashes, keep
 
     @property
     def _pool_size(self) -> int:
         return max(256, int(self.revival_max_share * self.codebook_size))
 
-    def _search(
-        self,
-        latents: Tensor,
-        books: Tensor,
-        layers: int,
-        hashes: Tensor | None = None,
-        pool_rows: Tensor | None = None,
-        collect: bool = True,
-    ) -> _Pass:
-        """Walk the first ``layers`` layers over ``latents`` [N, D]."""
-        Q, K = self.num_quantizers, self.codebook_size
-        done = _Pass.zeros(latents, Q, K, layers)
-        sums = torch.zeros_like(self.codebooks.embed) if self.training and collect else None
-        residual, seen = latents.clone(), []
-        for q in range(layers):
-            layer = self._book(q)
-            if pool_rows is not None:
-                seen.append(residual[pool_rows])
-            codes = self._assign(residual, books, q, hashes)
-            done.codes[:, q] = codes
-            if sums is not None:
-                summed, done.counts[q] = search.code_sums(self._seen(residual), codes, K)
-                sums[layer] += summed
-            elif collect:
-                done.counts[q] = torch.bincount(codes, minlength=K)
-            chosen = self._chosen(codes, books, q)
-            if self.use_cosine_sim:
-                done.projection[q] = (residual * books[layer][codes]).sum()
-            residual -= chosen
-            done.quantized.add_(chosen)
-            done.errors.add_(residual)
-            done.squared_error[q] = residual.square().sum()
+    def _statistics(
+        self, walk: Walk, nonfinite: Tensor, hashes: Tensor | None, keep: Tensor | None
+    ) -> QuantizerStats:
+        frames = torch.zeros_like(walk.counts[:, 0])
+        frames[: walk.layers] = walk.codes.shape[0]
         pool = None
-        if hashes is not None and pool_rows is not None:
-            seen += [torch.zeros_like(latents[pool_rows])] * (Q - layers)
-            pool = FramePool(
-                hashes[pool_rows], torch.stack(seen), done.codes[pool_rows].T, self._pool_size
-            )
-        return done._replace(sums=sums, pool=pool)
-
-    def _seen(self, residual: Tensor) -> Tensor:
-        """A residual as the search sees it."""
-        return F.normalize(residual, dim=-1) if self.use_cosine_sim else residual
-
-    def _chosen(self, codes: Tensor, books: Tensor, q: int) -> Tensor:
-        """What layer q adds for ``codes`` [N] ≥ 0; [N, D], without gradient."""
-        layer = self._book(q)
-        chosen = books[layer].detach()[codes]
-        return chosen * self.codebooks.gain[layer] if self.use_cosine_sim else chosen
-
-    def _assign(
-        self, residual: Tensor, books: Tensor, q: int, hashes: Tensor | None = None
-    ) -> Tensor:
-        book = books[self._book(q)]
-        residual = self._seen(residual)
-        if self.training and self.stochastic_sample_codes and hashes is not None:
-            return search.sample(residual, book, self._inverse_scale(q, books), hashes, q)
-        return search.nearest(residual, book)
-
-    def _inverse_scale(self, q: int, books: Tensor) -> Tensor:
-        """1/(τ·mean squared distance): [] tensor, so that no device waits for the host."""
-        layer = self._book(q)
-        mean = self.codebooks.distance_scale[layer]
-        if self.use_cosine_sim:
-            # Soft assignments compare directions: ‖û−ĉ‖² between unit vectors.
-            mean = 2.0 - 2.0 * self.codebooks.gain[layer].clamp(max=1.0 - 1e-3)
-        book = books[layer].detach()
-        # A codebook that never saw a frame has its own spread for a scale; one that fits its
-        # frames perfectly has a distance of zero, and keeps a finite temperature.
-        spread = 2.0 * (book - book.mean(0)).square().sum(1).mean()
-        floor = torch.where(mean > 0, 1e-6 * spread, spread).clamp(min=1e-20)
-        return 1.0 / (torch.maximum(mean, floor) * self.temperature)
-
-    def _sum_codes(self, codes: Tensor, books: Tensor) -> Tensor:
-        """Sum of the chosen codes [N, D] in the order of the layers; −1 adds nothing."""
-        total = books.new_zeros(codes.shape[0], self.codebook_dim)
-        for q in range(codes.shape[1]):
-            chosen = self._chosen(codes[:, q].clamp(min=0), books, q)
-            total += torch.where(codes[:, q, None] >= 0, chosen, 0.0)
-        return total
-
-    def _statistics(self, done: _Pass, nonfinite: Tensor) -> QuantizerStats:
-        frames = torch.zeros_like(done.counts[:, 0])
-        frames[: done.layers] = done.codes.shape[0]
+        if hashes is not None and keep is not None and walk.residuals is not None:
+            pool = FramePool(hashes[keep], walk.residuals, walk.codes[keep].T, self._pool_size)
         return QuantizerStats(
-            done.counts,
-            done.sums,
-            done.squared_error,
-            done.projection,
-            frames,
-            nonfinite,
-            done.pool,
+            walk.counts, walk.sums, walk.squared_error, walk.projection, frames, nonfinite, pool
         )
 
     # ---- losses
@@ -470,56 +369,56 @@ class ResidualVQ(nn.Module):
     def _losses(
         self,
         latents: Tensor,
-        books: Tensor,
-        done: _Pass,
+        layers: Layers,
+        walk: Walk,
         stats: QuantizerStats,
+        names: Collection[str],
         frames: Tensor | float | None,
+    ) -> dict[str, Tensor]:
+        """Commitment and codebook loss: mean over frames, layers and D."""
+        unknown = set(names) - set(LOSSES)
+        if unknown:
+            raise ValueError(f"unknown losses {sorted(unknown)}; choose of {LOSSES}")
+        divisor = torch.as_tensor(
+            latents.shape[0] if frames is None else frames,
+            dtype=torch.float32,
+            device=latents.device,
+        )
+        elements = divisor.clamp(min=1e-6) * (walk.layers * self.codebook_dim)
+        terms: dict[str, Tensor] = {}
+        if "commitment" in names:
+            total = squared_commitment(latents, walk.squared_error.sum(), walk.errors)
+            terms["commitment"] = total / elements
+        if self.update_rule == "gradient":
+            terms["codebook"] = self._code_error(layers.books, walk, stats) / elements
+        return terms
+
+    def _code_error(self, books: Tensor, walk: Walk, stats: QuantizerStats) -> Tensor:
+        total = walk.code_error.sum()
+        if stats.sums is None:
+            return total
+        counts = stats.counts.sum(0, keepdim=True) if self.shared_codebook else stats.counts
+        return squared_codebook(books, counts.float(), stats.sums, total)
+
+    def _regularizers(
+        self,
+        latents: Tensor,
+        layers: Layers,
+        walk: Walk,
         names: Collection[str],
         group: ProcessGroup | None,
         usage: SoftUsage | None,
         micro_batches: int,
     ) -> dict[str, Tensor]:
-        terms: dict[str, Tensor] = {}
-        unknown = set(names) - set(LOSSES)
-        if unknown:
-            raise ValueError(f"unknown losses {sorted(unknown)}; choose of {LOSSES}")
-        divisor = max(1, latents.shape[0]) if frames is None else frames
-        if isinstance(divisor, Tensor):
-            divisor = divisor.to(latents.device, torch.float32)
-        elements = divisor * (done.layers * self.codebook_dim)
-        total = done.squared_error.sum()
-        if "commitment" in names:
-            terms["commitment"] = squared_commitment(latents, total, done.errors) / elements
-        if self.update_rule == "gradient":
-            terms["codebook"] = self._codebook_loss(books, stats, total) / elements
-        if "diversity" in names or "perplexity" in names:
-            local = self._soft_sums(latents, books, done)
-            mean = global_usage(
-                local, stats.frames, group, usage, micro_batches, reduce=self.training
-            )[: done.layers]
-            if "diversity" in names:
-                terms["diversity"] = diversity_loss(mean)
-            if "perplexity" in names:
-                terms["perplexity"] = perplexity_loss(mean)
-        return terms
-
-    def _codebook_loss(self, books: Tensor, stats: QuantizerStats, total: Tensor) -> Tensor:
-        if stats.sums is None:
-            return total.clone()
-        counts = stats.counts.sum(0, keepdim=True) if self.shared_codebook else stats.counts
-        return squared_codebook(books, counts.float(), stats.sums, total)
-
-    def _soft_sums(self, latents: Tensor, books: Tensor, done: _Pass) -> Tensor:
-        """Soft assignments of each layer summed over this batch's frames, [Q, K]."""
-        sums = []
-        offset = torch.zeros_like(latents, requires_grad=False)
-        for q in range(done.layers):
-            residual = self._seen(latents - offset)
-            book = books[self._book(q)]
-            sums.append(search.soft_usage(residual, book, self._inverse_scale(q, books)))
-            offset = offset + self._chosen(done.codes[:, q], books, q)
-        sums += [torch.zeros_like(sums[0])] * (self.num_quantizers - done.layers)
-        return torch.stack(sums)
+        wanted = [name for name in ("diversity", "perplexity") if name in names]
+        if not wanted:
+            return {}
+        local = layers.soft_sums(latents, walk)
+        frames = torch.zeros_like(walk.counts[:, 0])
+        frames[: walk.layers] = latents.shape[0]
+        mean = global_usage(local, frames, group, usage, micro_batches, reduce=self.training)
+        of = {"diversity": diversity_loss, "perplexity": perplexity_loss}
+        return {name: of[name](mean[: walk.layers]) for name in wanted}
 
     @torch.no_grad()
     def soft_usage(self, x: Tensor, mask: Tensor | None = None) -> SoftUsage:
@@ -527,15 +426,18 @@ class ResidualVQ(nn.Module):
 
         Before the first backward of a step, sum this over the step's micro-batches, ``all_reduce``
         the sum, and hand it to each forward as ``usage`` with ``micro_batches``. The latents must
-        be those of the forward: replay the encoder's dropout from the same random state.
+        be those of the forward: replay the encoder's dropout from the same random state. Before the
+        codebooks have started it is all zeros, and forward makes no use of it.
         """
         _, latents, _ = self._valid_latents(x, mask)
-        books = self.codebooks.value()
-        hashes = self._hashes(latents)
-        done = self._search(latents, books, self._active_layers(), hashes, collect=False)
         frames = torch.zeros(self.num_quantizers, dtype=torch.int64, device=latents.device)
-        frames[: done.layers] = latents.shape[0]
-        return SoftUsage(self._soft_sums(latents, books, done), frames)
+        if not self.initialized:
+            return SoftUsage(latents.new_zeros(self.num_quantizers, self.codebook_size), frames)
+        layers = self._layers(self.codebooks.value())
+        hashes = self._draw(latents)[0] if self.stochastic_sample_codes else None
+        walk = layers.walk(latents, self._active_layers(), hashes=hashes)
+        frames[: walk.layers] = latents.shape[0]
+        return SoftUsage(layers.soft_sums(latents, walk), frames)
 
     # ---- codes in and out
 
@@ -560,13 +462,8 @@ class ResidualVQ(nn.Module):
         """Codes [B, P, Q] int64 of latents ``x`` [B, P, dim], nearest, all layers."""
         self._require_start("encode")
         rows, latents, _ = self._valid_latents(x, mask)
-        books = self.codebooks.value()
-        was_training, self.training = self.training, False
-        try:
-            done = self._search(latents, books, self.num_quantizers, collect=False)
-        finally:
-            self.training = was_training
-        return self._scatter(done.codes, rows, x, -1)
+        walk = self._layers(self.codebooks.value()).walk(latents)
+        return self._scatter(walk.codes, rows, x, -1)
 
     @torch.no_grad()
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -590,7 +487,7 @@ class ResidualVQ(nn.Module):
                 f"expected −1 to {self.codebook_size - 1}"
             )
         flat = codes.reshape(-1, codes.shape[-1])
-        z = self._sum_codes(flat, self.codebooks.value())
+        z = self._layers(self.codebooks.value()).sum_codes(flat)
         rows = (flat[:, 0] >= 0).nonzero()[:, 0]
         z = z.view(*codes.shape[:-1], self.codebook_dim)
         return self._project_back(z, rows, dtype)
@@ -702,108 +599,23 @@ class ResidualVQ(nn.Module):
         """
         if self.initialized:
             raise RuntimeError("the codebooks have already started")
-        began = time.monotonic()
-        x, nonfinite = self._gather_frames(frames, group, progress, frames_per_code)
-        report = InitReport(frames=x.shape[0], nonfinite=nonfinite)
-        if x.shape[0] < 2 * self.codebook_size and rank(group) == 0:
-            logger(__name__).warning(
-                "k-means start: %d frames for %d codes; %d clusters are fitted and the rest of the "
-                "codes are copies until revival. Gather more frames or use fewer codes.",
-                x.shape[0],
-                self.codebook_size,
-                max(1, x.shape[0] // 2),
-            )
-        books = self.codebooks.embed.shape[0]
-        work = books * (1 + self.kmeans_iters) * self.codebook_size * (2 - (books > 1))
-        with _bar(work, "k-means++", progress and rank(group) == 0) as bar:
-            if self.shared_codebook:
-                self._start_shared(x, bar, report, group)
-            else:
-                self._start_layers(x, bar, report, group)
-        self.codebooks.push()
-        report.seconds = time.monotonic() - began
+        wanted = max(1, int(frames_per_code * self.codebook_size))
+        latents = self._latents_of(frames)
+        x, nonfinite = gather_frames(latents, wanted, self.codebooks, group, progress)
+        layers = self._layers(self.codebooks.embed)
+        report = start_codebooks(self.codebooks, layers, x, self.kmeans_iters, group, progress)
+        report.nonfinite = nonfinite
         return report
 
-    def _gather_frames(
-        self,
-        frames: Iterable[tuple[Tensor, Tensor | None]],
-        group: ProcessGroup | None,
-        progress: bool,
-        frames_per_code: float,
-    ) -> tuple[Tensor, int]:
-        wanted = max(1, int(frames_per_code * self.codebook_size))
-        target = -(-wanted // ranks_of(group))
-        seed = int(self.codebooks.seed)
-        reservoir = FrameReservoir(target, seed)
+    def _latents_of(
+        self, frames: Iterable[tuple[Tensor, Tensor | None]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.codebooks.embed.device
-        reservoir.add(torch.zeros(0, self.codebook_dim, device=device))
-        nonfinite = torch.zeros((), dtype=torch.int64, device=device)
-
-        def latents() -> Iterator[Tensor]:
-            for x, mask in frames:
-                _, found, bad = self._valid_latents(
-                    x.to(device), None if mask is None else mask.to(device)
-                )
-                nonfinite.add_(bad)
-                yield found
-
-        with _bar(target, "frames for k-means++", progress and rank(group) == 0) as bar:
-            collect(latents(), reservoir, target, bar.update)
-        gathered = all_gather_rows(reservoir.kept(), group)
-        (bad,) = all_reduce_sum([nonfinite], group)
-        if gathered.shape[0] == 0:
-            raise UserError(
-                "codebook start: no rank brought a valid latent frame (every frame was masked or "
-                f"held NaN; {int(bad)} held NaN). Check the data and the learning rate."
+        for x, mask in frames:
+            _, latents, bad = self._valid_latents(
+                x.to(device), None if mask is None else mask.to(device)
             )
-        return canonical(gathered, wanted, seed), int(bad)
-
-    def _start_layers(
-        self, x: Tensor, bar: tqdm, report: InitReport, group: ProcessGroup | None
-    ) -> None:
-        residual = x.clone()
-        for q in range(self.num_quantizers):
-            if q >= int(self.codebooks.initialized):
-                seeded = self._fit(q, residual, bar, group)
-                self.codebooks.initialized.fill_(q + 1)
-                report.seeded.append(seeded)
-            codes = self._assign(residual, self.codebooks.embed, q)
-            residual -= self._chosen(codes, self.codebooks.embed, q)
-            report.squared_error.append(float(residual.square().sum(1).mean()))
-
-    def _start_shared(
-        self, x: Tensor, bar: tqdm, report: InitReport, group: ProcessGroup | None
-    ) -> None:
-        """Fit the frames, then the frames together with the residuals which that fit leaves."""
-        self._fit(0, x, bar, group)
-        residual, parts = x.clone(), [x]
-        for q in range(self.num_quantizers - 1):
-            codes = self._assign(residual, self.codebooks.embed, q)
-            residual = residual - self._chosen(codes, self.codebooks.embed, q)
-            parts.append(residual)
-        seeded = self._fit(0, torch.cat(parts), bar, group)
-        self.codebooks.initialized.fill_(self.num_quantizers)
-        residual = x.clone()
-        for q in range(self.num_quantizers):
-            codes = self._assign(residual, self.codebooks.embed, q)
-            residual -= self._chosen(codes, self.codebooks.embed, q)
-            report.seeded.append(seeded)
-            report.squared_error.append(float(residual.square().sum(1).mean()))
-
-    def _fit(self, layer: int, residual: Tensor, bar: tqdm, group: ProcessGroup | None) -> int:
-        residual = self._seen(residual)
-        seed = signed64(int(self.codebooks.seed) * 104_729 + layer)
-        generator = torch.Generator().manual_seed(seed)
-        found = kmeans(residual, self.codebook_size, self.kmeans_iters, generator, bar.update)
-        codes, counts = found.codes, found.counts
-        if self.use_cosine_sim:
-            codes = F.normalize(codes, dim=-1)
-        broadcast_from_first([codes, counts], group)
-        assigned = codes[search.nearest(residual, codes)]
-        error = (residual - assigned).square().sum(1).mean()
-        broadcast_from_first([error], group)
-        self.codebooks.start_layer(layer, codes, counts, error)
-        return found.seeded
+            yield latents, bad
 
     # ---- on disk
 
@@ -838,16 +650,11 @@ class ResidualVQ(nn.Module):
         return quantizer.eval()
 
 
-def _bar(total: int, title: str, show: bool) -> tqdm:
-    return tqdm(
-        total=total, desc=title, unit=" codes", unit_scale=True, disable=not show, leave=False
-    )
-
-
 def _check_options(options: dict[str, Any], revival: str | None) -> None:
     choices = {
         "update_rule": ("ema", "gradient"),
         "temperature_schedule": SCHEDULES,
+        "backend": BACKENDS,
     }
     for name, allowed in choices.items():
         if options[name] not in allowed:

@@ -1,107 +1,72 @@
-"""Searches over a codebook in blocks of frames: no N × K matrix is ever held."""
+"""The quantizer's hot path, on the kernels or on their naive references."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+import b2t_kernels
 from b2t.quantize.frame_hash import frame_gumbel
+from b2t_kernels import reference
 
-_BLOCK_SCORES = 1 << 22
-
-
-def _blocks(frames: int, codes: int) -> range:
-    return range(0, frames, _block(codes))
+BACKENDS = ("kernels", "reference")
+_BLOCK_SCORES = 1 << 21
 
 
-def _block(codes: int) -> int:
-    return max(1, _BLOCK_SCORES // codes)
+def nearest(x: Tensor, codebook: Tensor, backend: str = "kernels") -> tuple[Tensor, Tensor]:
+    """Nearest code of each frame of ``x`` [N, D] in ``codebook`` [K, D], and their counts.
 
+    The exact answer, so that a frame's code does not depend on the frames beside it, on a common
+    offset, or on how a batch is spread over ranks.
 
-def _centred(codebook: Tensor) -> tuple[Tensor, Tensor]:
-    center = codebook.mean(0)
-    return center, codebook - center
-
-
-def nearest(x: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest code of ``codebook`` [K, D] for each frame of ``x`` [N, D]; int64 [N].
-
-    Maximizes x·c − ½|c|² after subtracting the codebook's mean from both, so that an offset shared
-    by frames and codes costs no precision.
+    Returns:
+        codes [N] int64 and counts [K] int64.
     """
-    center, codes = _centred(codebook)
-    bias = -0.5 * codes.square().sum(1)
-    result = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
-    step = _block(codes.shape[0])
-    for start in _blocks(x.shape[0], codes.shape[0]):
-        block = x[start : start + step] - center
-        result[start : start + step] = torch.addmm(bias, block, codes.T).argmax(1)
-    return result
+    if backend == "reference":
+        return reference.nearest_code(x, codebook)
+    return b2t_kernels.nearest_code(x, codebook, precision="exact")
 
 
-def sample(
-    x: Tensor, codebook: Tensor, inverse_scale: Tensor, hashes: Tensor, layer: int
+def code_sums(x: Tensor, codes: Tensor, K: int, backend: str = "kernels") -> Tensor:
+    """Sum [K, D] float32 of the frames ``x`` [N, D] of each code; the same bits every time."""
+    if backend == "reference":
+        return reference.code_sums(x, codes, K)[0].float()
+    return b2t_kernels.code_sums(x, codes, K)[0]
+
+
+def soft_usage(
+    x: Tensor, codebook: Tensor, temperature: Tensor, backend: str = "kernels"
 ) -> Tensor:
-    """Codes drawn with probability ∝ exp(−‖x−c‖² · inverse_scale) by the Gumbel-max trick."""
-    center, codes = _centred(codebook)
+    """Σ over frames of softmax(−‖x−c‖²/temperature), [K]; differentiable in x and codebook.
+
+    Args:
+        x: [N, D].
+        codebook: [K, D].
+        temperature: [] in units of squared distance.
+        backend: ``kernels`` streams, memory O(N + K·D); ``reference`` holds N × K × D.
+    """
+    if backend == "reference":
+        return reference.code_usage(x, codebook, temperature) * x.shape[0]
+    return b2t_kernels.code_usage(x, codebook, temperature, reduction="sum")
+
+
+def sample(x: Tensor, codebook: Tensor, temperature: Tensor, hashes: Tensor, layer: int) -> Tensor:
+    """Codes [N] drawn with probability softmax(−‖x−c‖²/temperature) by the Gumbel-max trick.
+
+    Args:
+        x: [N, D].
+        codebook: [K, D].
+        temperature: [] in units of squared distance.
+        hashes: [N] int64, the frames' random numbers.
+        layer: draws of different layers are independent.
+    """
+    center = codebook.mean(0)
+    codes = codebook - center
     bias = -0.5 * codes.square().sum(1)
     result = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
-    step = _block(codes.shape[0])
-    for start in _blocks(x.shape[0], codes.shape[0]):
-        scores = torch.addmm(bias, x[start : start + step] - center, codes.T)
-        noise = frame_gumbel(hashes[start : start + step], codes.shape[0], layer)
-        result[start : start + step] = (2 * inverse_scale * scores + noise).argmax(1)
+    step = max(1, _BLOCK_SCORES // codes.shape[0])
+    for start in range(0, x.shape[0], step):
+        rows = slice(start, start + step)
+        scores = torch.addmm(bias, x[rows] - center, codes.T).mul_(2.0 / temperature)
+        result[rows] = scores.add_(frame_gumbel(hashes[rows], codes.shape[0], layer)).argmax(1)
     return result
-
-
-def code_sums(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """Sum [K, D] float32 and number [K] int64 of the frames ``x`` [N, D] of each code."""
-    sums = x.new_zeros(codes, x.shape[1])
-    sums.index_add_(0, indices, x)
-    return sums, torch.bincount(indices, minlength=codes)
-
-
-class _Usage(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, codebook: Tensor) -> Tensor:  # type: ignore[override]
-        center, codes = _centred(codebook)
-        bias = -codes.square().sum(1)
-        total = x.new_zeros(codes.shape[0])
-        log_norm = x.new_zeros(x.shape[0])
-        step = _block(codes.shape[0])
-        for start in _blocks(x.shape[0], codes.shape[0]):
-            rows = slice(start, start + step)
-            logits = torch.addmm(bias, x[rows] - center, codes.T, alpha=2.0)
-            log_norm[rows] = torch.logsumexp(logits, 1)
-            total += logits.sub_(log_norm[rows, None]).exp_().sum(0)
-        ctx.save_for_backward(x, codebook, log_norm)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        x, codebook, log_norm = ctx.saved_tensors
-        center, codes = _centred(codebook)
-        bias = -codes.square().sum(1)
-        grad_x = torch.empty_like(x)
-        grad_codes = torch.zeros_like(codes)
-        column = x.new_zeros(codes.shape[0])
-        step = _block(codes.shape[0])
-        for start in _blocks(x.shape[0], codes.shape[0]):
-            rows = slice(start, start + step)
-            block = x[rows] - center
-            p = torch.addmm(bias, block, codes.T, alpha=2.0).sub_(log_norm[rows, None]).exp_()
-            p.mul_(grad - (p @ grad)[:, None])
-            grad_x[rows] = 2.0 * (p @ codes)
-            grad_codes.addmm_(p.T, block, alpha=2.0)
-            column += p.sum(0)
-        grad_codes -= 2.0 * column[:, None] * codes
-        return grad_x, grad_codes
-
-
-def soft_usage(x: Tensor, codebook: Tensor, inverse_scale: Tensor) -> Tensor:
-    """Sum over frames of softmax(−‖x−c‖² · inverse_scale); [K], differentiable in x and codebook.
-
-    Two streaming passes (online normalizer, then gradients), memory O(N + K·D).
-    """
-    root = inverse_scale.sqrt()
-    return _Usage.apply(x * root, codebook * root)

@@ -62,7 +62,7 @@ class QuantizerStats:
         counts: [Q, K] int64, frames of each code.
         sums: [Q, K, D] float32, their residuals summed (unit residuals under cosine similarity);
             [1, K, D] with a shared codebook. None from a forward in evaluation mode.
-        squared_error: [Q] float32, Σ‖residual − code‖² after each layer.
+        squared_error: [Q] float32, Σ‖residual‖² after each layer.
         projection: [Q] float32, Σ residual · unit code (cosine similarity only, else zeros).
         frames: [Q] int64, frames that entered each layer.
         nonfinite: [] int64, frames left out because they held NaN or infinity.
@@ -152,10 +152,10 @@ class UpdateReport:
 
     Args:
         applied: False where nothing was there to update from.
-        frames: frames of the step, over all ranks and micro-batches.
+        frames: [Q] frames of the step that entered each layer, over all ranks and micro-batches.
         revived: codes revived in each layer.
         nonfinite: frames of the step that held NaN or infinity.
-        counts: [Q, K] frames of each code, over all ranks and micro-batches; None where nothing
+        counts: [Q, K] int64, frames of each code, over all ranks and micro-batches; None where nothing
             was applied.
     """
 
@@ -179,7 +179,7 @@ class InitReport:
     """
 
     frames: int
-    nonfinite: int
+    nonfinite: int = 0
     seeded: list[int] = field(default_factory=list)
     squared_error: list[float] = field(default_factory=list)
     seconds: float = 0.0

@@ -1,0 +1,184 @@
+"""The residual walk: each layer assigns a code to what the layers before it left over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from b2t.quantize import search
+
+
+class Walk(NamedTuple):
+    """Result of a walk of N frames through the first layers of Q.
+
+    Args:
+        codes: [N, Q] int64, −1 in layers not walked.
+        quantized: [N, D], sum of the chosen codes.
+        errors: [N, D], sum over layers of the residual that each leaves.
+        counts: [Q, K] int64.
+        squared_error: [Q], Σ‖residual left‖² of each layer.
+        code_error: [Q], the same between what the search compared (unit vectors under cosine).
+        projection: [Q], Σ residual · code (cosine similarity only).
+        sums: [L, K, D], what the search saw summed by code, or None.
+        residuals: [Q, R, D], residuals before each layer of the frames asked for, or None.
+        layers: how many were walked.
+    """
+
+    codes: Tensor
+    quantized: Tensor
+    errors: Tensor
+    counts: Tensor
+    squared_error: Tensor
+    code_error: Tensor
+    projection: Tensor
+    sums: Tensor | None
+    residuals: Tensor | None
+    layers: int
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The codebooks as one forward pass sees them.
+
+    Args:
+        books: [L, K, D] float32, L = Q or 1 where the layers share one; may carry a gradient.
+        gain: [L] length of the codes under cosine similarity.
+        distance: [L] running mean squared distance of a frame to its code.
+        quantizers: Q.
+        temperature: τ, dimensionless.
+        cosine: compare directions.
+        backend: see `b2t.quantize.search`.
+    """
+
+    books: Tensor
+    gain: Tensor
+    distance: Tensor
+    quantizers: int
+    temperature: float
+    cosine: bool
+    backend: str
+
+    def index(self, q: int) -> int:
+        """Codebook of layer ``q``."""
+        return q if self.books.shape[0] > 1 else 0
+
+    def seen(self, residual: Tensor) -> Tensor:
+        """A residual [N, D] as the search sees it."""
+        return F.normalize(residual, dim=-1) if self.cosine else residual
+
+    def chosen(self, codes: Tensor, q: int) -> Tensor:
+        """What layer ``q`` adds for ``codes`` [N] ≥ 0: [N, D], without gradient."""
+        layer = self.index(q)
+        vectors = self.books[layer].detach()[codes]
+        return vectors * self.gain[layer] if self.cosine else vectors
+
+    def assign(
+        self, residual: Tensor, q: int, hashes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Codes [N] and counts [K] of layer ``q``; drawn with ``hashes`` if given, else nearest."""
+        book = self.books[self.index(q)].detach()
+        if hashes is None:
+            return search.nearest(self.seen(residual), book, self.backend)
+        codes = search.sample(self.seen(residual), book, self.width(q), hashes, q)
+        return codes, torch.bincount(codes, minlength=book.shape[0])
+
+    def width(self, q: int) -> Tensor:
+        """τ times the mean squared distance of layer ``q``: [], never read by the host."""
+        layer = self.index(q)
+        book = self.books[layer].detach()
+        # Between unit vectors ‖r̂−ĉ‖² = 2 − 2·cos, and the gain is the mean of |r|·cos ≤ cos.
+        mean = (
+            2.0 - 2.0 * self.gain[layer].clamp(max=0.999) if self.cosine else self.distance[layer]
+        )
+        # A codebook that never saw a frame has its own spread for a scale, and one that fits its
+        # frames perfectly keeps a finite width.
+        spread = 2.0 * (book - book.mean(0)).square().sum(1).mean()
+        floor = torch.where(mean > 0, 1e-6 * spread, spread).clamp(min=1e-20)
+        return torch.maximum(mean, floor) * self.temperature
+
+    @torch.no_grad()
+    def walk(
+        self,
+        latents: Tensor,
+        layers: int | None = None,
+        hashes: Tensor | None = None,
+        sums: bool = False,
+        keep: Tensor | None = None,
+    ) -> Walk:
+        """Walk ``latents`` [N, D] through the first ``layers`` layers (all by default).
+
+        Args:
+            latents: finite float32.
+            layers: how many.
+            hashes: [N], draw codes with them instead of taking the nearest.
+            sums: also sum frames by code.
+            keep: [R] rows whose residuals are wanted.
+        """
+        Q, K = self.quantizers, self.books.shape[1]
+        layers = Q if layers is None else layers
+        N = latents.shape[0]
+        codes = torch.full((N, Q), -1, device=latents.device)
+        counts = torch.zeros(Q, K, dtype=torch.int64, device=latents.device)
+        squared, code_error, projection = latents.new_zeros(3, Q).unbind()
+        totals = torch.zeros_like(self.books) if sums else None
+        kept = None if keep is None else latents.new_zeros(Q, keep.shape[0], latents.shape[1])
+        residual = latents.clone()
+        quantized, errors = torch.zeros_like(latents), torch.zeros_like(latents)
+        for q in range(layers):
+            if kept is not None:
+                kept[q] = residual[keep]
+            index, counts[q] = self.assign(residual, q, hashes)
+            codes[:, q] = index
+            if totals is not None:
+                totals[self.index(q)] += search.code_sums(
+                    self.seen(residual), index, K, self.backend
+                )
+            if self.cosine:
+                unit = self.books[self.index(q)][index]
+                projection[q] = (residual * unit).sum()
+                code_error[q] = (self.seen(residual) - unit).square().sum()
+            chosen = self.chosen(index, q)
+            residual -= chosen
+            quantized += chosen
+            errors += residual
+            squared[q] = residual.square().sum()
+        return Walk(
+            codes,
+            quantized,
+            errors,
+            counts,
+            squared,
+            code_error if self.cosine else squared,
+            projection,
+            totals,
+            kept,
+            layers,
+        )
+
+    def sum_codes(self, codes: Tensor) -> Tensor:
+        """Σ of the chosen codes [N, D], added in the order of the layers; −1 adds nothing."""
+        total = self.books.new_zeros(codes.shape[0], self.books.shape[2])
+        for q in range(codes.shape[1]):
+            chosen = self.chosen(codes[:, q].clamp(min=0), q)
+            total += torch.where(codes[:, q, None] >= 0, chosen, 0.0)
+        return total
+
+    def soft_sums(self, latents: Tensor, walk: Walk) -> Tensor:
+        """Soft assignments of each layer summed over the frames of ``walk``: [Q, K].
+
+        Differentiable in ``latents`` [N, D] and the codebooks; the codes chosen before a layer are
+        constants. Layers not walked are zero.
+        """
+        sums = []
+        before = torch.zeros_like(latents, requires_grad=False)
+        for q in range(walk.layers):
+            book = self.books[self.index(q)]
+            residual = self.seen(latents - before)
+            sums.append(search.soft_usage(residual, book, self.width(q), self.backend))
+            before = before + self.chosen(walk.codes[:, q], q)
+        sums += [torch.zeros_like(sums[0])] * (self.quantizers - walk.layers)
+        return torch.stack(sums)
