@@ -48,6 +48,7 @@ class DatasetInfo:
         splits: number of rows by split.
         fingerprint: hash of the content, the same whenever the same data is prepared again.
         channel_names: C names, where the dataset carries them.
+        z_scored: the signals are z-scored per block; False where this is not known.
     """
 
     channels: int
@@ -59,6 +60,7 @@ class DatasetInfo:
     splits: dict[str, int]
     fingerprint: str
     channel_names: list[str] | None = None
+    z_scored: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ def _open(path: str, stamp: tuple[float, ...]) -> _Opened:
         has_phonemes=any(_has_values(dataset, "phonemes") for dataset in splits.values()),
         splits={split: len(dataset) for split, dataset in splits.items()},
         fingerprint=fingerprint,
-        channel_names=(record or {}).get("channels"),
+        channel_names=record.get("channels"),
+        z_scored=bool(record.get("z_scored", False)),
     )
     return _Opened(splits, info)
 

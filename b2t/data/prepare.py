@@ -253,6 +253,7 @@ def _content(
         "simulated": source.simulated,
         "fingerprint": fingerprint,
         "normalization": trials.normalization,
+        "z_scored": source.standardized or trials.normalization == "block",
         "sampling_rate": source.sampling_rate,
         "channels": source.channels,
         "phonemes": list(PHONEMES) if any(info.phonemes for info in source.trials) else None,

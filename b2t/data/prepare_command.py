@@ -140,11 +140,13 @@ def summary(content: dict[str, Any], out: Path) -> str:
     """Say in a few lines what was prepared."""
     rows = ", ".join(f"{split} {count:,}" for split, count in content["rows"].items())
     kind = f"{content['format']}{', SIMULATION' if content['simulated'] else ''}"
-    scale = {"block": "z-scored per block", "none": "scale as in the source"}
+    scale = "scale as recorded"
+    if content["z_scored"]:
+        by = "" if content["normalization"] == "block" else " by the source"
+        scale = f"z-scored per block{by}"
     lines = [
         f"{out}: {rows} trials ({kind})",
-        f"  {len(content['channels'])} channels at {content['sampling_rate']:g} Hz, "
-        f"{scale[content['normalization']]}",
+        f"  {len(content['channels'])} channels at {content['sampling_rate']:g} Hz, {scale}",
     ]
     if content["skipped"]:
         lines.append(f"  {content['skipped']} bad trials left out")
