@@ -93,8 +93,7 @@ class ProgressBar(Callback):
     def on_step(self, trainer: Trainer, context: Any) -> None:
         """Advance."""
         assert self._bar is not None
-        if self._bar.desc != f"{trainer.phase.name}: ":
-            self._bar.set_description(trainer.phase.name)
+        self._bar.set_description(trainer.phase.name, refresh=False)
         self._bar.update(trainer.progress.step - self._bar.n)
 
     def on_end(self, trainer: Trainer) -> None:

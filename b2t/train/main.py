@@ -163,10 +163,13 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
         if ranks.is_main:
             print(f"train_ds.py: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except Exception:
+    except Exception as error:
         # The other ranks may wait in a collective for this one: say why, and leave at once, so
         # that the launcher ends them too.
-        traceback.print_exc()
+        if "Connection reset" in str(error) or "Connection closed" in str(error):
+            print(f"rank {ranks.rank}: another rank left; its message says why", file=sys.stderr)
+        else:
+            traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
     finally:
