@@ -17,54 +17,54 @@ BIN_SECONDS = 0.02
 
 # A phone of two rows moves from the first target to the second (diphthongs, affricates).
 _TABLE = """
-phone voice  lips round teeth   tip blade dorsum  stop  fric nasal lateral rhotic glottis height  back tense
-AA        1     0     0     0     0     0      0     0     0     0       0      0       0     -1    .7    .6
-AE        1     0     0     0     0     0      0     0     0     0       0      0       0    -.8   -.8   -.4
-AH        1     0     0     0     0     0      0     0     0     0       0      0       0    -.2    .1   -.8
-AO        1     0    .7     0     0     0      0     0     0     0       0      0       0    -.5     1    .4
-AW        1     0     0     0     0     0      0     0     0     0       0      0       0     -1    .2     0
-AW        1     0    .9     0     0     0      0     0     0     0       0      0       0     .6    .9     0
-AY        1     0     0     0     0     0      0     0     0     0       0      0       0     -1    .2     0
-AY        1     0     0     0     0     0      0     0     0     0       0      0       0     .7   -.8     0
-B         1     1     .     0     .     .      .     1     0     0       0      0       0      .     .     .
-CH       -1     0    .3     0    .6     1      .     1    .4     0       0      0       0     .4     .     .
-CH       -1     0    .3     0    .2     1      .     0     1     0       0      0       0     .4     .     .
-D         1     .     .     0     1     .      .     1     0     0       0      0       0     .3     .     .
-DH        1     .     .     1    .3     .      .     0    .6     0       0      0       0      .     .     .
-EH        1     0     0     0     0     0      0     0     0     0       0      0       0    -.3   -.7   -.5
-ER        1     0    .3     0     0     0      0     0     0     0       0      1       0     .1    .2    .3
-EY        1     0     0     0     0     0      0     0     0     0       0      0       0     .1   -.8    .6
-EY        1     0     0     0     0     0      0     0     0     0       0      0       0     .8    -1    .6
-F        -1    .5     .    .8     .     .      .     0     1     0       0      0       0      .     .     .
-G         1     .     .     0     .     .      1     1     0     0       0      0       0     .6    .6     .
-HH       -1     .     .     0     .     .      .     0    .4     0       0      0       1      .     .     .
-IH        1     0     0     0     0     0      0     0     0     0       0      0       0     .6   -.7   -.6
-IY        1     0   -.3     0     0    .2      0     0     0     0       0      0       0      1    -1     1
-JH        1     0    .3     0    .6     1      .     1    .4     0       0      0       0     .4     .     .
-JH        1     0    .3     0    .2     1      .     0     1     0       0      0       0     .4     .     .
-K        -1     .     .     0     .     .      1     1     0     0       0      0       0     .6    .6     .
-L         1     .     .     0    .8     .     .3     0     0     0       1      0       0      .    .4     .
-M         1     1     .     0     .     .      .    .8     0     1       0      0       0      .     .     .
-N         1     .     .     0     1     .      .    .8     0     1       0      0       0     .3     .     .
-NG        1     .     .     0     .     .      1    .8     0     1       0      0       0     .6    .6     .
-OW        1     0    .6     0     0     0      0     0     0     0       0      0       0    -.1    .9    .6
-OW        1     0     1     0     0     0      0     0     0     0       0      0       0     .6     1    .6
-OY        1     0    .8     0     0     0      0     0     0     0       0      0       0    -.4     1    .4
-OY        1     0     0     0     0     0      0     0     0     0       0      0       0     .7   -.8    .2
-P        -1     1     .     0     .     .      .     1     0     0       0      0       0      .     .     .
-R         1     .    .5     0    .3    .3      .     0     0     0       0      1       0      .     .     .
-S        -1     .     .    .2    .8     .      .     0     1     0       0      0       0     .5     .     .
-SH       -1     0    .5     0    .2     1      .     0     1     0       0      0       0     .5     .     .
-T        -1     .     .     0     1     .      .     1     0     0       0      0       0     .3     .     .
-TH       -1     .     .     1    .3     .      .     0    .7     0       0      0       0      .     .     .
-UH        1     0    .5     0     0     0     .2     0     0     0       0      0       0     .6    .7   -.6
-UW        1    .2     1     0     0     0     .3     0     0     0       0      0       0      1     1     1
-V         1    .5     .    .8     .     .      .     0    .8     0       0      0       0      .     .     .
-W         1    .5     1     0     .     .     .6     0     0     0       0      0       0     .8     1     .
-Y         1     0   -.2     0     .    .8      .     0     0     0       0      0       0      1    -1    .5
-Z         1     .     .    .2    .8     .      .     0    .9     0       0      0       0     .5     .     .
-ZH        1     0    .5     0    .2     1      .     0    .9     0       0      0       0     .5     .     .
-SIL     -.5     .     .     0     .     .      .     0     0     0       0      0       0    -.2     .     .
+phone voice lips round teeth tip blade dorsum stop fric nasal lateral rhotic glottis high back tense
+AA        1    0     0     0   0     0      0    0    0     0       0      0       0   -1   .7    .6
+AE        1    0     0     0   0     0      0    0    0     0       0      0       0  -.8  -.8   -.4
+AH        1    0     0     0   0     0      0    0    0     0       0      0       0  -.2   .1   -.8
+AO        1    0    .7     0   0     0      0    0    0     0       0      0       0  -.5    1    .4
+AW        1    0     0     0   0     0      0    0    0     0       0      0       0   -1   .2     0
+AW        1    0    .9     0   0     0      0    0    0     0       0      0       0   .6   .9     0
+AY        1    0     0     0   0     0      0    0    0     0       0      0       0   -1   .2     0
+AY        1    0     0     0   0     0      0    0    0     0       0      0       0   .7  -.8     0
+B         1    1     .     0   .     .      .    1    0     0       0      0       0    .    .     .
+CH       -1    0    .3     0  .6     1      .    1   .4     0       0      0       0   .4    .     .
+CH       -1    0    .3     0  .2     1      .    0    1     0       0      0       0   .4    .     .
+D         1    .     .     0   1     .      .    1    0     0       0      0       0   .3    .     .
+DH        1    .     .     1  .3     .      .    0   .6     0       0      0       0    .    .     .
+EH        1    0     0     0   0     0      0    0    0     0       0      0       0  -.3  -.7   -.5
+ER        1    0    .3     0   0     0      0    0    0     0       0      1       0   .1   .2    .3
+EY        1    0     0     0   0     0      0    0    0     0       0      0       0   .1  -.8    .6
+EY        1    0     0     0   0     0      0    0    0     0       0      0       0   .8   -1    .6
+F        -1   .5     .    .8   .     .      .    0    1     0       0      0       0    .    .     .
+G         1    .     .     0   .     .      1    1    0     0       0      0       0   .6   .6     .
+HH       -1    .     .     0   .     .      .    0   .4     0       0      0       1    .    .     .
+IH        1    0     0     0   0     0      0    0    0     0       0      0       0   .6  -.7   -.6
+IY        1    0   -.3     0   0    .2      0    0    0     0       0      0       0    1   -1     1
+JH        1    0    .3     0  .6     1      .    1   .4     0       0      0       0   .4    .     .
+JH        1    0    .3     0  .2     1      .    0    1     0       0      0       0   .4    .     .
+K        -1    .     .     0   .     .      1    1    0     0       0      0       0   .6   .6     .
+L         1    .     .     0  .8     .     .3    0    0     0       1      0       0    .   .4     .
+M         1    1     .     0   .     .      .   .8    0     1       0      0       0    .    .     .
+N         1    .     .     0   1     .      .   .8    0     1       0      0       0   .3    .     .
+NG        1    .     .     0   .     .      1   .8    0     1       0      0       0   .6   .6     .
+OW        1    0    .6     0   0     0      0    0    0     0       0      0       0  -.1   .9    .6
+OW        1    0     1     0   0     0      0    0    0     0       0      0       0   .6    1    .6
+OY        1    0    .8     0   0     0      0    0    0     0       0      0       0  -.4    1    .4
+OY        1    0     0     0   0     0      0    0    0     0       0      0       0   .7  -.8    .2
+P        -1    1     .     0   .     .      .    1    0     0       0      0       0    .    .     .
+R         1    .    .5     0  .3    .3      .    0    0     0       0      1       0    .    .     .
+S        -1    .     .    .2  .8     .      .    0    1     0       0      0       0   .5    .     .
+SH       -1    0    .5     0  .2     1      .    0    1     0       0      0       0   .5    .     .
+T        -1    .     .     0   1     .      .    1    0     0       0      0       0   .3    .     .
+TH       -1    .     .     1  .3     .      .    0   .7     0       0      0       0    .    .     .
+UH        1    0    .5     0   0     0     .2    0    0     0       0      0       0   .6   .7   -.6
+UW        1   .2     1     0   0     0     .3    0    0     0       0      0       0    1    1     1
+V         1   .5     .    .8   .     .      .    0   .8     0       0      0       0    .    .     .
+W         1   .5     1     0   .     .     .6    0    0     0       0      0       0   .8    1     .
+Y         1    0   -.2     0   .    .8      .    0    0     0       0      0       0    1   -1    .5
+Z         1    .     .    .2  .8     .      .    0   .9     0       0      0       0   .5    .     .
+ZH        1    0    .5     0  .2     1      .    0   .9     0       0      0       0   .5    .     .
+SIL     -.5    .     .     0   .     .      .    0    0     0       0      0       0  -.2    .     .
 """
 
 ARTICULATORS = tuple(_TABLE.split("\n")[1].split()[1:])
@@ -74,7 +74,7 @@ _FREE_DOMINANCE = 0.1
 _NEIGHBOUR_DOMINANCE = 0.2
 
 _DURATIONS = {
-    # class: mean in seconds at 60 words a minute, shape of the gamma distribution, phones
+    # class: mean in seconds, shape of the gamma distribution, phones
     "diphthong": (0.26, 12.0, "AW AY EY OW OY"),
     "vowel": (0.22, 10.0, "AA AE AO EH ER IH IY UH UW"),
     "schwa": (0.16, 8.0, "AH"),
@@ -85,11 +85,12 @@ _DURATIONS = {
     "approximant": (0.16, 10.0, "L R W Y"),
     "pause": (0.20, 4.0, "SIL"),
 }
-_REFERENCE_RATE = 60.0
+# Words a minute that the durations above give at the word length of ordinary English.
+_REFERENCE_RATE = 67.0
 _RATE_SPREAD = 0.1
 _PREPARATION = (0.5, 20.0)
 _TRAILING = (0.4, 20.0)
-_SPRING_SECONDS = {"lips": 0.05, "round": 0.06, "nasal": 0.055, "height": 0.055, "tip": 0.035}
+_SPRING_SECONDS = {"lips": 0.05, "round": 0.06, "nasal": 0.055, "high": 0.055, "tip": 0.035}
 _SPRING_DEFAULT = 0.045
 
 
@@ -160,14 +161,22 @@ def time_sentence(text: str, speaking_rate: float, rng: np.random.Generator) -> 
     return Utterance(text, tuple(labels), np.array([SIL, *labels, SIL]), bins)
 
 
-def movements(utterances: list[Utterance]) -> np.ndarray:
+def movements(
+    utterances: list[Utterance], variability: float, rng: np.random.Generator
+) -> np.ndarray:
     """Articulator positions and speaking state of utterances, end to end.
+
+    Args:
+        utterances: timed sentences.
+        variability: standard deviation of each target from one attempt at a phone to the next
+            (targets span −1 to 1).
+        rng: source of randomness.
 
     Returns:
         [ΣT, A + 2]: the positions of `ARTICULATORS`, then speech (1 while speaking) and
         preparation (rises before the first phone), each smoothed in time.
     """
-    steps = np.concatenate([_target_steps(utterance) for utterance in utterances])
+    steps = np.concatenate([_target_steps(item, variability, rng) for item in utterances])
     seconds = [_SPRING_SECONDS.get(name, _SPRING_DEFAULT) for name in ARTICULATORS]
     seconds += [0.06, 0.12]
     moved = np.empty_like(steps)
@@ -177,7 +186,7 @@ def movements(utterances: list[Utterance]) -> np.ndarray:
     return moved
 
 
-def _target_steps(utterance: Utterance) -> np.ndarray:
+def _target_steps(utterance: Utterance, variability: float, rng: np.random.Generator) -> np.ndarray:
     """Piecewise constant targets of one utterance, [T, A + 2]."""
     rows, lengths = [], []
     for phone, bins in zip(utterance.phones, utterance.bins, strict=True):
@@ -185,7 +194,9 @@ def _target_steps(utterance: Utterance) -> np.ndarray:
         first = bins // len(choices)
         rows += choices
         lengths += [bins] if len(choices) == 1 else [first, bins - first]
-    targets = np.repeat(_coarticulated(np.array(rows)), lengths, axis=0)
+    targets = _coarticulated(np.array(rows))
+    targets += rng.normal(0.0, variability, targets.shape)
+    targets = np.repeat(targets, lengths, axis=0)
     frames = utterance.frames()
     speech = (frames != SIL).astype(float)
     preparation = np.zeros(len(frames))

@@ -31,6 +31,7 @@ class PopulationConfig:
         tuning_shape: gamma shape of that strength; small = many weakly tuned electrodes.
         array_tuning: relative strength on the four arrays.
         velocity: share of movement velocities in the tuning directions.
+        saturation: drive, in standard deviations, at which an electrode's response levels off.
         noise: multiplies all shared noise.
         noise_factors: number of latent noise sources.
         noise_seconds: shortest and longest time constant of the sources.
@@ -42,32 +43,33 @@ class PopulationConfig:
         spike_energy: mean energy of one crossing, in units of the noise floor.
         energy_spread: standard deviation of the log of that energy over electrodes.
         spike_shape: gamma shape of the energy of one crossing.
-        energy_lead: share of a crossing's energy that falls into the bin before it.
+        energy_lead: share of crossings whose energy falls into the bin before.
         block_spread: standard deviation of each log-baseline over the blocks of a session.
         session_spread: standard deviation of its change from session to session.
         drift_per_day: rate at which tuning directions lose their old orientation, per day.
         gain_spread: standard deviation of the log-gain of tuning over sessions.
     """
 
-    rate_hz: float = 28.0
-    rate_spread: float = 0.5
+    rate_hz: float = 27.0
+    rate_spread: float = 0.4
     tuning: float = 1.0
-    tuning_mean: float = 0.3
-    tuning_shape: float = 2.0
+    tuning_mean: float = 0.4
+    tuning_shape: float = 3.0
     array_tuning: tuple[float, float, float, float] = (1.2, 1.1, 0.7, 1.0)
     velocity: float = 0.3
+    saturation: float = 2.5
     noise: float = 1.0
     noise_factors: int = 6
-    noise_seconds: tuple[float, float] = (0.1, 0.6)
-    rate_noise: float = 0.12
-    power_noise: float = 0.08
+    noise_seconds: tuple[float, float] = (0.3, 1.0)
+    rate_noise: float = 0.13
+    power_noise: float = 0.135
     slow_noise: float = 0.08
     slow_seconds: float = 20.0
     power_shape: float = 16.0
-    spike_energy: float = 0.25
+    spike_energy: float = 0.55
     energy_spread: float = 0.3
-    spike_shape: float = 4.0
-    energy_lead: float = 0.35
+    spike_shape: float = 2.0
+    energy_lead: float = 0.38
     block_spread: float = 0.15
     session_spread: float = 0.15
     drift_per_day: float = 1 / 150
@@ -192,7 +194,8 @@ def log_rates(
     baseline = population.baseline + rng.normal(0, config.block_spread, population.electrodes)
     slow = _slow_changes(bins, population.electrodes, config, rng)
     shared = sources @ population.rate_loading.T
-    return baseline + population.strength * drive + shared + slow, sources
+    speech = config.saturation * np.tanh(drive / config.saturation)
+    return baseline + population.strength * speech + shared + slow, sources
 
 
 def noise_sources(bins: int, config: PopulationConfig, rng: np.random.Generator) -> np.ndarray:
@@ -220,17 +223,18 @@ def spike_power(
 ) -> np.ndarray:
     """Spike-band power in units of the noise floor, [T, E].
 
-    The energy of ``n`` crossings is gamma distributed with shape ``n · spike_shape``. A part of it
-    falls into the bin before, as the releases bin power and crossings with an offset.
+    The energy of ``n`` crossings is gamma distributed with shape ``n · spike_shape``. Some
+    crossings count for the power of the bin before, as if the two were binned with an offset: in
+    the real trial power correlates with the crossings of its own bin and of the next.
     """
     floor = rng.standard_gamma(config.power_shape, counts.shape) / config.power_shape
-    drawn = np.zeros(counts.shape)
-    fired = counts > 0
-    drawn[fired] = rng.standard_gamma(config.spike_shape * counts[fired]) / config.spike_shape
-    energy = drawn * population.energy
-    before = np.roll(energy, -1, axis=0)
-    before[-1] = 0.0
-    spikes = (1 - config.energy_lead) * energy + config.energy_lead * before
+    early = rng.binomial(counts, config.energy_lead)
+    moved = counts - early
+    moved[:-1] += early[1:]
+    spikes = np.zeros(counts.shape)
+    fired = moved > 0
+    spikes[fired] = rng.standard_gamma(config.spike_shape * moved[fired]) / config.spike_shape
+    spikes *= population.energy
     return (floor + spikes) * np.exp(sources @ population.power_loading.T)
 
 

@@ -62,6 +62,7 @@ class SimulationConfig:
         vocabulary: 50 or 1000 words.
         seed: seed of everything random.
         speaking_rate: attempted words a minute, at the word length of ordinary English.
+        variability: standard deviation of articulator targets between attempts at a phone.
         block_trials: trials in a block; features are z-scored within a block.
         labelled_test: write the labels of the test split (the real release withholds them).
         population: statistics of the neural activity.
@@ -74,6 +75,7 @@ class SimulationConfig:
     vocabulary: int = 50
     seed: int = 0
     speaking_rate: float = 60.0
+    variability: float = 0.05
     block_trials: int = 50
     labelled_test: bool = True
     population: PopulationConfig = field(default_factory=PopulationConfig)
@@ -104,6 +106,7 @@ class SimulationConfig:
                 f"a multiple of {arrays} not below {self.electrodes} is needed",
             ),
             (self.speaking_rate <= 0, f"speaking rate {self.speaking_rate}, must be positive"),
+            (self.variability < 0, f"variability {self.variability}, must not be negative"),
             (self.block_trials < 1, f"{self.block_trials} trials in a block, at least 1 is needed"),
             (self.seed < 0, f"seed {self.seed}, must not be negative"),
             (self.population.tuning < 0, f"tuning {self.population.tuning}, must not be negative"),
@@ -193,7 +196,7 @@ class Simulator:
         grammar = load_grammar(self.config.vocabulary)
         texts = [grammar.draw(rng) for _ in range(_REFERENCE_SENTENCES)]
         timed = [time_sentence(text, self.config.speaking_rate, rng) for text in texts]
-        moved = regressors(movements(timed))
+        moved = regressors(movements(timed, self.config.variability, rng))
         return moved.mean(axis=0), moved.std(axis=0)
 
     @cached_property
@@ -218,7 +221,8 @@ class Simulator:
         rate = self.config.speaking_rate
         utterances = [time_sentence(text, rate, timing) for text in block.sentences]
         mean, deviation = self._scale
-        movement = (regressors(movements(utterances)) - mean) / deviation
+        moved = movements(utterances, self.config.variability, timing)
+        movement = (regressors(moved) - mean) / deviation
         population = self.populations[block.session]
         log_rate, sources = log_rates(population, movement, config, activity)
         rates = np.exp(log_rate)

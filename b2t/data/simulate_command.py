@@ -70,6 +70,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "T15 attempts about 30)",
     )
     speech.add_argument(
+        "--variability",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="variation of articulator targets, which span -1 to 1, between attempts at the same "
+        "phone (default: 0.05)",
+    )
+    speech.add_argument(
         "--unlabelled-test",
         action="store_true",
         help="leave the test split without labels, as the real release does",
@@ -141,7 +149,14 @@ def _simulate(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    raise UserError("not yet")
+    from b2t.data.calibration import compare, load_recording, table
+
+    recording = load_recording(args.compare)
+    bins, electrodes = recording.crossings.shape
+    print(f"{args.compare}: {electrodes} electrodes, {bins} bins; beside it simulated recordings")
+    print(table(compare(recording, _config(args))))
+    print("rate and Fano factor are nan where the crossings' levels do not tell counts")
+    return 0
 
 
 def _config(args: argparse.Namespace):
@@ -167,6 +182,7 @@ def _config(args: argparse.Namespace):
         vocabulary=args.vocabulary,
         seed=args.seed,
         speaking_rate=args.speaking_rate,
+        variability=args.variability,
         block_trials=args.block_trials,
         labelled_test=not args.unlabelled_test,
         population=population,

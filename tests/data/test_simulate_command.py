@@ -1,0 +1,75 @@
+import argparse
+import json
+
+import numpy as np
+import pytest
+
+from b2t.data import simulate_command
+from b2t.errors import UserError
+
+
+def call(*arguments):
+    parser = argparse.ArgumentParser()
+    simulate_command.add_arguments(parser)
+    return simulate_command.run(parser.parse_args([str(item) for item in arguments]))
+
+
+def test_options_reach_the_simulation(tmp_path, capsys):
+    out = tmp_path / "out"
+    options = "--sessions 2 --trials 6 2 2 --electrodes 8 --select-from 16 --seed 3 --jobs 1"
+    options += " --vocabulary 1000 --speaking-rate 90 --tuning 2 --noise 0.5 --drift 0"
+    options += " --variability 0.2 --block-trials 2 --unlabelled-test"
+    assert call(out, *options.split()) == 0
+    assert "simulated 2 sessions: 6 train, 2 val, 2 test" in capsys.readouterr().out
+    config = json.loads((out / "simulation.json").read_text())["config"]
+    population = config.pop("population")
+    assert config == {
+        "sessions": 2,
+        "trials": [6, 2, 2],
+        "electrodes": 8,
+        "select_from": 16,
+        "vocabulary": 1000,
+        "seed": 3,
+        "speaking_rate": 90.0,
+        "variability": 0.2,
+        "block_trials": 2,
+        "labelled_test": False,
+    }
+    assert (population["tuning"], population["noise"]) == (2.0, 0.5)
+    assert population["drift_per_day"] == population["gain_spread"] == 0
+
+
+def test_output_is_named_and_not_overwritten(tmp_path):
+    with pytest.raises(UserError, match="OUT"):
+        call()
+    small = ["--sessions", 1, "--trials", 2, 1, 1, "--electrodes", 4, "--jobs", 1]
+    call(tmp_path, *small)
+    with pytest.raises(UserError, match="--force"):
+        call(tmp_path, *small)
+    assert call(tmp_path, *small, "--force") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--vocabulary", 60], "unknown vocabulary 60"),
+        (["--trials", 0, 1, 1], "at least 1"),
+        (["--drift", -1], "--drift"),
+        (["--jobs", -1], "jobs"),
+    ],
+)
+def test_mistakes(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        call(tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_compare_prints_a_table(tmp_path, capsys):
+    counts = np.random.default_rng(0).poisson(0.5, (16, 400))
+    np.save(tmp_path / "x.npy", np.log1p(counts))
+    assert call("--compare", tmp_path / "x.npy") == 0
+    printed = capsys.readouterr().out
+    assert "8 electrodes, 400 bins" in printed
+    rate = next(line for line in printed.splitlines() if line.startswith("rate (Hz) "))
+    expected = np.median(counts.reshape(2, 2, 4, 400)[:, 0].mean(axis=-1)) * 50
+    assert float(rate.split()[2]) == pytest.approx(expected, abs=0.01)
