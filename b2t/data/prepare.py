@@ -290,7 +290,7 @@ def _require_free(out: Path, overwrite: bool) -> None:
 
 def _require_filled(source: Source, splits: Sequence[str], options: PrepareOptions) -> None:
     counts = Counter(splits)
-    if any(info.split for info in source.trials) and source.format == "t15":
+    if source.own_splits and any(info.split for info in source.trials):
         wanted = ["train"]
     else:
         wanted = [split for split, share in zip(SPLITS, options.fractions, strict=True) if share]

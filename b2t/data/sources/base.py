@@ -60,6 +60,7 @@ class Source(Protocol):
         channels: channel names, the same for every trial.
         sampling_rate: in Hz, after any resampling.
         standardized: the signals are z-scored per block already.
+        own_splits: the release says which trial belongs to which split.
         simulated: the signals come from a simulation.
         trials: what is known before any signal is read.
     """
@@ -68,6 +69,7 @@ class Source(Protocol):
     channels: list[str]
     sampling_rate: float
     standardized: bool
+    own_splits: bool
     simulated: bool
     trials: list[TrialInfo]
 

@@ -42,6 +42,7 @@ class MNESource:
 
     format = NAME
     standardized = False
+    own_splits = False
     simulated = False
 
     def __init__(self, path: Path, files: list[Path], options: SourceOptions) -> None:

@@ -38,6 +38,7 @@ class T15Source:
 
     format = NAME
     standardized = True
+    own_splits = True
 
     def __init__(self, path: Path, files: list[Path], options: SourceOptions) -> None:
         if options.channels or options.text_column or options.annotations:

@@ -1,0 +1,206 @@
+"""The MNE reader on files written here and on real recordings."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from b2t.data.sources import SourceOptions, detect
+from b2t.data.sources.base import resampled
+from b2t.errors import UserError
+
+mne = pytest.importorskip("mne")
+
+RATE = 100
+LABELS = ["Fz", "Cz", "Pz"]
+
+
+def microvolts(seconds: int = 20, channels: int = 3) -> np.ndarray:
+    return 50 * np.random.default_rng(0).standard_normal((channels, seconds * RATE))
+
+
+def write_fif(path, labels=LABELS, *, rate=RATE, seconds=20, annotations=(), stim=False):
+    data = microvolts(seconds, len(labels)) * 1e-6
+    kinds = ["eeg"] * len(labels)
+    if stim:
+        labels = [*labels, "STI"]
+        kinds.append("stim")
+        data = np.vstack([data, np.arange(data.shape[1])[None]])
+    raw = mne.io.RawArray(data, mne.create_info(labels, rate, kinds), verbose="ERROR")
+    for onset, duration, description in annotations:
+        raw.annotations.append(onset, duration, description)
+    raw.save(path, verbose="ERROR")
+    return data[:3]
+
+
+@pytest.mark.parametrize("extension", ["edf", "bdf", "set"])
+def test_every_format_gives_the_signal_in_volts(tmp_path, write_edf, write_set, extension, capfd):
+    data = microvolts()
+    file = tmp_path / f"day1.{extension}"
+    if extension == "set":
+        write_set(file, data, RATE, LABELS)
+    else:
+        write_edf(file, data, RATE, LABELS)
+    source = detect(file)
+    assert (source.channels, source.sampling_rate) == (LABELS, RATE)
+    assert {info.session for info in source.trials} == {"day1"}
+    first = next(index for index, info in enumerate(source.trials) if info.split == "val")
+    np.testing.assert_allclose(source.read(0), data[:, :200].T * 1e-6, atol=1e-8)
+    np.testing.assert_allclose(source.read(first), data[:, 1600:1800].T * 1e-6, atol=1e-8)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_fif_without_its_trigger_channel(tmp_path):
+    data = write_fif(tmp_path / "day1_raw.fif", stim=True)
+    source = detect(tmp_path)
+    assert source.channels == LABELS and source.trials[0].session == "day1"
+    np.testing.assert_allclose(source.read(0), data[:, :200].T, rtol=1e-5)
+
+
+def test_windows_of_different_splits_share_no_sample(tmp_path):
+    write_fif(tmp_path / "a_raw.fif")
+    options = SourceOptions(window=1.5, overlap=0.5, fractions=(0.6, 0.2, 0.2))
+    source = detect(tmp_path, options)
+    starts = {"train": [], "val": [], "test": []}
+    for info in source.trials:
+        starts[info.split].append(float(info.name.split(", ")[1].removesuffix(" s")))
+    for split, low, high in (("train", 0, 12), ("val", 12, 16), ("test", 16, 20)):
+        assert starts[split][0] == low and max(starts[split]) + 1.5 <= high
+        np.testing.assert_allclose(np.diff(starts[split]), 0.75)
+        assert high - (max(starts[split]) + 1.5) < 0.75
+
+
+def test_bad_stretches_are_left_out(tmp_path):
+    write_fif(tmp_path / "a_raw.fif", annotations=[(5.0, 0.5, "BAD_jump"), (8.5, 1.0, "word")])
+    starts = [float(info.name.split(", ")[1][:-2]) for info in detect(tmp_path).trials]
+    assert 4.0 not in starts and {2.0, 6.0, 8.0} <= set(starts)
+
+
+def test_annotations_are_trials_with_text(tmp_path):
+    marks = [(1.0, 2.0, "hello"), (5.0, 0.0, "world"), (9.0, 1.0, "BAD"), (19.5, 0.0, "cut off")]
+    data = write_fif(tmp_path / "a_raw.fif", annotations=marks)
+    source = detect(tmp_path, SourceOptions(annotations=True, window=1.5))
+    assert [info.text for info in source.trials] == ["hello", "world"]
+    assert all(info.split is None for info in source.trials)
+    np.testing.assert_allclose(source.read(0), data[:, 100:300].T, rtol=1e-5)
+    np.testing.assert_allclose(source.read(1), data[:, 500:650].T, rtol=1e-5)
+
+
+def test_annotations_of_a_cropped_recording_stay_in_place(tmp_path):
+    data = microvolts() * 1e-6
+    raw = mne.io.RawArray(data, mne.create_info(LABELS, RATE, "eeg"), verbose="ERROR")
+    raw.set_meas_date(1_000_000)
+    raw.set_annotations(mne.Annotations(6.0, 1.0, "here", orig_time=raw.info["meas_date"]))
+    raw.crop(4.0).save(tmp_path / "a_raw.fif", verbose="ERROR")
+    source = detect(tmp_path, SourceOptions(annotations=True))
+    np.testing.assert_allclose(source.read(0), data[:, 600:700].T, rtol=1e-5)
+
+
+def test_eeglab_epochs_are_trials(tmp_path, write_set):
+    data = microvolts(12).reshape(3, 100, 12)
+    write_set(tmp_path / "words.set", data, RATE, LABELS)
+    source = detect(tmp_path, SourceOptions(text_column="event"))
+    assert len(source.trials) == 12 and source.trials[3].text == "word"
+    np.testing.assert_allclose(source.read(5), data[:, :, 5].T * 1e-6, atol=1e-9)
+
+
+def test_channels_can_be_chosen_and_ordered(tmp_path):
+    data = write_fif(tmp_path / "a_raw.fif")
+    source = detect(tmp_path, SourceOptions(channels=("Pz", "Fz")))
+    assert source.channels == ["Pz", "Fz"]
+    np.testing.assert_allclose(source.read(0), data[[2, 0], :200].T, rtol=1e-5)
+    with pytest.raises(UserError, match=r"no channel Oz.*Fz, Cz, Pz"):
+        detect(tmp_path, SourceOptions(channels=("Oz",)))
+
+
+def test_unequal_channels_and_rates_name_both_files(tmp_path):
+    write_fif(tmp_path / "a_raw.fif")
+    write_fif(tmp_path / "b_raw.fif", ["Fz", "Cz", "Oz"])
+    with pytest.raises(UserError, match=r"a_raw\.fif has 3.*Pz.*b_raw\.fif has 3.*Oz.*--channels"):
+        detect(tmp_path)
+    assert detect(tmp_path, SourceOptions(channels=("Cz",))).channels == ["Cz"]
+    write_fif(tmp_path / "c_raw.fif", rate=50, seconds=20)
+    (tmp_path / "b_raw.fif").unlink()
+    with pytest.raises(UserError, match=r"a_raw\.fif is sampled at 100 Hz.*c_raw\.fif at 50 Hz"):
+        detect(tmp_path)
+    assert detect(tmp_path, SourceOptions(resample=50)).sampling_rate == 50
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0.0}, "--window 0"),
+        ({"overlap": 1.0}, "--overlap 1"),
+        ({"window": 30.0}, "lasts 20.0 s"),
+        ({"annotations": True}, "no annotations"),
+    ],
+)
+def test_options_that_make_no_sense(tmp_path, options, message):
+    write_fif(tmp_path / "a_raw.fif")
+    with pytest.raises(UserError, match=message):
+        detect(tmp_path, SourceOptions(**options))
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "broken.edf").write_bytes(b"0       " + b"x" * 300)
+    with pytest.raises(UserError, match=r"broken\.edf cannot be read as EDF"):
+        detect(tmp_path)
+
+
+def test_without_mne_the_message_tells_what_to_install(tmp_path, monkeypatch):
+    write_fif(tmp_path / "a_raw.fif")
+    monkeypatch.setitem(sys.modules, "mne", None)
+    with pytest.raises(UserError, match=r'pip install "b2t\[eeg\]"'):
+        detect(tmp_path)
+
+
+@pytest.mark.parametrize(("recorded", "wanted"), [(256.0, 100.0), (250.0, 500.0), (512.0, 128.0)])
+def test_resampled_windows_are_cut_from_the_resampled_whole(recorded, wanted):
+    time = np.arange(int(20 * recorded)) / recorded
+    whole = np.stack([np.sin(2 * np.pi * 7 * time), np.cos(2 * np.pi * 11 * time)], axis=1)
+    for start in (0, 700, 1233):
+        stop = start + int(2 * recorded)
+        window = resampled(
+            lambda low, high: whole[low:high], start, stop, (0, len(whole)), (recorded, wanted)
+        )
+        at = start / recorded + np.arange(len(window)) / wanted
+        truth = np.stack([np.sin(2 * np.pi * 7 * at), np.cos(2 * np.pi * 11 * at)], axis=1)
+        assert len(window) == 2 * wanted
+        inner = slice(20, None) if start == 0 else slice(None)
+        np.testing.assert_allclose(window[inner], truth[inner], atol=0.01)
+
+
+def test_resampling_never_reads_outside_its_split():
+    asked = []
+
+    def read(low, high):
+        asked.append((low, high))
+        return np.zeros((high - low, 1))
+
+    resampled(read, 1000, 1512, (1000, 1600), (256.0, 100.0))
+    resampled(read, 1088, 1600, (1000, 1600), (256.0, 100.0))
+    assert min(low for low, _ in asked) >= 1000 and max(high for _, high in asked) <= 1600
+
+
+def test_real_epochs_with_words(real_data):
+    source = detect(real_data / "wordpair", SourceOptions(text_column="association"))
+    assert len(source.trials) == 200 and len(source.channels) == 32
+    file = next((real_data / "wordpair").glob("*.fif"))
+    epochs = mne.read_epochs(file, verbose="ERROR")
+    assert [info.text for info in source.trials] == list(epochs.metadata["association"])
+    assert source.trials[0].subject == "subject04"
+    np.testing.assert_allclose(source.read(17), epochs.get_data(verbose="ERROR")[17].T, rtol=1e-6)
+
+
+def test_real_epochs_ask_for_a_column_they_have(real_data):
+    with pytest.raises(UserError, match="takes cue, association"):
+        detect(real_data / "wordpair", SourceOptions(text_column="words"))
+
+
+def test_real_continuous_recordings(real_data):
+    source = detect(real_data / "p300_fif")
+    assert len(source.channels) == 14 and source.sampling_rate == 256
+    assert len({info.session for info in source.trials}) == 3
+    file = sorted((real_data / "p300_fif").glob("*.fif"))[0]
+    raw = mne.io.read_raw(file, verbose="ERROR").pick("eeg")
+    np.testing.assert_array_equal(source.read(1), raw.get_data(start=512, stop=1024).T)
