@@ -16,7 +16,7 @@ class _Quantized(torch.autograd.Function):
         ctx.rotation = rotation
         if rotation:
             ctx.save_for_backward(x, quantized)
-        return quantized.clone()
+        return quantized.view_as(quantized)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
@@ -108,7 +108,7 @@ class _Master(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: Tensor, value: Tensor, scale: float) -> Tensor:  # type: ignore[override]
         ctx.scale, ctx.dtype = scale, weight.dtype
-        return value.clone()
+        return value.view_as(value)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]

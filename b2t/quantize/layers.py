@@ -11,13 +11,14 @@ from torch.nn import functional as F
 
 from b2t.quantize import search
 
+_ROWS = 8192
+
 
 class Walk(NamedTuple):
     """Result of a walk of N frames through the first layers of Q.
 
     Args:
         codes: [N, Q] int64, −1 in layers not walked.
-        quantized: [N, D], sum of the chosen codes.
         errors: [N, D], sum over layers of the residual that each leaves.
         counts: [Q, K] int64.
         squared_error: [Q], Σ‖residual left‖² of each layer.
@@ -29,7 +30,6 @@ class Walk(NamedTuple):
     """
 
     codes: Tensor
-    quantized: Tensor
     errors: Tensor
     counts: Tensor
     squared_error: Tensor
@@ -71,10 +71,18 @@ class Layers:
         return F.normalize(residual, dim=-1) if self.cosine else residual
 
     def chosen(self, codes: Tensor, q: int) -> Tensor:
-        """What layer ``q`` adds for ``codes`` [N] ≥ 0: [N, D], without gradient."""
+        """What layer ``q`` adds for ``codes`` [N]: [N, D], without gradient; nothing for −1."""
         layer = self.index(q)
-        vectors = self.books[layer].detach()[codes]
-        return vectors * self.gain[layer] if self.cosine else vectors
+        vectors = self.books[layer].detach()[codes.clamp(min=0)]
+        if self.cosine:
+            vectors *= self.gain[layer]
+        return vectors.masked_fill_((codes < 0)[:, None], 0.0)
+
+    def add_chosen(self, target: Tensor, codes: Tensor, q: int, sign: float = 1.0) -> None:
+        """Add what layer ``q`` chose to ``target`` [N, D], in place and in blocks of rows."""
+        for start in range(0, codes.shape[0], _ROWS):
+            rows = slice(start, start + _ROWS)
+            target[rows].add_(self.chosen(codes[rows], q), alpha=sign)
 
     def assign(
         self, residual: Tensor, q: int, hashes: Tensor | None = None
@@ -124,47 +132,33 @@ class Layers:
         codes = torch.full((N, Q), -1, device=latents.device)
         counts = torch.zeros(Q, K, dtype=torch.int64, device=latents.device)
         squared, code_error, projection = latents.new_zeros(3, Q).unbind()
-        totals = torch.zeros_like(self.books) if sums else None
+        totals = torch.zeros_like(self.books.detach()) if sums else None
         kept = None if keep is None else latents.new_zeros(Q, keep.shape[0], latents.shape[1])
-        residual = latents.clone()
-        quantized, errors = torch.zeros_like(latents), torch.zeros_like(latents)
+        residual, errors = latents.clone(), torch.zeros_like(latents)
         for q in range(layers):
             if kept is not None:
                 kept[q] = residual[keep]
             index, counts[q] = self.assign(residual, q, hashes)
             codes[:, q] = index
             if totals is not None:
-                totals[self.index(q)] += search.code_sums(
-                    self.seen(residual), index, K, self.backend
-                )
+                seen = self.seen(residual)
+                totals[self.index(q)] += search.code_sums(seen, index, K, self.backend)
             if self.cosine:
-                unit = self.books[self.index(q)][index]
+                unit = self.books[self.index(q)].detach()[index]
                 projection[q] = (residual * unit).sum()
                 code_error[q] = (self.seen(residual) - unit).square().sum()
-            chosen = self.chosen(index, q)
-            residual -= chosen
-            quantized += chosen
+            self.add_chosen(residual, index, q, -1.0)
             errors += residual
-            squared[q] = residual.square().sum()
-        return Walk(
-            codes,
-            quantized,
-            errors,
-            counts,
-            squared,
-            code_error if self.cosine else squared,
-            projection,
-            totals,
-            kept,
-            layers,
-        )
+            squared[q] = residual.norm().square()
+        if not self.cosine:
+            code_error = squared
+        return Walk(codes, errors, counts, squared, code_error, projection, totals, kept, layers)
 
     def sum_codes(self, codes: Tensor) -> Tensor:
         """Σ of the chosen codes [N, D], added in the order of the layers; −1 adds nothing."""
         total = self.books.new_zeros(codes.shape[0], self.books.shape[2])
         for q in range(codes.shape[1]):
-            chosen = self.chosen(codes[:, q].clamp(min=0), q)
-            total += torch.where(codes[:, q, None] >= 0, chosen, 0.0)
+            self.add_chosen(total, codes[:, q], q)
         return total
 
     def soft_sums(self, latents: Tensor, walk: Walk) -> Tensor:
@@ -174,11 +168,12 @@ class Layers:
         constants. Layers not walked are zero.
         """
         sums = []
-        before = torch.zeros_like(latents, requires_grad=False)
+        residual, before = latents, torch.zeros_like(latents)
         for q in range(walk.layers):
-            book = self.books[self.index(q)]
-            residual = self.seen(latents - before)
-            sums.append(search.soft_usage(residual, book, self.width(q), self.backend))
-            before = before + self.chosen(walk.codes[:, q], q)
+            if q > 0:
+                self.add_chosen(before, walk.codes[:, q - 1], q - 1)
+                residual = latents - before
+            book, width = self.books[self.index(q)], self.width(q)
+            sums.append(search.soft_usage(self.seen(residual), book, width, self.backend))
         sums += [torch.zeros_like(sums[0])] * (self.quantizers - walk.layers)
         return torch.stack(sums)

@@ -212,10 +212,11 @@ class ResidualVQ(nn.Module):
     @torch.no_grad()
     def checksum(self) -> Tensor:
         """A number [] int64 that is equal on two ranks whose codebooks are bitwise equal."""
-        total = torch.zeros((), dtype=torch.int64, device=self.codebooks.embed.device)
-        for tensor in (self.codebooks.embed, self.codebooks.ema_count, self.codebooks.ema_sum):
-            bits = tensor.view(torch.int32).reshape(-1).to(torch.int64)
-            total = total * 31 + (bits * torch.arange(1, 2 * bits.numel(), 2).to(bits)).sum()
+        books = self.codebooks
+        total = torch.zeros((), dtype=torch.int64, device=books.embed.device)
+        for state in (books.embed.flatten(0, 1), books.ema_sum.flatten(0, 1), books.ema_count):
+            place = torch.arange(1, 2 * state.shape[0], 2, device=state.device)
+            total = 31 * total + (frame_hash(state, 0, 0) * place).sum()
         return total
 
     def _revives_next(self) -> bool:
@@ -279,7 +280,7 @@ class ResidualVQ(nn.Module):
         stats = self._statistics(walk, nonfinite, hashes, keep)
         terms = self._losses(latents, layers, walk, stats, losses, frames)
         terms |= self._regularizers(latents, layers, walk, losses, group, usage, micro_batches)
-        z = pass_gradient(latents, walk.quantized, self.rotation_trick)
+        z = pass_gradient(latents, layers.sum_codes(walk.codes), self.rotation_trick)
         return RVQOutput(
             self._output(z, rows, x), self._scatter(walk.codes, rows, x, -1), terms, stats
         )
@@ -308,14 +309,17 @@ class ResidualVQ(nn.Module):
         else:
             real = torch.ones_like(keep)
         rows = (keep & real).nonzero()[:, 0]
-        latents = self._project(flat[rows])
+        whole = rows.shape[0] == flat.shape[0]
+        latents = self._project(flat if whole else flat.index_select(0, rows))
         finite = torch.isfinite(latents.detach()).all(1)
         if isinstance(self.project_in, nn.Linear) and not bool(finite.all()):
             rows, latents = rows[finite], latents[finite]
         return rows, latents, real.sum() - rows.shape[0]
 
     def _project(self, flat: Tensor) -> Tensor:
-        latents = self.project_in(flat).float()
+        if isinstance(self.project_in, nn.Linear):
+            flat = self.project_in(flat.to(self.project_in.weight.dtype))
+        latents = flat.float()
         return F.normalize(latents, dim=-1) if self.use_cosine_sim else latents
 
     def _pass_through(
@@ -442,8 +446,11 @@ class ResidualVQ(nn.Module):
     # ---- codes in and out
 
     def _scatter(self, values: Tensor, rows: Tensor, like: Tensor, fill: float) -> Tensor:
+        shape = (*like.shape[:-1], values.shape[1])
+        if rows.shape[0] == like.shape[:-1].numel():
+            return values.view(shape)
         flat = values.new_full((like.shape[:-1].numel(), values.shape[1]), fill)
-        return flat.index_copy(0, rows, values).view(*like.shape[:-1], values.shape[1])
+        return flat.index_copy(0, rows, values).view(shape)
 
     def _output(self, z: Tensor, rows: Tensor, like: Tensor) -> Tensor:
         """Project [N, D] back and lay it out as ``like`` [B, P, dim], zero elsewhere."""

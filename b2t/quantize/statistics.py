@@ -155,8 +155,8 @@ class UpdateReport:
         frames: [Q] frames of the step that entered each layer, over all ranks and micro-batches.
         revived: codes revived in each layer.
         nonfinite: frames of the step that held NaN or infinity.
-        counts: [Q, K] int64, frames of each code, over all ranks and micro-batches; None where nothing
-            was applied.
+        counts: [Q, K] int64, frames of each code, over all ranks and micro-batches; None where
+            nothing was applied.
     """
 
     applied: bool
