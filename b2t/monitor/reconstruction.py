@@ -1,0 +1,189 @@
+"""How well the signal is given back while training."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from b2t.evaluate.signal import decibels
+from b2t.monitor.context import StepContext
+from b2t.monitor.state import pack, unpack
+
+_SUMS = ("count", "error", "target", "output", "product", "steps", "step_t", "step_o", "step_p")
+
+BANDS_HZ = ((0.0, 4.0), (4.0, 8.0), (8.0, 13.0), (13.0, 30.0), (30.0, 100.0))
+"""Bands of the spectral distance, the classical ones of EEG."""
+
+
+class ReconstructionMonitor:
+    """Error, SNR, cosine, temporal consistency and spectral distance of the reconstruction.
+
+    Only recorded bins count. All but the spectral distance are pooled over the last ``window``
+    applied steps, their last micro-batches and all ranks.
+
+    Metrics:
+        `reconstruction/mse`: mean squared error.
+        `reconstruction/snr_window_db`: 10·log10(Σ target² / Σ error²).
+        `reconstruction/snr_drop_db`: how far that is below its best at a log step of this phase.
+        `reconstruction/cosine`: Σ target·output over the product of their norms.
+        `reconstruction/temporal_consistency`: the same of the differences between neighbouring
+            recorded bins: 1 where every change is given back, 0 for a smooth blur.
+        `reconstruction/spectral_distance_db/A-BHz`: |10·log10| of output power over target power
+            between A and B Hz, mean over channels, of this rank's last micro-batch.
+
+    Args:
+        sampling_rate: bins per second, in Hz.
+        window: applied steps looked back on.
+        bands: (low, high) in Hz; those beyond half the sampling rate are left out.
+        group: ranks to pool over.
+    """
+
+    def __init__(
+        self,
+        sampling_rate: float,
+        *,
+        window: int = 50,
+        bands: Sequence[tuple[float, float]] = BANDS_HZ,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.sampling_rate = sampling_rate
+        self.window = window
+        self.bands = [(low, high) for low, high in bands if low < sampling_rate / 2]
+        self.group = group
+        self.phase: str | None = None
+        self.seen = 0
+        self.best_db: float | None = None
+        self._ring: Tensor | None = None
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def update(self, context: StepContext) -> None:
+        """Add the last micro-batch of one applied step. Collective: every rank must call."""
+        if context.phase != self.phase:
+            self.phase, self.seen, self.best_db, self._ring = context.phase, 0, None, None
+        if context.reconstruction is None or context.target is None:
+            self._last = None
+            return
+        assert context.signal_mask is not None
+        self._last = (
+            context.reconstruction.detach(),
+            context.target.detach(),
+            context.signal_mask,
+        )
+        sums = _sums(*self._last)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums, group=self.group)
+        if self._ring is None:
+            self._ring = sums.new_zeros(self.window, len(_SUMS))
+        elif self._ring.device != sums.device:
+            self._ring = self._ring.to(sums.device)
+        self._ring[self.seen % self.window] = sums
+        self.seen += 1
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics of the class docstring; empty before the first reconstruction."""
+        if self._ring is None:
+            return {}
+        total = dict(zip(_SUMS, self._ring.sum(0).tolist(), strict=True))
+        found = {}
+        if total["count"]:
+            found["mse"] = total["error"] / total["count"]
+        if total["target"]:
+            found["snr_window_db"] = decibels(total["target"], total["error"])
+        _add_cosine(found, "cosine", total["product"], total["target"], total["output"])
+        _add_cosine(
+            found, "temporal_consistency", total["step_p"], total["step_t"], total["step_o"]
+        )
+        snr = found.get("snr_window_db", math.nan)
+        if math.isfinite(snr):
+            self.best_db = snr if self.best_db is None else max(self.best_db, snr)
+            found["snr_drop_db"] = self.best_db - snr
+        if self._last is not None:
+            found.update(self._spectral_distances(*self._last))
+        return {f"reconstruction/{name}": value for name, value in found.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the window, the same on all ranks."""
+        ring = None if self._ring is None else pack(self._ring)
+        return {"phase": self.phase, "seen": self.seen, "best_db": self.best_db, "ring": ring}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a window; one of another length starts anew."""
+        ring = None if state["ring"] is None else unpack(state["ring"])
+        if ring is not None and len(ring) != self.window:
+            return
+        self.phase, self.seen, self.best_db = state["phase"], state["seen"], state["best_db"]
+        self._ring = ring
+
+    def _spectral_distances(self, output: Tensor, target: Tensor, mask: Tensor) -> dict[str, float]:
+        distances = spectral_distance_db(output, target, mask, self.sampling_rate, self.bands)
+        pairs = zip(self.bands, distances.tolist(), strict=True)
+        return {
+            f"spectral_distance_db/{low:g}-{high:g}Hz": value
+            for (low, high), value in pairs
+            if math.isfinite(value)
+        }
+
+
+def spectral_distance_db(
+    output: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    sampling_rate: float,
+    bands: Sequence[tuple[float, float]],
+) -> Tensor:
+    """Distance between the power of two signals by band, mean over channels, in dB.
+
+    Power is the squared magnitude of the Fourier transform of each trial's recorded bins, summed
+    over trials, without the constant.
+
+    Args:
+        output: [B, T, C].
+        target: [B, T, C].
+        mask: [B, T] bool, True = real.
+        sampling_rate: in Hz.
+        bands: (low, high) in Hz, low included, high not.
+
+    Returns:
+        [bands] float64; NaN where no trial has a frequency in the band or no channel has power.
+    """
+    powers = output.new_zeros(2, len(bands), output.shape[-1], dtype=torch.float64)
+    for row in range(len(mask)):
+        keep = mask[row]
+        both = torch.stack([output[row, keep], target[row, keep]]).double()
+        if both.shape[1] < 2:
+            continue
+        power = torch.fft.rfft(both - both.mean(1, keepdim=True), dim=1).abs().square()
+        frequency = torch.fft.rfftfreq(both.shape[1], 1 / sampling_rate).to(power)
+        for band, (low, high) in enumerate(bands):
+            inside = (frequency >= low) & (frequency < high) & (frequency > 0)
+            powers[:, band] += (power * inside[:, None]).sum(1)
+    distance = 10 * (powers[0] / powers[1]).log10().abs()
+    return distance.masked_fill(~distance.isfinite(), torch.nan).nanmean(-1).cpu()
+
+
+def _sums(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Sums named by ``_SUMS``, [9] float64, without waiting for the device."""
+    keep = mask.unsqueeze(-1)
+    o = output.float().masked_fill(~keep, 0.0)
+    t = target.float().masked_fill(~keep, 0.0)
+    pairs = (mask[:, 1:] & mask[:, :-1]).unsqueeze(-1)
+    step_o = (o[:, 1:] - o[:, :-1]).masked_fill(~pairs, 0.0)
+    step_t = (t[:, 1:] - t[:, :-1]).masked_fill(~pairs, 0.0)
+    products = [(o - t, o - t), (t, t), (o, o), (o, t)]
+    steps = [(step_t, step_t), (step_o, step_o), (step_o, step_t)]
+    count = mask.sum().double() * target.shape[-1]
+    moved = pairs.sum().double() * target.shape[-1]
+    dots = [(a * b).sum(dtype=torch.float64) for a, b in products]
+    step_dots = [(a * b).sum(dtype=torch.float64) for a, b in steps]
+    return torch.stack([count, *dots, moved, *step_dots])
+
+
+def _add_cosine(
+    found: dict[str, float], name: str, product: float, left: float, right: float
+) -> None:
+    norm = math.sqrt(left * right) if left > 0 and right > 0 else 0.0
+    if norm:
+        found[name] = product / norm

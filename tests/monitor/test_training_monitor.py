@@ -1,0 +1,115 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from b2t.monitor import training
+from b2t.monitor.context import StepContext
+from b2t.monitor.training import TrainingMonitor, peak_flops, training_flops
+
+WEIGHTS = {"reconstruction": 0.5, "commitment": 0.2, "diversity": 0.0}
+
+
+def context(number, phase="p", **fields):
+    values = np.random.default_rng(number).uniform(0.5, 2, 3)
+    losses = dict(zip(WEIGHTS, map(torch.tensor, values), strict=True))
+    losses["total"] = sum(WEIGHTS[name] * losses[name] for name in WEIGHTS)
+    return StepContext(step=number, phase=phase, losses=losses, weights=WEIGHTS, **fields)
+
+
+def run(monitor, contexts):
+    for one in contexts:
+        monitor.update(one)
+    return monitor
+
+
+@pytest.mark.parametrize("steps", [3, 10, 27])
+def test_shares_ratio_smooth_and_trend_equal_numpy(steps):
+    contexts = [context(n) for n in range(steps)]
+    found = run(TrainingMonitor(window=10, smoothing=0.8), contexts).metrics()
+    course = {n: np.array([float(c.losses[n]) for c in contexts]) for n in contexts[0].losses}
+    mean = {name: values[-10:].mean() for name, values in course.items()}
+    total = sum(WEIGHTS[n] * mean[n] for n in WEIGHTS)
+    for name in WEIGHTS:
+        assert found[f"loss_share/{name}"] == pytest.approx(WEIGHTS[name] * mean[name] / total)
+    assert found["loss/vq_ratio"] == pytest.approx(mean["commitment"] / mean["reconstruction"])
+    powers = 0.8 ** np.arange(steps)[::-1]
+    for name, values in course.items():
+        assert found[f"loss_smooth/{name}"] == pytest.approx((powers @ values) / powers.sum())
+        last = values[-10:]
+        slope = np.polyfit(np.arange(len(last)), last, 1)[0] * 1000 / mean[name]
+        assert found[f"loss_trend/{name}"] == pytest.approx(slope)
+
+
+def test_the_codebook_loss_belongs_to_the_quantizer():
+    one = context(1)
+    one.losses["codebook"] = torch.tensor(3.0)
+    found = run(TrainingMonitor(), [one]).metrics()
+    expected = (float(one.losses["commitment"]) + 3) / float(one.losses["reconstruction"])
+    assert found["loss/vq_ratio"] == pytest.approx(expected)
+
+
+def test_gradient_norms_are_those_of_the_last_step():
+    norms = {"encoder": torch.tensor(2.0), "global": 3.5}
+    found = run(TrainingMonitor(), [context(1), context(2, grad_norms=norms)]).metrics()
+    assert found["optim/grad_norm/encoder"] == 2.0 and found["optim/grad_norm"] == 3.5
+
+
+def test_a_new_phase_starts_a_new_window():
+    contexts = [context(n) for n in range(5)] + [context(9, "q")]
+    alone = run(TrainingMonitor(), [context(9, "q")]).metrics()
+    assert run(TrainingMonitor(), contexts).metrics() == alone
+
+
+def test_pace_is_over_the_window():
+    seconds = [0.5, 0.1, 0.1, 0.3]
+    contexts = [context(n, step_time_s=s) for n, s in enumerate(seconds)]
+    found = run(TrainingMonitor(window=3), contexts).metrics()
+    assert found["throughput/steps_per_s"] == pytest.approx(3 / 0.5)
+
+
+def test_mfu_only_on_a_known_device(monkeypatch):
+    contexts = [context(n, step_time_s=0.5, frames=1000.0) for n in range(4)]
+    flops = training_flops(10_000_000, attended=100, width=512, layers=6)
+    assert flops == 6e7 + 12 * 6 * 512 * 100
+    options = {"flops_per_frame": flops, "recomputed": 1 / 3, "world": 2}
+    unknown = run(TrainingMonitor(**options), contexts).metrics()
+    assert not [name for name in unknown if "fu" in name.split("/")[-1]]
+    monkeypatch.setattr(training, "peak_flops", lambda device: 1e12)
+    known = run(TrainingMonitor(**options), contexts).metrics()
+    assert known["throughput/mfu"] == pytest.approx(flops * 2000 / 2e12)
+    assert known["throughput/hfu"] == pytest.approx(known["throughput/mfu"] * 4 / 3)
+
+
+def test_peaks_are_matched_to_the_most_specific_name(monkeypatch):
+    for name, peak in (
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA RTX A5500", 136.4e12),
+        ("NVIDIA A10G", None),
+        ("GeForce GTX 1080", None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda")) == peak
+    assert peak_flops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("stop", [1, 4, 9, 12])
+def test_resume_goes_on_exactly(stop):
+    contexts = [context(n) for n in range(14)]
+    straight = run(TrainingMonitor(window=5), contexts)
+    first = run(TrainingMonitor(window=5), contexts[:stop])
+    second = TrainingMonitor(window=5)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.metrics() == first.metrics()
+    assert run(second, contexts[stop:]).metrics() == straight.metrics()
+
+
+def test_no_step_no_metrics_and_nan_is_shown():
+    assert TrainingMonitor().metrics() == {}
+    one = context(1)
+    one.losses["reconstruction"] = torch.tensor(float("nan"))
+    found = run(TrainingMonitor(), [one, one, one]).metrics()
+    assert found["loss_smooth/reconstruction"] != found["loss_smooth/reconstruction"]
