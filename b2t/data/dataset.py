@@ -152,6 +152,7 @@ def _load_folder(path: Path) -> dict[str, Dataset]:
     if not (path / "dataset_dict.json").exists():
         raise UserError(_unprepared(path))
     try:
+        _require_data_files(path)
         loaded = load_from_disk(str(path))
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise UserError(
@@ -159,6 +160,17 @@ def _load_folder(path: Path) -> dict[str, Dataset]:
             "missing or damaged; prepare it again"
         ) from None
     return _named(loaded)
+
+
+def _require_data_files(path: Path) -> None:
+    """Refuse a split of no rows: datasets saves it without files and cannot load it again."""
+    for split in json.loads((path / "dataset_dict.json").read_text())["splits"]:
+        if not json.loads((path / split / "state.json").read_text())["_data_files"]:
+            raise UserError(_empty(path, split))
+
+
+def _empty(path: Path | str, split: str) -> str:
+    return f"{path}: the {split} split is empty: prepare it again, or remove it"
 
 
 def _unprepared(path: Path) -> str:
@@ -262,7 +274,7 @@ def _require_rows(splits: dict[str, Dataset], path: str) -> None:
         raise UserError(f"{path}: no split named train, val or test")
     for split, dataset in splits.items():
         if not len(dataset):
-            raise UserError(f"{path}: the {split} split is empty: prepare it again, or remove it")
+            raise UserError(_empty(path, split))
 
 
 def _record(path: Path) -> dict[str, Any]:
