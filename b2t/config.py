@@ -320,6 +320,9 @@ class PhaseConfig(Section):
     """Where the decay ends, as a fraction of `lr`."""
     revival: bool = True
     """Whether dead codes are revived."""
+    exact_regularizers: bool = True
+    """With accumulation, diversity and perplexity of the whole step, for one more encoder pass
+    without gradient; false takes them over each micro-batch."""
     early_stopping: EarlyStoppingConfig | None = None
     """Rule that ends the phase before its last step."""
 

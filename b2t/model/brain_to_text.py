@@ -169,6 +169,29 @@ class BrainToText(PreTrainedModel):
         """Elements that normalise the losses: `Batch.counts` and `frames`, the real frames."""
         return {**batch.counts(), "frames": self.frame_mask(batch.signal_mask).sum()}
 
+    def latents(
+        self, signal: Tensor, signal_mask: Tensor | None = None, session: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Encode without quantizing.
+
+        Args:
+            signal: [B, T, C].
+            signal_mask: [B, T] bool, True = real; None is all real.
+            session: [B] int64, −1 = unseen; None is all unseen.
+
+        Returns:
+            Latents [B, P, D], zero under the mask, and the mask of real frames [B, P] bool.
+        """
+        if signal_mask is None:
+            signal_mask = torch.ones(signal.shape[:2], dtype=torch.bool, device=signal.device)
+        if session is None:
+            session = torch.full(signal.shape[:1], -1, dtype=torch.int64, device=signal.device)
+        signal = signal.to(self.encoder.embed.weight.dtype)
+        signal = signal.masked_fill(~signal_mask[..., None], 0.0)
+        if self.adapter is not None:
+            signal = self.adapter(signal, session)
+        return self.encoder(signal, signal_mask), self.frame_mask(signal_mask)
+
     def encode(
         self,
         signal: Tensor,
@@ -191,16 +214,7 @@ class BrainToText(PreTrainedModel):
             usage: see `forward`.
             micro_batches: see `forward`.
         """
-        if signal_mask is None:
-            signal_mask = torch.ones(signal.shape[:2], dtype=torch.bool, device=signal.device)
-        if session is None:
-            session = torch.full(signal.shape[:1], -1, dtype=torch.int64, device=signal.device)
-        signal = signal.to(self.encoder.embed.weight.dtype)
-        signal = signal.masked_fill(~signal_mask[..., None], 0.0)
-        if self.adapter is not None:
-            signal = self.adapter(signal, session)
-        latents = self.encoder(signal, signal_mask)
-        mask = self.frame_mask(signal_mask)
+        latents, mask = self.latents(signal, signal_mask, session)
         if self.quantizer is None:
             return Encoded(latents, latents, None, mask, {}, None)
         out = self.quantizer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -199,13 +200,15 @@ class Trainer:
         """Take one optimizer step: micro-batches, losses, backward, step, and what it moves."""
         totals = self._totals(micro_batches)
         counts = {name: totals[name] / self._shares() for name in COUNTED}
-        self._seed_step()
         self._set_clocks()
         weights = self.phase.losses.model_dump()
+        batches = [b.to(self.ranks.device, self.engine.dtype) for b in micro_batches]
+        usage = self._usage_of_step(batches)
         stats: Any = None
-        for batch in micro_batches:
+        for number, batch in enumerate(batches):
+            self._seed(number)
             output = self.engine(
-                batch.to(self.ranks.device, self.engine.dtype), counts=counts, weights=weights
+                batch, counts=counts, weights=weights, usage=usage, micro_batches=len(batches)
             )
             self.engine.backward(output.loss)
             applied = self._engine_step()
@@ -236,11 +239,34 @@ class Trainer:
     def _shares(self) -> int:
         return self.ranks.world * self.ds_file.accumulation
 
-    def _seed_step(self) -> None:
-        """Make dropout a function of (seed, phase, batch, rank), so that a resume repeats it."""
-        place = (self.config.run.seed, self.progress.phase, self.progress.consumed, self.ranks.rank)
+    def _seed(self, micro_batch: int) -> None:
+        """Make dropout a function of seed, phase, batch, micro-batch and rank: a resume repeats it."""
+        progress, ranks = self.progress, self.ranks
+        place = (
+            self.config.run.seed, progress.phase, progress.consumed, micro_batch, ranks.rank,
+        )  # fmt: skip
         digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    @torch.no_grad()
+    def _usage_of_step(self, batches: list[Batch]) -> Any:
+        """Soft code usage over all micro-batches and ranks, which the regularisers depend on.
+
+        One more pass of the encoder, with the dropout of the pass that follows. None where a
+        single micro-batch needs no such pass.
+        """
+        phase, quantizer = self.phase, self.model.quantizer
+        wanted = phase.losses.diversity > 0 or phase.losses.perplexity > 0
+        if quantizer is None or len(batches) == 1 or not (wanted and phase.exact_regularizers):
+            return None
+        if not quantizer.initialized:
+            return None
+        total = 0
+        for number, batch in enumerate(batches):
+            self._seed(number)
+            latents, mask = self.model.latents(batch.signal, batch.signal_mask, batch.session)
+            total = total + quantizer.soft_usage(latents, mask)
+        return total.all_reduce()  # type: ignore[attr-defined]  # a sum of SoftUsage
 
     def _set_clocks(self) -> None:
         quantizer = self.model.quantizer
@@ -333,7 +359,9 @@ class Trainer:
         self.model.eval()
         # All latents offered are used, so that the start does not depend on how ranks share them.
         report = quantizer.initialize(
-            self._latents(), progress=self.ranks.is_main, frames_per_code=2 * start.frames_per_code
+            self._latents(),
+            progress=self.ranks.is_main and self.config.log.progress and sys.stderr.isatty(),
+            frames_per_code=2 * start.frames_per_code,
         )
         self.model.train()
         log.info("%s", report)
@@ -356,8 +384,7 @@ class Trainer:
         )
         for row in self._codebook_rows()[self.ranks.rank :: self.ranks.world]:
             batch = collate([rows.example(0, int(row))]).to(self.ranks.device, self.engine.dtype)
-            encoded = self.model.encode(batch.signal, batch.signal_mask, batch.session)
-            yield encoded.latents, encoded.frame_mask
+            yield self.model.latents(batch.signal, batch.signal_mask, batch.session)
 
     def _codebook_rows(self) -> np.ndarray:
         """Trials, in random order, that hold enough frames to start the codebooks."""
