@@ -240,7 +240,7 @@ class Trainer:
         return self.ranks.world * self.ds_file.accumulation
 
     def _seed(self, micro_batch: int) -> None:
-        """Make dropout a function of seed, phase, batch, micro-batch and rank: a resume repeats it."""
+        """Make dropout a function of seed, phase, batch, micro-batch and rank, for exact resumes."""
         progress, ranks = self.progress, self.ranks
         place = (
             self.config.run.seed, progress.phase, progress.consumed, micro_batch, ranks.rank,
