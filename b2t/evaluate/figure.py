@@ -31,6 +31,7 @@ def draw_evaluation(
     if result.utilization:
         panels.append(lambda axes: _usage(axes, result))
     losses = series(records or [], "loss/")
+    losses.pop("vq_ratio", None)
     if losses:
         panels.append(lambda axes: _losses(axes, losses))
     utilization = series(records or [], "codebook/utilization/")
@@ -80,22 +81,9 @@ def _rates(axes: Axes, result: Evaluation) -> None:
     ]
     rows = [row for row in rows if row[1] is not None]
     for position, (_, rate, interval, noise, shuffled) in enumerate(rows):
-        assert rate is not None
-        _bar(axes, position - 0.27, rate, MODEL)
-        if interval:
-            below, above = max(0.0, rate - interval[0]), max(0.0, interval[1] - rate)
-            axes.errorbar(
-                position - 0.27,
-                100 * rate,
-                [[100 * below], [100 * above]],
-                color="black",
-                capsize=3,
-                lw=1,
-            )
-        if noise is not None:
-            _bar(axes, position, noise, NOISE)
-        if shuffled is not None:
-            _bar(axes, position + 0.27, shuffled, SHUFFLED)
+        _bar(axes, position - 0.27, rate, MODEL, interval)
+        _bar(axes, position, noise, NOISE)
+        _bar(axes, position + 0.27, shuffled, SHUFFLED)
     for label, colour in (
         ("model", MODEL),
         ("same model fed noise", NOISE),
@@ -110,13 +98,27 @@ def _rates(axes: Axes, result: Evaluation) -> None:
     axes.set_title("Decoding, with 95 % intervals", fontsize=10)
 
 
-def _bar(axes: Axes, position: float, rate: float, colour: str) -> None:
+def _bar(
+    axes: Axes,
+    position: float,
+    rate: float | None,
+    colour: str,
+    interval: tuple[float, float] | None = None,
+) -> None:
+    if rate is None:
+        return
     axes.bar(position, 100 * rate, width=0.25, color=colour)
+    top = rate
+    if interval:
+        spans = [[100 * max(0.0, rate - interval[0])], [100 * max(0.0, interval[1] - rate)]]
+        axes.errorbar(position, 100 * rate, spans, color="black", capsize=3, lw=1)
+        top = max(rate, interval[1])
     axes.annotate(
         f"{100 * rate:.0f}",
-        (position + 0.06, 100 * rate),
-        ha="left",
-        va="bottom",
+        (position, 100 * top),
+        xytext=(0, 2),
+        textcoords="offset points",
+        ha="center",
         fontsize=8,
     )
 
@@ -130,7 +132,6 @@ def _usage(axes: Axes, result: Evaluation) -> None:
     axes.bar(
         [q + 0.2 for q in layers], spread, width=0.38, color=SHUFFLED, label="perplexity / codes"
     )
-    axes.axhline(50, color=FAINT, lw=0.8, ls=":")
     axes.set_xticks(list(layers))
     axes.set_ylim(0, 118)
     axes.set_yticks(range(0, 101, 20))

@@ -1,0 +1,160 @@
+"""The monitoring table: which values are healthy, concerning or critical."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from b2t.monitor.codebook import CodebookMonitor
+from b2t.monitor.context import StepContext
+from b2t.monitor.ema import EMAMonitor
+
+GRADES = ("healthy", "concerning", "critical")
+
+
+@dataclass(frozen=True)
+class HealthRow:
+    """One row of the table.
+
+    Attributes:
+        metric: name as in metrics.jsonl.
+        label: for people.
+        unit: `%` shows a fraction as per cent.
+        healthy: (low, high), ends included.
+        concerning: (low, high); what lies outside is critical.
+        remedy: what to try where it is not healthy.
+        note: what to know before judging.
+    """
+
+    metric: str
+    label: str
+    unit: str
+    healthy: tuple[float, float]
+    concerning: tuple[float, float]
+    remedy: str
+    note: str = ""
+
+    def grade(self, value: float | None) -> str | None:
+        """Return one of ``GRADES``; None without a value, critical where it is not finite."""
+        if value is None:
+            return None
+        if not math.isfinite(value):
+            return "critical"
+        for grade, (low, high) in zip(GRADES, (self.healthy, self.concerning), strict=False):
+            if low <= value <= high:
+                return grade
+        return "critical"
+
+    def show(self, value: float | None) -> str:
+        """Return the value with its unit."""
+        if value is None:
+            return "–"
+        if self.unit == "%":
+            return f"{100 * value:.1f} %"
+        return f"{value:.3g} {self.unit}".strip()
+
+    def span(self) -> str:
+        """Return the healthy range with its unit."""
+        low, high = self.healthy
+        if math.isinf(high):
+            return f"≥ {self.show(low)}"
+        return f"≤ {self.show(high)}" if low <= 1e-6 else f"{self.show(low)} – {self.show(high)}"
+
+
+INFINITY = math.inf
+
+TABLE: tuple[HealthRow, ...] = (
+    HealthRow(
+        "codebook/utilization_worst",
+        "codes in use, worst layer",
+        "%",
+        (0.60, INFINITY),
+        (0.40, INFINITY),
+        "decay 0.9, a larger batch, revival on; fewer codes if the data are few",
+    ),
+    HealthRow(
+        "codebook/perplexity_worst_fraction",
+        "perplexity over codes, worst layer",
+        "%",
+        (100 / 256, INFINITY),
+        (50 / 256, INFINITY),
+        "mode collapse: lower decay, larger eps, or fewer codes",
+    ),
+    HealthRow(
+        "codebook/dead",
+        "dead codes",
+        "%",
+        (0.0, 0.20),
+        (0.0, 0.40),
+        "revival on (revival_threshold 0.1), a larger batch, or fewer codes",
+    ),
+    HealthRow(
+        "reconstruction/snr_db",
+        "reconstruction SNR",
+        "dB",
+        (15.0, INFINITY),
+        (10.0, INFINITY),
+        "more decoder layers or a wider latent; smaller patches; more quantizers",
+        "noisy recordings bound the SNR: compare with model.quantizer.enabled=false",
+    ),
+    HealthRow(
+        "loss/vq_ratio",
+        "VQ loss over reconstruction loss",
+        "",
+        (0.0, 2.0),
+        (0.0, 10.0),
+        "commitment 0.1; lower decay",
+    ),
+    HealthRow(
+        "optim/grad_norm",
+        "gradient norm before clipping",
+        "",
+        (1e-6, 5.0),
+        (1e-6, 10.0),
+        "lower the learning rate, lengthen the warm-up, or accumulate; check gradient_clipping",
+    ),
+)
+
+
+def verdict(metrics: Mapping[str, float], table: tuple[HealthRow, ...] = TABLE) -> str | None:
+    """Return the worst grade among the rows whose metric is there; None where none is."""
+    found = [grade for row in table if (grade := row.grade(metrics.get(row.metric)))]
+    return max(found, key=GRADES.index) if found else None
+
+
+class RVQMonitor:
+    """Everything about the quantizer: `CodebookMonitor`, `EMAMonitor`, and a summary of health.
+
+    Metrics: those of both, and `codebook/health`, 0 healthy, 1 concerning, 2 critical by ``TABLE``.
+
+    Args:
+        quantizer: the `ResidualVQ` to watch.
+        window: updates looked back on.
+    """
+
+    def __init__(self, quantizer: Any, window: int = 100) -> None:
+        self.usage = CodebookMonitor(window)
+        self.codes = EMAMonitor(quantizer, window=window)
+
+    def update(self, context: StepContext) -> None:
+        """Take in one applied step."""
+        self.usage.update(context)
+        self.codes.update(context)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics of the class docstring. Collective: every rank must call."""
+        found = {**self.usage.metrics(), **self.codes.metrics()}
+        rows = tuple(row for row in TABLE if row.metric.startswith("codebook/"))
+        grade = verdict(found, rows)
+        if grade is not None:
+            found["codebook/health"] = float(GRADES.index(grade))
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of both."""
+        return {"usage": self.usage.state_dict(), "codes": self.codes.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore both; call after the codebooks were restored."""
+        self.usage.load_state_dict(state["usage"])
+        self.codes.load_state_dict(state["codes"])
