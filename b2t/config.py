@@ -522,6 +522,21 @@ def load_config(source: str | Path | None = None, overrides: Iterable[str] = ())
         raise UserError(_explain(error, where)) from None
 
 
+class _DistinctKeys(yaml.SafeLoader):
+    """PyYAML takes the last of two equal keys in silence: here they are an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping; raise where a key appears twice."""
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} appears twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(source: str | Path) -> dict[str, Any]:
     path = Path(source)
     if str(source) in preset_names():
@@ -537,7 +552,7 @@ def _read_yaml(source: str | Path) -> dict[str, Any]:
             + f" Presets: {', '.join(names)}."
         )
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _DistinctKeys)
     except yaml.YAMLError as error:
         raise UserError(f"{source}: not valid YAML: {error}") from None
     if tree is None:
@@ -580,6 +595,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _index(node: list[Any], key: str, dotted: str) -> int:
+    if not node:
+        raise UserError(
+            f"override {dotted}: the list is not set in the file, so it has no position {key!r}; "
+            f"give it whole, as {dotted.rpartition('.')[0]}=[…]"
+        )
     if not key.isdigit() or int(key) >= len(node):
         raise UserError(
             f"override {dotted}: {key!r} is not a position in a list of {len(node)} items; "
@@ -603,7 +623,9 @@ def _explain(error: ValidationError, where: str) -> str:
                 hint = f"the DeepSpeed file sets this, as {owner!r}"
             lines.append(f"{dotted}: unknown key; {hint}")
         else:
-            found = "" if item["type"] == "missing" else f", found {item['input']!r}"
+            # A rule between keys names the values itself; a whole section would drown it.
+            whole = item["type"] == "missing" or isinstance(item["input"], (dict, BaseModel))
+            found = "" if whole else f", found {item['input']!r}"
             message = item["msg"].removeprefix("Value error, ")
             lines.append(f"{dotted or 'configuration'}: {message}{found}")
     return f"{where}: " + ("\n  " if len(lines) > 1 else "") + "\n  ".join(lines)
@@ -619,6 +641,8 @@ _DEEPSPEED_KEYS = {
     "bf16": "bf16.enabled",
     "precision": "fp16.enabled or bf16.enabled",
     "zero_stage": "zero_optimization.stage",
+    "zero_optimization": "zero_optimization",
+    "train_micro_batch_size_per_gpu": "train_micro_batch_size_per_gpu",
     "clip": "gradient_clipping",
     "gradient_clipping": "gradient_clipping",
 }
@@ -651,6 +675,9 @@ def describe(section: type[Section] = Config, prefix: str = "") -> list[tuple[st
         else:
             default = "required" if field.is_required() else _plain(field.default)
             rows.append((prefix + name, default, " ".join((field.description or "").split())))
+            for part in get_args(inner):
+                if isinstance(part, type) and issubclass(part, Section):
+                    rows += describe(part, f"{prefix}{name}.")
     return rows
 
 
