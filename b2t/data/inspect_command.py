@@ -115,11 +115,12 @@ def find_row(trials: "Dataset", row: str) -> int:
 
 def _print(info: "DatasetInfo", splits: dict[str, "Dataset"], path: str) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
     simulated = "   SIMULATION" if info.simulated else ""
-    console.print(f"[bold]{path}[/bold]{simulated}", markup=True)
+    console.print(f"[bold]{escape(path)}[/bold]{simulated}")
     console.print(
         f"{info.channels} channels at {info.sampling_rate:g} Hz, fingerprint {info.fingerprint}\n"
     )

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from b2t.data import inspect_command
+from b2t.data.dataset import load_trials
 from b2t.data.prepare import PrepareOptions, prepare
 from b2t.data.sources import detect
 from b2t.data.trial_plot import plot_trial
@@ -66,6 +67,12 @@ def test_a_trial_is_drawn(prepared, tmp_path, capsys, extension):
     run(prepared, "--split", "val", "--row", "t15.2023.08.13/0/1", "--plot", file)
     assert f"plot of val trial 3: {file}" in capsys.readouterr().out
     assert file.stat().st_size > 10_000
+
+
+def test_a_glob_with_brackets_is_printed_as_it_is(prepared, tmp_path, capsys):
+    load_trials(prepared, "train").to_parquet(str(tmp_path / "train-0.parquet"))
+    run(tmp_path / "train-[0-9].parquet", "--no-plot")
+    assert "train-[0-9].parquet" in capsys.readouterr().out
 
 
 def test_the_plot_has_a_name_of_its_own(prepared, tmp_path, monkeypatch):
