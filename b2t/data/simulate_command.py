@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--select-from",
         type=int,
         metavar="N",
-        help="draw N electrodes and record the best tuned, as if a good site had been found "
-        "(default: as many as --electrodes, no selection)",
+        help="draw N electrodes and record the best tuned, as if a good site had been found; more "
+        "decodable than the trial that the simulation is calibrated on (default: no selection)",
     )
     size.add_argument(
         "--block-trials", type=int, default=50, metavar="N", help="trials in a block (default: 50)"

@@ -76,6 +76,23 @@ def test_noise_sources_have_unit_variance_and_their_time_constants():
     np.testing.assert_allclose(lagged, expected, atol=0.1)
 
 
+def test_slow_changes_have_their_size_and_time_constant():
+    config = replace(CONFIG, tuning=0.0, noise=0.0, block_spread=0.0, slow_noise=0.1)
+    drawn = population(config, electrodes=40)
+    found, _ = log_rates(drawn, np.zeros((60_000, 36)), config, np.random.default_rng(0))
+    seconds = (found - drawn.baseline)[::50]
+    assert seconds.std() == pytest.approx(0.1, rel=0.05)
+    later = (seconds[20:] * seconds[:-20]).mean() / (seconds**2).mean()
+    assert later == pytest.approx(np.exp(-20 / config.slow_seconds), abs=0.05)
+
+
+def test_block_offsets_move_the_baseline():
+    config = replace(CONFIG, tuning=0.0, noise=0.0, slow_noise=0.0, block_spread=0.2)
+    drawn = population(config, electrodes=2000)
+    found, _ = log_rates(drawn, np.zeros((2, 36)), config, np.random.default_rng(0))
+    assert (found - drawn.baseline)[0].std() == pytest.approx(0.2, rel=0.1)
+
+
 def test_power_is_floor_plus_energy_of_crossings():
     config = replace(CONFIG, power_noise=0.0)
     drawn = population(config, electrodes=4)

@@ -6,6 +6,8 @@ import h5py
 import numpy as np
 import pytest
 
+from b2t.data import simulate as simulation
+from b2t.data.articulation import time_sentence
 from b2t.data.phonemes import sentence_to_ids, words_of
 from b2t.data.population import PopulationConfig
 from b2t.data.simulate import (
@@ -272,5 +274,28 @@ def test_a_block_does_not_depend_on_other_blocks():
     simulator = Simulator(SMALL)
     after = [simulator.record(block) for block in blocks[:4]][3]
     np.testing.assert_array_equal(alone.counts, after.counts)
-    longer = Block(blocks[3].session, 9, "train", blocks[3].sentences)
-    assert simulator.record(longer).counts.shape != alone.counts.shape
+
+
+def test_blocks_and_sessions_draw_their_own_noise(monkeypatch):
+    def fixed(text, rate, rng):
+        return time_sentence(text, rate, np.random.default_rng(0))
+
+    monkeypatch.setattr(simulation, "time_sentence", fixed)
+    config = replace(SMALL, variability=0.0)
+    simulator = Simulator(config)
+    sentences = plan_blocks(config)[0].sentences
+    first, later, elsewhere = (
+        simulator.record(Block(session, number, "train", sentences))
+        for session, number in ((0, 1), (0, 2), (1, 1))
+    )
+    for other in (later, elsewhere):
+        surprise = [(item.counts - item.rates) / np.sqrt(item.rates) for item in (first, other)]
+        assert abs(np.corrcoef(surprise[0].ravel(), surprise[1].ravel())[0, 1]) < 0.05
+
+
+def test_seeds_change_sentences_population_and_noise():
+    other = replace(SMALL, seed=1)
+    assert plan_blocks(SMALL) != plan_blocks(other)
+    mine, theirs = Simulator(SMALL).populations[0], Simulator(other).populations[0]
+    assert not np.isclose(mine.baseline, theirs.baseline).any()
+    assert SMALL.rng(0).random() != other.rng(0).random() != other.rng(1).random()
