@@ -9,6 +9,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from tqdm import tqdm
 
 from b2t.data.phonemes import PHONEMES
 from b2t.data.sources.base import SPLITS, SourceOptions, TrialInfo, resampled
@@ -52,7 +53,7 @@ class T15Source:
         self._places: list[tuple[Path, str]] = []
         self._open: tuple[Path, h5py.File] | None = None
         widths: dict[int, str] = {}
-        for file in files:
+        for file in tqdm(files, desc="reading labels", unit="file", disable=None):
             self._list(file, widths)
         if not self.trials:
             raise UserError(
