@@ -473,8 +473,7 @@ class BrainToText(PreTrainedModel):
         try:
             if dtype in ("auto", None):
                 dtype = BrainToTextConfig.from_pretrained(path).dtype
-            # transformers would cast codebooks, averages and counters with the rest; `.to` leaves
-            # them as they are.
+            # Not every transformers 5 spares buffers the cast to `dtype`; `.to` below always does.
             model, info = super().from_pretrained(
                 path, *args, output_loading_info=True, dtype=torch.float32, **kwargs
             )
@@ -516,10 +515,7 @@ def _build_adapter(config: BrainToTextConfig) -> SessionAdapter | None:
 def _build_quantizer(config: BrainToTextConfig) -> ResidualVQ | None:
     if not config.quantizer["enabled"]:
         return None
-    quantizer = ResidualVQ(config.encoder["dim"], **_without(config.quantizer, "enabled"))
-    for module in quantizer.modules():
-        module._is_hf_initialized = True  # type: ignore[assignment]  # it sets its own start
-    return quantizer
+    return ResidualVQ(config.encoder["dim"], **_without(config.quantizer, "enabled"))
 
 
 def _build_signal_decoder(config: BrainToTextConfig) -> SignalDecoder:

@@ -17,7 +17,7 @@ class Encoder(nn.Module):
         depth: transformer blocks.
         heads: attention heads; D over heads must be even.
         mlp_ratio: width of the feed-forward layers over D.
-        dropout: dropout of attention, its output and the feed-forward layers.
+        dropout: dropout in attention output and feed-forward layers.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ class SignalDecoder(nn.Module):
         depth: transformer blocks.
         heads: attention heads.
         mlp_ratio: width of the feed-forward layers over `dim`.
-        dropout: dropout of attention, its output and the feed-forward layers.
+        dropout: dropout in attention output and feed-forward layers.
     """
 
     def __init__(

@@ -1,6 +1,5 @@
 """Text from latents: the decoder of any transformers sequence-to-sequence model."""
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +172,6 @@ class TextDecoder(nn.Module):
         width = _memory_width(config)
         self.project = nn.Linear(latent_dim, width)
         self.norm = nn.LayerNorm(width)
-        self._has_decoder_mask = (
-            "decoder_attention_mask" in inspect.signature(self.seq2seq.forward).parameters
-        )
 
     # transformers asks the direct children of a model for these.
     @property
@@ -213,17 +209,11 @@ class TextDecoder(nn.Module):
         inputs = tokens.new_full(tokens.shape, config.decoder_start_token_id)
         inputs[:, 1:] = tokens[:, :-1]
         inputs = inputs.masked_fill(inputs == IGNORE, config.pad_token_id or 0)
-        # Padding stands behind every real token, where the causal mask already hides it; a mask of
-        # ones keeps models from deriving one from the pad id, which may also be the start token.
-        extra = (
-            {"decoder_attention_mask": torch.ones_like(inputs)} if self._has_decoder_mask else {}
-        )
         return self.seq2seq(
             encoder_outputs=BaseModelOutput(last_hidden_state=self.memory(latents)),
             attention_mask=_memory_mask(frame_mask),
             decoder_input_ids=inputs,
             use_cache=False,
-            **extra,
         ).logits
 
     @torch.no_grad()

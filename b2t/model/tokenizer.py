@@ -57,7 +57,7 @@ def bpe_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedTok
         initial_alphabet=sorted(alphabet),
         show_progress=False,
     )
-    core.train_from_iterator(sorted(texts), trainer)
+    core.train_from_iterator(texts, trainer)
     core.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", core.token_to_id("</s>"))]
     )

@@ -38,10 +38,9 @@ def attention_mask(mask: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention through `scaled_dot_product_attention`."""
 
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+    def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.dropout = dropout
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
@@ -51,8 +50,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(batch, length, 3, self.heads, dim // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
-        drop = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=keys, dropout_p=drop)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=keys)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, dim))
 
 
@@ -63,7 +61,7 @@ class Block(nn.Module):
         super().__init__()
         hidden = int(dim * mlp_ratio)
         self.attention_norm = nn.LayerNorm(dim)
-        self.attention = Attention(dim, heads, dropout)
+        self.attention = Attention(dim, heads)
         self.mlp_norm = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(
             nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim)

@@ -70,6 +70,16 @@ def test_a_row_that_fits_exactly_counts_and_one_frame_less_does_not():
     assert float(five.negative_log_likelihood) == 0.0
 
 
+def test_padding_of_the_labels_is_no_repetition():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 3)
+    masks = torch.tensor([[True] * 3, [True, False, False]])
+    total = rows(logits, [[1, 2, 1], [2]], masks)
+    assert (int(total.rows), int(total.too_short)) == (2, 0)
+    expected = brute_force_nll(logits[0], [1, 2, 1]) + brute_force_nll(logits[1, :1], [2])
+    assert abs(total.negative_log_likelihood.item() - expected) < 1e-4
+
+
 def test_no_phonemes_and_no_frames_give_zero_with_a_graph():
     logits = torch.randn(2, 4, 41, requires_grad=True)
     mask = torch.tensor([[True] * 4, [False] * 4])

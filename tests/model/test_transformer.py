@@ -24,7 +24,7 @@ def test_rotary_scores_depend_on_the_distance_alone():
 
 def test_attention_equals_the_formula_in_float64():
     torch.manual_seed(0)
-    attention = Attention(8, 2, 0.0).double()
+    attention = Attention(8, 2).double()
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
     cosine, sine = (a.double() for a in rotary_angles(5, 4, x.device))
@@ -64,6 +64,11 @@ def test_encoder_and_decoder_do_not_see_padding(size, stride):
         torch.testing.assert_close(
             back[row, :length], decoder(alone, every, length)[0], atol=1e-5, rtol=1e-5
         )
+
+
+def test_every_row_has_a_key_to_attend_to():
+    mask = torch.tensor([[False, True, False], [False] * 3])
+    assert attention_mask(mask)[:, 0, 0].tolist() == [[False, True, False], [True, False, False]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
