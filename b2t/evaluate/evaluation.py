@@ -18,10 +18,13 @@ from b2t.evaluate import metrics, usage
 from b2t.evaluate.controls import noise_batch, shuffled
 from b2t.evaluate.decode import collapse_ctc, decode_text, to_model
 from b2t.evaluate.signal import SignalSums
+from b2t.evaluate.traces import collect_traces
 from b2t.records import write_atomically
 
 EVALUATION_FILE = "evaluation.json"
 PREDICTIONS_FILE = "predictions.jsonl"
+USAGE_FILE = "codebook_usage.json"
+TRACES_FILE = "reconstruction.json"
 SHUFFLES = 20
 
 
@@ -63,6 +66,8 @@ class Evaluation:
         decoding: how text was generated.
         notes: what was not measured, and why.
         predictions: one per row.
+        usage: frames per code, [Q][K]; empty without a quantizer.
+        traces: some signals beside their reconstruction, see `collect_traces`.
     """
 
     split: str
@@ -96,11 +101,13 @@ class Evaluation:
     decoding: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     predictions: list[Prediction] = field(default_factory=list, repr=False)
+    usage: list[list[int]] = field(default_factory=list, repr=False)
+    traces: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the predictions, ready for JSON: no NaN, no infinity."""
-        record = asdict(self)
-        del record["predictions"]
+        """Return the results as JSON values, no NaN and no infinity, without what is per row."""
+        apart = ("predictions", "usage", "traces")
+        record = {name: value for name, value in vars(self).items() if name not in apart}
         record["normalisation"] = metrics.NORMALISATION
         return _finite(record)
 
@@ -117,10 +124,16 @@ class Evaluation:
         return flat
 
     def save(self, folder: Path) -> None:
-        """Write `evaluation.json` and `predictions.jsonl`, each complete or not at all."""
+        """Write `evaluation.json`, `predictions.jsonl`, and the usage and traces of the report.
+
+        Each file is complete or not there at all.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(asdict(p), ensure_ascii=False) for p in self.predictions]
         write_atomically(folder / PREDICTIONS_FILE, "".join(line + "\n" for line in lines))
+        usage_record = {"split": self.split, "counts": self.usage}
+        write_atomically(folder / USAGE_FILE, json.dumps(usage_record) + "\n")
+        write_atomically(folder / TRACES_FILE, json.dumps(_finite(self.traces)) + "\n")
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
         write_atomically(folder / EVALUATION_FILE, text + "\n")
 
@@ -194,6 +207,7 @@ class _Share:
     predictions: list[Prediction] = field(default_factory=list)
     signal: SignalSums = field(default_factory=SignalSums)
     counts: Tensor | None = None
+    traces: dict[str, Any] = field(default_factory=dict)
 
     def count(self, codes: Tensor) -> None:
         assert self.size is not None
@@ -212,6 +226,9 @@ def _predict(
     output = model(batch, weights={"reconstruction": 1.0, "phoneme": 1.0})
     if output.reconstruction is not None:
         share.signal.add(output.reconstruction, batch.target, batch.signal_mask)
+        if not share.traces:
+            signals = (output.reconstruction, batch.target, batch.signal_mask)
+            share.traces = collect_traces(batch.rows, *signals, model.config.sampling_rate)
     if output.codes is not None and share.size is not None:
         share.count(output.codes)
     found = [
@@ -257,7 +274,7 @@ def _gather(share: _Share, group: dist.ProcessGroup | None) -> _Share:
     if dist.is_available() and dist.is_initialized():
         shares = [None] * dist.get_world_size(group)
         dist.all_gather_object(shares, share, group=group)
-    total = _Share(share.size)
+    total = _Share(share.size, traces=shares[0].traces)
     for part in shares:
         total.predictions += part.predictions
         total.signal = total.signal + part.signal
@@ -269,6 +286,7 @@ def _gather(share: _Share, group: dist.ProcessGroup | None) -> _Share:
 
 def _score(share: _Share, split: str, seed: int) -> Evaluation:
     result = Evaluation(split=split, rows=len(share.predictions), predictions=share.predictions)
+    result.traces = share.traces
     _score_text(result, share.predictions, seed)
     _score_phonemes(result, share.predictions, seed)
     signal = share.signal
@@ -280,6 +298,7 @@ def _score(share: _Share, split: str, seed: int) -> Evaluation:
         result.utilization = usage.utilization(share.counts).tolist()
         result.perplexity = usage.perplexity(share.counts).tolist()
         result.frames = int(share.counts[0].sum())
+        result.usage = share.counts.tolist()
     else:
         result.notes.append("the model has no quantizer: no codebook use")
     return result

@@ -24,6 +24,8 @@ class HealthRow:
         concerning: (low, high); what lies outside is critical.
         remedy: what to try where it is not healthy.
         note: what to know before judging.
+        decides: whether the row enters the verdict; not where a good value depends on the
+            recordings.
     """
 
     metric: str
@@ -33,6 +35,7 @@ class HealthRow:
     concerning: tuple[float, float]
     remedy: str
     note: str = ""
+    decides: bool = True
 
     def grade(self, value: float | None) -> str | None:
         """Return one of ``GRADES``; None without a value, critical where it is not finite."""
@@ -95,7 +98,9 @@ TABLE: tuple[HealthRow, ...] = (
         (15.0, INFINITY),
         (10.0, INFINITY),
         "more decoder layers or a wider latent; smaller patches; more quantizers",
-        "noisy recordings bound the SNR: compare with model.quantizer.enabled=false",
+        "the recordings' noise bounds it, so it does not enter the verdict: compare with the same "
+        "model trained with model.quantizer.enabled=false",
+        decides=False,
     ),
     HealthRow(
         "loss/vq_ratio",
@@ -118,7 +123,8 @@ TABLE: tuple[HealthRow, ...] = (
 
 def verdict(metrics: Mapping[str, float], table: tuple[HealthRow, ...] = TABLE) -> str | None:
     """Return the worst grade among the rows whose metric is there; None where none is."""
-    found = [grade for row in table if (grade := row.grade(metrics.get(row.metric)))]
+    rows = [row for row in table if row.decides]
+    found = [grade for row in rows if (grade := row.grade(metrics.get(row.metric)))]
     return max(found, key=GRADES.index) if found else None
 
 

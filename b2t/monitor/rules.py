@@ -93,7 +93,7 @@ BUILT_IN: tuple[AlertRule, ...] = (
         metric="ema/revived_per_step",
         comparison=">",
         threshold=5.0,
-        patience=3,
+        patience=5,
         also=(Condition(metric="ema/revived_fraction", comparison=">", threshold=0.005),),
         message="{value} codes are revived per step",
         cause="the revival threshold is too high for this data: codes die as fast as they come",

@@ -20,6 +20,7 @@ class Reader(nn.Module):
         self.text_decoder = nn.Identity() if text else None
         self.quantizer = SimpleNamespace(codebook_size=8) if quantizer else None
         self.phonemes = phonemes
+        self.config = SimpleNamespace(sampling_rate=50.0)
 
     def forward(self, batch, weights):
         assert not self.training and not torch.is_grad_enabled()
@@ -138,9 +139,15 @@ def test_files_hold_the_stable_names_and_strict_json(tmp_path):
     assert record["snr_median_db"] is None and len(record["utilization"]) == 2
     lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["target"] for line in lines] == ["ab", "dab"]
+    usage = json.loads((tmp_path / "run" / "codebook_usage.json").read_text())["counts"]
+    assert [sum(layer) for layer in usage] == [result.frames] * 2 and len(usage[0]) == 8
+    traces = json.loads((tmp_path / "run" / "reconstruction.json").read_text())
+    assert [t["row"] for t in traces["trials"]] == ["s/0/0", "s/0/1"]
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "codebook_usage.json",
         "evaluation.json",
         "predictions.jsonl",
+        "reconstruction.json",
     ]
 
 

@@ -183,7 +183,7 @@ def test_every_built_in_rule_has_its_failure_here():
 @pytest.mark.parametrize("name", FAILURES)
 def test_built_in_rules_fire_on_their_failure_and_name_a_remedy(name):
     engine = AlertEngine(BUILT_IN)
-    raised = [a for step in range(5) for a in engine.check(step, {**HEALTHY, **FAILURES[name]})]
+    raised = [a for step in range(6) for a in engine.check(step, {**HEALTHY, **FAILURES[name]})]
     (alert,) = [a for a in raised if a.rule == name]
     assert "{" not in alert.message
     if alert.severity != "info":

@@ -40,3 +40,8 @@ def test_the_verdict_is_the_worst_row():
     assert verdict(good) == "healthy"
     assert verdict({**good, "codebook/dead": 0.3}) == "concerning"
     assert verdict({**good, "codebook/dead": 0.3, "loss/vq_ratio": 50.0}) == "critical"
+
+
+def test_the_snr_is_shown_but_does_not_decide():
+    assert ROWS["reconstruction/snr_db"].grade(0.7) == "critical"
+    assert verdict({"optim/grad_norm": 1.0, "reconstruction/snr_db": 0.7}) == "healthy"

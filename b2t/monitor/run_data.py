@@ -1,0 +1,182 @@
+"""Everything a run folder says about a run, however the run ended."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from b2t.errors import UserError
+from b2t.records import read_jsonl
+
+_HEAD = ("step", "phase", "time_s", "non_finite")
+
+
+@dataclass
+class RunData:
+    """What was found in a run folder; whatever is missing is empty.
+
+    Attributes:
+        folder: the run folder.
+        steps: records of log steps, in order.
+        evaluations: records of validations, in order.
+        alerts: alerts with `step` and `phase`.
+        config: the resolved configuration.
+        evaluation: `evaluation.json`.
+        predictions: records of `predictions.jsonl`.
+        usage: frames per code [Q][K] of the evaluated split.
+        traces: what `reconstruction.json` holds.
+        environment: what `environment.json` holds.
+        problems: what could not be read.
+    """
+
+    folder: Path
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    alerts: list[dict[str, Any]] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    usage: list[list[int]] = field(default_factory=list)
+    traces: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Name of the run: its folder."""
+        return self.folder.resolve().name
+
+    @property
+    def phases(self) -> list[tuple[str, float]]:
+        """Phases in order, each with its first recorded step."""
+        found: list[tuple[str, float]] = []
+        for record in self.steps:
+            phase = record.get("phase")
+            if isinstance(phase, str) and (not found or found[-1][0] != phase):
+                found.append((phase, record["step"]))
+        return found
+
+    @property
+    def total_steps(self) -> int | None:
+        """Applied steps that the configuration asks for."""
+        phases = self.config.get("phases")
+        if not isinstance(phases, list):
+            return None
+        steps = [phase.get("steps", 0) for phase in phases if isinstance(phase, dict)]
+        return sum(steps) or None
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the run says that its data are simulated."""
+        return bool(self.evaluation.get("simulated") or self.environment.get("simulated_data"))
+
+    def latest(self, names: Iterable[str] | None = None) -> dict[str, float]:
+        """Return the most recent value of every metric of the log steps (None: not finite)."""
+        found: dict[str, Any] = {}
+        for record in self.steps:
+            found.update({k: v for k, v in record.items() if k not in _HEAD and is_number(v)})
+            found.update({k: float("nan") for k in record.get("non_finite") or []})
+        wanted = set(names) if names is not None else found.keys()
+        return {name: float(value) for name, value in found.items() if name in wanted}
+
+    def series(self, name: str, evaluations: bool = False) -> tuple[list[float], list[float]]:
+        """Return (steps, values) of one metric."""
+        records = self.evaluations if evaluations else self.steps
+        pairs = [(r["step"], r[name]) for r in records if is_number(r.get(name))]
+        return [float(step) for step, _ in pairs], [float(value) for _, value in pairs]
+
+    def names(self, prefix: str, evaluations: bool = False) -> list[str]:
+        """Return the metrics that begin with ``prefix``, numbers in the order of numbers."""
+        records = self.evaluations if evaluations else self.steps
+        found = {name for r in records for name, v in r.items() if is_number(v)}
+        return sorted((n for n in found if n.startswith(prefix)), key=_natural)
+
+
+def load_run(folder: str | Path) -> RunData:
+    """Read a run folder: finished, running, crashed or empty.
+
+    Raises:
+        UserError: no such folder, or nothing of a run in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such run folder; expected the run.dir of a training, which holds "
+            "config.yaml and metrics.jsonl"
+        )
+    if not any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl")):
+        raise UserError(
+            f"{folder}: not a run folder: it has neither config.yaml nor metrics.jsonl, which "
+            "training writes when it starts"
+        )
+    run = RunData(folder)
+    _read_metrics(run)
+    run.config = _mapping(_read(run, "config.yaml", yaml.safe_load))
+    run.evaluation = _mapping(_read(run, "evaluation.json", json.loads))
+    run.environment = _mapping(_read(run, "environment.json", json.loads))
+    run.traces = _mapping(_read(run, "reconstruction.json", json.loads))
+    run.usage = _table(_mapping(_read(run, "codebook_usage.json", json.loads)).get("counts"))
+    predictions = read_jsonl(folder / "predictions.jsonl")
+    run.predictions = predictions.records
+    if predictions.malformed:
+        run.problems.append(_malformed("predictions.jsonl", predictions.malformed))
+    return run
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _read_metrics(run: RunData) -> None:
+    found = read_jsonl(run.folder / "metrics.jsonl")
+    if found.malformed:
+        run.problems.append(_malformed("metrics.jsonl", found.malformed))
+    for record in found.records:
+        if not is_number(record.get("step")):
+            continue
+        if isinstance(record.get("alert"), dict):
+            place = {"step": record["step"], "phase": record.get("phase")}
+            run.alerts.append({**record["alert"], **place})
+        elif any(name.startswith("val/") for name in record):
+            run.evaluations.append(record)
+        else:
+            run.steps.append(record)
+    for records in (run.steps, run.evaluations, run.alerts):
+        records.sort(key=lambda record: record["step"])
+
+
+def _read(run: RunData, name: str, parse: Any) -> Any:
+    path = run.folder / name
+    if not path.is_file():
+        return None
+    try:
+        return parse(path.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = str(error).strip().split("\n")[0]
+        run.problems.append(f"{name} cannot be read ({reason})")
+        return None
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _table(value: Any) -> list[list[int]]:
+    if not isinstance(value, list) or not value:
+        return []
+    same = all(isinstance(row, list) and row and len(row) == len(value[0]) for row in value)
+    return value if same and all(is_number(x) for row in value for x in row) else []
+
+
+def _malformed(name: str, lines: list[int]) -> str:
+    shown = ", ".join(map(str, lines[:5])) + (" …" if len(lines) > 5 else "")
+    return f"{name}: {len(lines)} unreadable lines left out (line {shown})"
+
+
+def _natural(name: str) -> tuple[str, float]:
+    head, _, tail = name.rpartition("/")
+    return (head, float(tail)) if tail.isdigit() else (name, -1.0)
