@@ -1,16 +1,89 @@
 """What a CUDA tensor runs: the Triton kernels, or blocked torch where they cannot be used."""
 
-from b2t_kernels.blocked import code_sums as _blocked_code_sums
-from b2t_kernels.blocked import (
-    nearest_code,
-    rvq_encode,
-    usage_backward,
-    usage_forward,
-)
+import functools
+import logging
 
-__all__ = ["code_sums", "nearest_code", "rvq_encode", "usage_backward", "usage_forward"]
+import torch
+from torch import Tensor
+
+from b2t_kernels import blocked
+
+try:
+    from b2t_kernels import nearest, rvq, sums, usage
+
+    MISSING = ""
+except ImportError as error:
+    MISSING = str(error)
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def code_sums(x, indices, K, mask, atomic):
-    """Sorted sums."""
-    return _blocked_code_sums(x, indices, K, mask)
+@functools.cache
+def _say_once(operator: str, why: str) -> None:
+    logging.getLogger(__name__).warning("%s runs in blocked torch: %s", operator, why)
+
+
+def obstacle(*tensors: Tensor, widest: int | None = None) -> str:
+    """Why the kernels cannot take these tensors; empty if they can."""
+    if MISSING:
+        return f"Triton cannot be imported ({MISSING})"
+    major, minor = torch.cuda.get_device_capability(tensors[0].device)
+    if major < 8:
+        return f"the GPU's compute capability is {major}.{minor}, the kernels need 8.0"
+    for tensor in tensors:
+        if tensor.dtype not in FLOATS:
+            return f"{tensor.dtype} is not one of float16, bfloat16 and float32"
+    if widest is not None and tensors[0].shape[1] > widest:
+        return f"rows of {tensors[0].shape[1]} exceed the {widest} that fit on chip"
+    return ""
+
+
+def _usable(operator: str, *tensors: Tensor, widest: int | None = None) -> bool:
+    why = obstacle(*tensors, widest=widest)
+    if why:
+        _say_once(operator, why)
+    return not why
+
+
+def nearest_code(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, exact: bool
+) -> tuple[Tensor, Tensor]:
+    """See :func:`b2t_kernels.nearest_code`."""
+    room = nearest if _usable("nearest_code", x, codebook) else blocked
+    return room.nearest_code(x, codebook, mask, exact)
+
+
+def rvq_encode(
+    x: Tensor, codebooks: Tensor, mask: Tensor | None, exact: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`b2t_kernels.rvq_encode`."""
+    room = rvq if _usable("rvq_encode", x, codebooks) else blocked
+    return room.rvq_encode(x, codebooks, mask, exact)
+
+
+def code_sums(
+    x: Tensor, indices: Tensor, K: int, mask: Tensor | None, atomic: bool
+) -> tuple[Tensor, Tensor]:
+    """See :func:`b2t_kernels.code_sums`."""
+    if _usable("code_sums", x):
+        return sums.code_sums(x, indices, K, mask, atomic)
+    return blocked.code_sums(x, indices, K, mask)
+
+
+WIDEST_USAGE = 512
+
+
+def usage_forward(
+    x: Tensor, codebook: Tensor, temperature: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward of :func:`b2t_kernels.code_usage`."""
+    room = usage if _usable("code_usage", x, codebook, widest=WIDEST_USAGE) else blocked
+    return room.usage_forward(x, codebook, temperature, mask)
+
+
+def usage_backward(
+    grad: Tensor, x: Tensor, codebook: Tensor, temperature: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Backward of :func:`b2t_kernels.code_usage`; ``lse`` comes from the same room's forward."""
+    room = usage if _usable("code_usage", x, codebook, widest=WIDEST_USAGE) else blocked
+    return room.usage_backward(grad, x, codebook, temperature, lse)

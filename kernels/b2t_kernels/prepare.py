@@ -1,0 +1,239 @@
+"""A codebook made ready for fp16 tensor cores: centred, scaled, rounded, padded, permuted.
+
+Letters: K codes, D width; K′ and D′ are K and D padded. With μ near the middle of the codes and S a
+power of two, the kernels multiply ĉ_k = fp16(S·(c_k − μ)) by x̂_n = fp16(r_n·S·(x_n − μ)), r_n ≤ 1 a
+power of two that keeps an outlying row inside fp16. fp16 has the ten mantissa bits of TF32 at twice
+its rate, and the scales remove its one disadvantage, range; so it serves every input dtype.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CODE_PADDING = 256
+GROUP = tl.constexpr(8)
+MEAN_SAMPLE = 1024
+STATISTICS = 4
+LARGEST = tl.constexpr(0)
+ERROR = tl.constexpr(1)
+RADIUS = tl.constexpr(2)
+
+# log2 of the bound on |ĉ| elements and on |x̂| elements: products stay far from overflow in the
+# float32 accumulator, and both keep 20 binary orders above fp16's subnormals.
+CODE_EXPONENT = tl.constexpr(8)
+ROW_EXPONENT = tl.constexpr(14)
+
+
+class PreparedCodes(NamedTuple):
+    """What the kernels read instead of the codebook.
+
+    codes: [Q·K′, D′] fp16, rows permuted inside each 64 (see :func:`physical_row`).
+    bias: [Q·K′] float32, −½|ĉ|² of the rounded codes; −inf for padding and codes not finite.
+    mean: [Q, D′] float32, μ.
+    statistics: [Q, 4] float32: largest |c − μ|, largest |ĉ − S(c − μ)|, largest |ĉ|, unused.
+    """
+
+    codes: Tensor
+    bias: Tensor
+    mean: Tensor
+    statistics: Tensor
+
+
+@triton.jit
+def physical_row(code):
+    """Where code number ``code`` lies: a bijection of each 64 that fits the tensor core's layout.
+
+    In an accumulator tile, bits 1 and 2 of the column choose the lane and bit 3 may choose the warp;
+    bits 0, 4 and 5 stay inside a thread. So eight consecutive codes are spread over those three
+    bits: the maximum of such a run needs no exchange between threads, and runs keep their order.
+    """
+    run = (code % 64) // 8
+    within = code % 8
+    low = (run % 4) * 2 + (run // 4) * 8
+    return code - code % 64 + low + within % 2 + (within // 2) * 16
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2^exponent as float32, for exponents −126..127."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exponent_of(value):
+    """Floor(log2(value)) of a non-negative normal float32; −127 for zero."""
+    return (value.to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def code_scale(statistics_ptr):
+    """The power of two S that brings the largest |c − μ| into [2⁷, 2⁸); 1 if all codes are μ."""
+    largest = tl.load(statistics_ptr + LARGEST)
+    exponent = CODE_EXPONENT - 1 - exponent_of(largest)
+    exponent = tl.minimum(tl.maximum(exponent, -100), 100)
+    return tl.where(largest > 0, power_of_two(exponent), 1.0)
+
+
+@triton.jit
+def centred_rows(values, mean, scale):
+    """S·(x − μ) in float32, zero where x is not finite. values [n, d], mean [d]."""
+    moved = (values - mean[None, :]) * scale
+    moved = tl.minimum(tl.maximum(moved, -1e38), 1e38)
+    return tl.where(tl.abs(values) < float("inf"), moved, 0.0)
+
+
+@triton.jit
+def row_scale(largest):
+    """The power of two r ≤ 1 that brings the largest element of a row under 2¹⁴."""
+    return power_of_two(tl.minimum(ROW_EXPONENT - 1 - exponent_of(largest), 0))
+
+
+@triton.jit
+def mean_kernel(
+    codebook_ptr, mean_ptr, K, D, padded_D, step, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Mean of every step-th code, over elements that are finite."""
+    layer = tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    seen = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, K, BLOCK_K * step):
+        codes = start + tl.arange(0, BLOCK_K).to(tl.int64) * step
+        inside = (codes < K)[:, None] & (columns < D)[None, :]
+        address = (layer * K + codes)[:, None] * D + columns[None, :]
+        values = tl.load(codebook_ptr + address, inside, other=float("inf")).to(tl.float32)
+        finite = tl.abs(values) < 1e37
+        total += tl.sum(tl.where(finite, values, 0.0), axis=0)
+        seen += tl.sum(finite.to(tl.float32), axis=0)
+    mean = total / tl.maximum(seen, 1.0)
+    tl.store(mean_ptr + layer * padded_D + columns, mean, columns < padded_D)
+
+
+@triton.jit
+def extent_kernel(
+    codebook_ptr,
+    mean_ptr,
+    statistics_ptr,
+    K,
+    D,
+    padded_D,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Largest |c − μ| over codes that are finite; the bits of non-negative floats sort like ints."""
+    layer = tl.program_id(1).to(tl.int64)
+    codes = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    largest = tl.zeros([BLOCK_K], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        inside = (codes < K)[:, None] & (columns < D)[None, :]
+        mean = tl.load(mean_ptr + layer * padded_D + columns, columns < D, other=0.0)
+        address = (layer * K + codes)[:, None] * D + columns[None, :]
+        values = tl.load(codebook_ptr + address, inside, other=0.0).to(tl.float32)
+        distance = tl.where(inside, tl.abs(values - mean[None, :]), 0.0)
+        # NaN would vanish in a maximum: make it infinite first.
+        distance = tl.where(distance < float("inf"), distance, float("inf"))
+        largest = tl.maximum(largest, tl.max(distance, axis=1))
+    largest = tl.where(largest < float("inf"), largest, 0.0)
+    bits = tl.max(largest, axis=0).to(tl.int32, bitcast=True)
+    tl.atomic_max(statistics_ptr + layer * 4 + LARGEST, bits)
+
+
+@triton.jit
+def round_kernel(
+    codebook_ptr,
+    mean_ptr,
+    statistics_ptr,
+    error_ptr,
+    codes_ptr,
+    bias_ptr,
+    K,
+    D,
+    padded_K,
+    padded_D,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write ĉ and −½|ĉ|², and the largest rounding error and norm."""
+    layer = tl.program_id(1).to(tl.int64)
+    codes = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    scale = code_scale(statistics_ptr + layer * 4)
+    places = layer * padded_K + physical_row(codes)
+    finite = codes < K
+    norm = tl.zeros([BLOCK_K], tl.float32)
+    error = tl.zeros([BLOCK_K], tl.float32)
+    for start in range(0, padded_D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        inside = (codes < K)[:, None] & (columns < D)[None, :]
+        mean = tl.load(mean_ptr + layer * padded_D + columns, columns < D, other=0.0)
+        address = (layer * K + codes)[:, None] * D + columns[None, :]
+        values = tl.load(codebook_ptr + address, inside, other=0.0).to(tl.float32)
+        moved = (values - mean[None, :]) * scale
+        usable = tl.abs(moved) <= 256.0
+        finite = finite & (tl.min((usable | ~inside).to(tl.int32), axis=1) > 0)
+        moved = tl.where(inside & usable, moved, 0.0)
+        rounded = moved.to(tl.float16)
+        wide = rounded.to(tl.float32)
+        norm += tl.sum(wide * wide, axis=1)
+        error += tl.sum((wide - moved) * (wide - moved), axis=1)
+        tl.store(
+            codes_ptr + places[:, None] * padded_D + columns[None, :],
+            rounded,
+            (codes < padded_K)[:, None] & (columns < padded_D)[None, :],
+        )
+    bias = tl.where(finite, -0.5 * norm, -float("inf"))
+    tl.store(bias_ptr + places, bias, codes < padded_K)
+    error = tl.max(tl.where(finite, error, 0.0), axis=0)
+    norm = tl.max(tl.where(finite, norm, 0.0), axis=0)
+    tl.atomic_max(error_ptr + layer * 4 + ERROR, tl.sqrt(error).to(tl.int32, bitcast=True))
+    tl.atomic_max(error_ptr + layer * 4 + RADIUS, tl.sqrt(norm).to(tl.int32, bitcast=True))
+
+
+def padded_width(D: int) -> int:
+    """D′: at least the 16 of a tensor-core step; a power of two up to 512, then whole 128s."""
+    if D <= 512:
+        return max(16, triton.next_power_of_2(D))
+    return triton.cdiv(D, 128) * 128
+
+
+def padded_codes(K: int) -> int:
+    """K′: whole tiles for every configuration."""
+    return triton.cdiv(K, CODE_PADDING) * CODE_PADDING
+
+
+def prepare(codebooks: Tensor) -> PreparedCodes:
+    """Prepare codebooks [Q, K, D] (or [K, D]) on their device, in three launches, without a sync."""
+    codebooks = codebooks.reshape(-1, *codebooks.shape[-2:]).contiguous()
+    Q, K, D = codebooks.shape
+    padded_K, padded_D = padded_codes(K), padded_width(D)
+    device = codebooks.device
+    codes = torch.empty(Q * padded_K, padded_D, dtype=torch.float16, device=device)
+    bias = torch.empty(Q * padded_K, dtype=torch.float32, device=device)
+    mean = torch.empty(Q, padded_D, dtype=torch.float32, device=device)
+    statistics = torch.zeros(Q, STATISTICS, dtype=torch.float32, device=device)
+    bits = statistics.view(torch.int32)
+    block_D = min(128, padded_D)
+    step = max(1, K // MEAN_SAMPLE)
+    mean_kernel[(triton.cdiv(padded_D, 32), Q)](
+        codebooks, mean, K, D, padded_D, step, BLOCK_K=128, BLOCK_D=32
+    )
+    grid = (triton.cdiv(padded_K, 32), Q)
+    extent_kernel[grid](codebooks, mean, bits, K, D, padded_D, BLOCK_K=32, BLOCK_D=block_D)
+    round_kernel[grid](
+        codebooks,
+        mean,
+        statistics,
+        bits,
+        codes,
+        bias,
+        K,
+        D,
+        padded_K,
+        padded_D,
+        BLOCK_K=32,
+        BLOCK_D=block_D,
+    )
+    return PreparedCodes(codes, bias, mean, statistics)
