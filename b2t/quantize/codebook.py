@@ -75,7 +75,7 @@ class Codebooks(nn.Module):
         self.register_buffer("updates", torch.tensor(0, dtype=torch.int64))
         self.register_buffer("initialized", torch.tensor(0, dtype=torch.int64))
         self.register_buffer("temperature", torch.tensor(1.0, dtype=f32))
-        self.register_buffer("progress", torch.tensor(0.0, dtype=torch.float64))
+        self.register_buffer("progress", torch.tensor(0.0, dtype=f32))
         self.weight = nn.Parameter(torch.zeros(layers, size, dim, dtype=f32)) if learnable else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebooks:

@@ -223,7 +223,7 @@ class ResidualVQ(nn.Module):
         return (
             self.revival is not None
             and self.revival_enabled
-            and float(self.codebooks.progress) < self.revival_until
+            and float(self.codebooks.progress) + 1e-6 < self.revival_until
             and (int(self.codebooks.updates) + 1) % self.revival_every == 0
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import math
 
 import torch
 from torch import Tensor
@@ -150,34 +149,32 @@ def _directions(
 ) -> Tensor:
     """Small steps from each parent to a frame of its own, or along noise where none is at hand."""
     embed = books.embed[layer]
-    taken: dict[int, int] = {}
-    steps = _noise(books, layer, parent.shape[0]).to(embed.device)
-    size = _SPLIT_DEVIATIONS * (books.distance_scale[layer] / embed.shape[1]).sqrt()
-    rows: list[int] = []
-    sources: list[int] = []
-    places: dict[int, list[int]] = {}
-    for place, code in enumerate(codes.tolist()):
-        places.setdefault(code, []).append(place)
-    for row, code in enumerate(parent.tolist()):
-        turn = taken.get(code, 0)
-        own = places.get(code, [])
-        if turn < len(own):
-            rows.append(row)
-            sources.append(own[turn])
-        taken[code] = turn + 1
-    if rows:
-        steps[rows] = residuals[sources] - embed[parent[rows]]
-    # A frame that lies on its code gives no direction.
-    length = steps.norm(dim=1, keepdim=True)
     noise = _noise(books, layer, parent.shape[0]).to(embed.device)
-    steps = torch.where(length > 0, steps, noise)
-    floor = embed.abs().amax() * torch.finfo(torch.float32).eps * 16
+    steps = noise.clone()
+    pairs = _own_frames(parent.tolist(), codes.tolist())
+    if pairs:
+        children, frames = map(list, zip(*pairs, strict=True))
+        steps[children] = residuals[frames] - embed[parent[children]]
+    # A frame that lies on its code gives no direction.
+    steps = torch.where(steps.norm(dim=1, keepdim=True) > 0, steps, noise)
+    size = _SPLIT_DEVIATIONS * (books.distance_scale[layer] / embed.shape[1]).sqrt()
+    floor = embed[parent].norm(dim=1, keepdim=True) * torch.finfo(torch.float32).eps * 16
     return F.normalize(steps, dim=1) * torch.maximum(size, floor)
+
+
+def _own_frames(parents: list[int], codes: list[int]) -> list[tuple[int, int]]:
+    """Pairs (child, frame): to each child a frame of its parent that no other child has."""
+    waiting: dict[int, list[int]] = {}
+    for frame, code in enumerate(codes):
+        waiting.setdefault(code, []).append(frame)
+    return [
+        (child, waiting[parent].pop(0))
+        for child, parent in enumerate(parents)
+        if waiting.get(parent)
+    ]
 
 
 def _noise(books: Codebooks, layer: int, rows: int) -> Tensor:
     seed = signed64(int(books.seed) * 1_000_003 + int(books.updates) * 8191 + layer)
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, books.embed.shape[-1], generator=generator) / math.sqrt(
-        books.embed.shape[-1]
-    )
+    return torch.randn(rows, books.embed.shape[-1], generator=generator)
