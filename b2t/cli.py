@@ -14,8 +14,6 @@ COMMANDS = {
     "evaluate": "b2t.evaluate.evaluate_command",
     "decode": "b2t.evaluate.decode_command",
     "tokenize": "b2t.evaluate.tokenize_command",
-    "report": "b2t.monitor.report_command",
-    "doctor": "b2t.doctor_command",
 }
 
 
@@ -36,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(_handler=module.run)
     return top
 
 
@@ -46,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     configure()
     arguments = parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        return arguments._handler(arguments)
     except UserError as error:
         print(f"b2t {arguments.command}: error: {error}", file=sys.stderr)
         return 2
