@@ -92,22 +92,23 @@ class Codebooks(nn.Module):
         return super()._apply(move, recurse)
 
     def attach_master(self, read: Read, write: Write) -> None:
-        """Name who owns the float32 master of ``weight``, once an engine may store it in less.
+        """Name who owns the float32 master of ``weight`` (gradient rule).
 
-        An engine rounds parameters to half precision and keeps a float32 master of its own. Here
-        the codes are always ``embed``; ``weight`` only carries gradients to the optimizer, and
-        after each step ``embed`` is read back from the master. A new engine makes its master from
-        the rounded weight: this writes the true codes into it.
+        An engine rounds parameters to half precision and keeps a float32 master of its own, which
+        overwrites them at each step. From here on the codes are ``embed``: ``weight`` only carries
+        gradients to the optimizer, and after each step ``embed`` is read back from the master. A
+        new engine makes its master from the rounded weight: this writes the true codes into it.
 
-        Under DeepSpeed: ``attach_master(safe_get_full_fp32_param, safe_set_full_fp32_param)`` of
-        `deepspeed.utils`, after each ``deepspeed.initialize`` and before a checkpoint is loaded.
+        Under DeepSpeed, in any precision: ``attach_master(safe_get_full_fp32_param,
+        safe_set_full_fp32_param)`` of `deepspeed.utils`, after each ``deepspeed.initialize`` and
+        before a checkpoint is loaded.
         """
         self._read, self._write = read, write
         self.push()
 
     def pull(self) -> None:
         """Bring ``embed`` up to date with the optimizer's result (gradient rule)."""
-        if self.weight is None:
+        if self.weight is None or not self.weight.requires_grad:
             return
         if self._read is not None:
             value = self._read(self.weight)
