@@ -15,8 +15,10 @@ conversion for another number of ranks drops buffers.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ LATEST = "latest"
 BEST = "best"
 _PREFIX = "step-"
 _PARTIAL = ".writing-"
+_REPLACED = ".replaced-"
+_STEP = re.compile("[0-9]{8,}")
 _FILES = ("weights.safetensors", "moments.safetensors", "state.json")
 
 
@@ -59,22 +63,25 @@ class CheckpointStore:
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending."""
         found = self.folder.glob(f"{_PREFIX}*") if self.folder.is_dir() else []
-        return sorted(int(path.name.removeprefix(_PREFIX)) for path in found if path.is_dir())
+        numbers = [path.name.removeprefix(_PREFIX) for path in found if path.is_dir()]
+        return sorted(int(number) for number in numbers if _STEP.fullmatch(number))
 
     def save(self, step: int, checkpoint: Checkpoint) -> Path | None:
         """Write a checkpoint; on a full disk say so, keep the older ones and return None."""
         target = self.folder / f"{_PREFIX}{step:08d}"
         partial = self.folder / f"{_PARTIAL}{target.name}"
+        replaced = self.folder / f"{_REPLACED}{target.name}"
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            self._clear_unfinished()
             partial.mkdir(parents=True)
             _write(partial, checkpoint)
             if target.exists():
-                shutil.rmtree(target)
+                target.rename(replaced)
             partial.rename(target)
             sync_folder(self.folder)
             _replace_text(self.folder / LATEST, target.name + "\n")
-        except OSError as error:
+            shutil.rmtree(replaced, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             kept = self.steps()
             logger(__name__).error(
@@ -89,6 +96,21 @@ class CheckpointStore:
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.folder / f"{_PREFIX}{old:08d}", ignore_errors=True)
         return target
+
+    def _clear_unfinished(self) -> None:
+        """Remove what a killed process left half written."""
+        for path in self.folder.glob(f"{_PARTIAL}{_PREFIX}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def recover(self) -> None:
+        """Put back a checkpoint that a killed process was about to replace; rank 0 only."""
+        for path in self.folder.glob(f"{_REPLACED}{_PREFIX}*"):
+            place = path.with_name(path.name.removeprefix(_REPLACED))
+            if place.exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):  # a folder that cannot be written is named when it is
+                    path.rename(place)
 
     def load(self) -> Checkpoint | None:
         """Read the newest whole checkpoint; torn ones are named and passed over.
@@ -123,9 +145,10 @@ def find_problem(path: Path) -> str | None:
     except ValueError:
         return "manifest.json is not valid JSON"
     for name in _FILES:
-        file, entry = path / name, entries.get(name)
-        if entry is None:
-            return f"manifest.json does not name {name}"
+        file = path / name
+        entry = entries.get(name) if isinstance(entries, dict) else None
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= set(entry):
+            return f"manifest.json does not describe {name}"
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != entry["bytes"]:
