@@ -199,6 +199,8 @@ def _inline(svg: str, title: str) -> str:
 
 def _time_axis(axes: Axes, run: RunData) -> None:
     """Mark phases and alerts, and name the axis."""
+    last = max([r["step"] for r in (*run.steps, *run.evaluations)], default=1)
+    axes.set_xlim(-0.01 * last, 1.02 * last)
     axes.set_xlabel("applied step")
     axes.grid(axis="y", lw=0.5, alpha=0.6)
     top = axes.get_xaxis_transform()
@@ -328,10 +330,10 @@ def _scale(axes: Axes, run: RunData) -> None:
     if steps:
         other = axes.twinx()
         _plot(other, steps, values, color=COLOURS[3], label="skipped steps")
-        other.set_ylabel("skipped steps, so far")
+        other.set_ylabel("skipped steps, so far", color=COLOURS[3])
         other.set_ylim(bottom=0, top=max(1.0, 1.1 * max(values)))
+    axes.yaxis.label.set_color(COLOURS[0])
     _time_axis(axes, run)
-    axes.figure.legend(loc="outside upper right", ncols=2)
 
 
 def _snr(axes: Axes, run: RunData) -> None:
@@ -351,22 +353,21 @@ def _snr(axes: Axes, run: RunData) -> None:
 
 def _movement(axes: Axes, run: RunData) -> None:
     steps, values = run.series("ema/movement")
-    if steps:
-        _plot(axes, steps, [100 * v for v in values], color=COLOURS[0], label="movement")
-        axes.set_ylabel("movement per update, % of the norm")
-        axes.set_ylim(bottom=0)
+    lines = [("movement per update, % of the norm", steps, [100 * v for v in values], COLOURS[0])]
     steps, values = run.series("ema/revived_per_step")
-    label = "revived per step"
+    label = "codes revived per step"
     if not steps:
         steps, values = run.series("codebook/revived")
-        label = "revived since the last record"
-    if steps:
-        other = axes.twinx()
-        _plot(other, steps, values, color=COLOURS[1], label=label)
-        other.set_ylabel(f"codes {label}")
-        other.set_ylim(bottom=0, top=max(1.0, 1.1 * max(values)))
+        label = "codes revived since the record before"
+    lines.append((label, steps, values, COLOURS[1]))
+    there = [line for line in lines if line[1]]
+    for one, (label, steps, values, colour) in zip((axes, axes.twinx()), there, strict=False):
+        _plot(one, steps, values, color=colour)
+        one.set_ylabel(label, color=colour)
+        one.set_ylim(bottom=0, top=1.1 * max(values) or 1.0)
+    if len(there) < 2:
+        axes.figure.axes[-1].remove()
     _time_axis(axes, run)
-    axes.figure.legend(loc="outside upper right", ncols=2)
 
 
 def _decoding(axes: Axes, run: RunData) -> None:

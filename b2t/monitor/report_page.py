@@ -41,7 +41,7 @@ th, td { text-align: left; padding: .42rem .75rem; border-bottom: 1px solid var(
 tr:last-child td { border-bottom: 0; }
 th { font-weight: 600; color: var(--faint); font-size: .86rem; }
 td.number { white-space: nowrap; }
-td.grade { text-transform: capitalize; font-weight: 600; }
+td.grade { font-weight: 600; } td.faint { font-weight: 400; }
 .plots { display: grid; gap: 16px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 520px), 1fr)); }
 figure { margin: 0; border: 1px solid var(--line); border-radius: 8px; background: var(--card);
@@ -87,7 +87,8 @@ ul { padding-left: 1.2rem; } li { margin: .35rem 0; max-width: 85ch; }
 {% for row in s.rows %}
 <tr><td>{{ row.label }}</td><td class="number" data-label="value">{{ row.value }}</td>
 <td class="number" data-label="healthy">{{ row.range }}</td>
-<td class="grade {{ row.grade or '' }}">{{ row.grade or 'not measured' }}</td>
+<td class="grade {{ row.grade if row.grade and row.decides else 'faint' }}">
+{{ row.grade or 'not measured' }}</td>
 <td>{% if row.grade in ('concerning', 'critical') %}{{ row.remedy }}
 {% if row.note %}<span class="faint">({{ row.note }})</span>{% endif %}{% endif %}</td></tr>
 {% endfor %}
@@ -167,7 +168,8 @@ Try: {{ a.remedy }}.</li>
 {% if sizing %}
 <h3>How many codes the data bear</h3>
 <p>Perplexity of the least used layer against codes K, as K·S/(K + S) with
-S = {{ sizing.saturation }} fitted to {{ sizing.points }} {{ 'run' if sizing.points == 1 else 'runs' }}: beyond about
+S = {{ sizing.saturation }} fitted to {{ sizing.points }}
+{{ 'run' if sizing.points == 1 else 'runs' }}: beyond about
 {{ sizing.suggestion }} codes fewer than half of the codes' capacity is used.
 {% if sizing.points < 3 %}
 Runs with other K make this firmer: b2t report RUN_A RUN_B RUN_C.{% endif %}</p>

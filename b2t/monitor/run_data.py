@@ -51,12 +51,14 @@ class RunData:
 
     @property
     def phases(self) -> list[tuple[str, float]]:
-        """Phases in order, each with its first recorded step."""
+        """Phases in order, each with the last recorded step before it."""
         found: list[tuple[str, float]] = []
+        before = 0.0
         for record in self.steps:
             phase = record.get("phase")
             if isinstance(phase, str) and (not found or found[-1][0] != phase):
-                found.append((phase, record["step"]))
+                found.append((phase, before))
+            before = record["step"]
         return found
 
     @property
@@ -79,6 +81,9 @@ class RunData:
         for record in self.steps:
             found.update({k: v for k, v in record.items() if k not in _HEAD and is_number(v)})
             found.update({k: float("nan") for k in record.get("non_finite") or []})
+        if found.get("loss/reconstruction") and "loss/commitment" in found:
+            ratio = found["loss/commitment"] / found["loss/reconstruction"]
+            found.setdefault("loss/vq_ratio", ratio)
         wanted = set(names) if names is not None else found.keys()
         return {name: float(value) for name, value in found.items() if name in wanted}
 

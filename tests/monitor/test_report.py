@@ -1,0 +1,287 @@
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from b2t.config import Config
+from b2t.errors import UserError
+from b2t.monitor.advice import advise, fit_sizing
+from b2t.monitor.report import summarize, write_report
+from b2t.monitor.run_data import load_run
+from b2t.records import JsonlSink
+
+LAYERS, CODES = 4, 64
+EVERY_PLOT = {
+    "utilization",
+    "perplexity",
+    "usage",
+    "losses",
+    "loss_shares",
+    "gradients",
+    "learning_rates",
+    "loss_scale",
+    "snr",
+    "movement",
+    "decoding",
+    "traces",
+    "spectra",
+}
+
+
+def record(step, used=0.97, norm=1.2):
+    layers = {f"codebook/utilization/{q}": used - 0.01 * q for q in range(LAYERS)}
+    layers |= {f"codebook/perplexity/{q}": 0.8 * used * CODES for q in range(LAYERS)}
+    return {
+        "step": step,
+        "phase": "tokenizer" if step <= 150 else "joint",
+        "time_s": step * 0.4,
+        "loss/total": 3 / math.sqrt(step),
+        "loss/reconstruction": 1 / math.sqrt(step),
+        "loss/commitment": 0.2 / math.sqrt(step),
+        "loss_share/reconstruction": 0.8,
+        "loss_share/commitment": 0.2,
+        "loss/vq_ratio": 0.2,
+        "optim/grad_norm": norm,
+        "optim/grad_norm/encoder": norm / 2,
+        "optim/lr/encoder": 1e-3 / step,
+        "optim/loss_scale": 65536.0,
+        "optim/skipped_steps": step // 100,
+        "reconstruction/snr_db": 6.0 + step / 100,
+        "ema/movement": 0.01,
+        "ema/revived_per_step": 2.0,
+        "codebook/utilization_worst": used - 0.03,
+        "codebook/perplexity_worst_fraction": 0.8 * used,
+        "codebook/dead": 1 - used,
+        **layers,
+    }
+
+
+def save_run(folder, steps=(), alerts=(), evaluated=True, **values):
+    folder.mkdir(parents=True)
+    phases = [{"name": "tokenizer", "steps": 150}, {"name": "joint", "steps": 150}]
+    (folder / "config.yaml").write_text(Config.model_validate({"phases": phases}).to_yaml())
+    sink = JsonlSink(folder / "metrics.jsonl")
+    for step in steps:
+        sink.write(record(step, **values))
+        if step % 100 == 0:
+            sink.write({"step": step, "phase": "joint", "val/wer": 0.5, "val/per": 0.2})
+    for alert in alerts:
+        sink.write({"step": 120, "phase": "tokenizer", "alert": alert})
+    sink.close()
+    if evaluated:
+        save_evaluation(folder)
+    return folder
+
+
+def save_evaluation(folder):
+    scores = {"wer": 0.27, "wer_noise": 0.97, "wer_interval": [0.2, 0.3], "wer_shuffled": 0.9}
+    use = {"utilization": [0.9] * LAYERS, "perplexity": [50.0] * LAYERS, "codebook_size": CODES}
+    scores |= {"split": "test", "simulated": True, "distinct_ratio": 0.95, **use}
+    (folder / "evaluation.json").write_text(json.dumps(scores))
+    with (folder / "predictions.jsonl").open("w") as file:
+        for i in range(30):
+            said = {"target": f"sentence <{i}>", "prediction": "<script>alert(1)</script>"}
+            file.write(json.dumps({"row": f"day/1/{i}", **said}) + "\n")
+    counts = np.random.default_rng(0).integers(0, 9, (LAYERS, CODES)).tolist()
+    (folder / "codebook_usage.json").write_text(json.dumps({"counts": counts}))
+    wave = np.sin(np.arange(100) / 5)[None].repeat(2, 0).tolist()
+    trial = {"row": "a", "channels": [3, 5], "target": wave, "reconstruction": wave}
+    line = [1.0, 2.0, 3.0]
+    spectrum = {"hz": line, "target": line, "reconstruction": line}
+    traces = {"sampling_rate": 50.0, "trials": [trial], "spectrum": spectrum}
+    (folder / "reconstruction.json").write_text(json.dumps(traces))
+
+
+ALERT = {
+    "severity": "critical",
+    "message": "a quantizer layer uses 1.0 % of its codes",
+    "cause": "collapse",
+    "remedy": "lower the learning rate",
+}
+STEPS = range(10, 301, 10)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    found = {
+        "healthy": save_run(root / "healthy", STEPS),
+        "collapsed": save_run(root / "collapsed", range(10, 130, 10), [ALERT], used=0.04),
+        "crashed": save_run(root / "crashed", range(10, 80, 10), evaluated=False),
+        "empty": save_run(root / "empty", evaluated=False),
+    }
+    with (found["crashed"] / "metrics.jsonl").open("a") as file:
+        file.write('not json\n{"step": 80, "loss/tot')
+    for folder in found.values():
+        write_report([folder])
+    return found
+
+
+class Page(HTMLParser):
+    """Collects addresses, tags and ids of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.addresses, self.tags, self.figures = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        names = ("src", "href", "xlink:href", "action")
+        self.addresses += [v for k, v in attrs if k in names]
+        if tag == "figure":
+            self.figures.append(dict(attrs)["id"])
+
+
+def test_a_full_run_has_every_figure_on_the_page_and_as_png(runs):
+    folder = runs["healthy"] / "report"
+    page = Page((folder / "report.html").read_text())
+    assert set(page.figures) == EVERY_PLOT
+    assert {p.stem for p in folder.glob("*.png")} == EVERY_PLOT
+    assert page.tags.count("svg") == len(EVERY_PLOT)
+
+
+@pytest.mark.parametrize("name", ["healthy", "collapsed", "crashed", "empty"])
+def test_the_page_needs_nothing_from_elsewhere_and_runs_no_script(runs, name):
+    text = (runs[name] / "report" / "report.html").read_text()
+    page = Page(text)
+    assert "script" not in page.tags and "link" in page.tags
+    outside = [a for a in page.addresses if not a.startswith(("#", "data:"))]
+    assert outside == []
+    assert not re.search(r"url\((?!#|&#35;)", text) and "@import" not in text
+
+
+def test_what_the_model_said_is_shown_as_text(runs):
+    text = (runs["healthy"] / "report" / "report.html").read_text()
+    assert html.escape("<script>alert(1)</script>") in text
+    assert "sentence &lt;0&gt;" in text
+
+
+def test_verdicts(runs):
+    assert summarize(load_run(runs["healthy"])).verdict == "healthy"
+    collapsed = summarize(load_run(runs["collapsed"]))
+    assert collapsed.verdict == "critical"
+    assert any("1.0 % of its codes" in reason for reason in collapsed.reasons)
+    assert summarize(load_run(runs["empty"])).verdict == "unknown"
+    assert "finished: 300 steps" in summarize(load_run(runs["healthy"])).state
+    assert "step 70 of 300" in summarize(load_run(runs["crashed"])).state
+
+
+def test_report_json_is_strict_and_names_the_rows(runs):
+    record = json.loads((runs["collapsed"] / "report" / "report.json").read_text())
+    (run,) = record["runs"]
+    assert run["verdict"] == "critical" and run["alerts"][0]["severity"] == "critical"
+    grades = {row["metric"]: row["grade"] for row in run["rows"]}
+    assert grades["codebook/utilization_worst"] == "critical"
+    assert grades["optim/grad_norm"] == "healthy"
+    assert run["advice"] and run["advice"][0]["remedy"]
+
+
+def test_unreadable_lines_are_counted_and_left_out(runs):
+    run = load_run(runs["crashed"])
+    assert len(run.steps) == 7
+    assert run.problems == ["metrics.jsonl: 2 unreadable lines left out (line 8, 9)"]
+
+
+def test_damaged_files_beside_do_not_stop_the_report(tmp_path):
+    folder = save_run(tmp_path / "run", STEPS)
+    for name in ("evaluation.json", "codebook_usage.json", "reconstruction.json"):
+        (folder / name).write_text('{"counts": [[1, 2], [3')
+    (folder / "config.yaml").write_text("phases: [\n")
+    (folder / "predictions.jsonl").write_text("[]\n")
+    assert write_report([folder]).is_file()
+    assert len(load_run(folder).problems) == 5
+
+
+def test_a_metric_that_is_not_finite_is_critical(tmp_path):
+    folder = save_run(tmp_path / "run", range(10, 50, 10))
+    sink = JsonlSink(folder / "metrics.jsonl")
+    sink.write({**record(50), "optim/grad_norm": math.inf})
+    assert summarize(load_run(folder)).verdict == "critical"
+    write_report([folder])
+
+
+def test_several_runs_share_axes(runs, tmp_path):
+    page = write_report([runs["healthy"], runs["collapsed"], runs["empty"]], tmp_path / "out")
+    text = page.read_text()
+    assert "compare_loss_total" in Page(text).figures
+    assert len(re.findall('class="verdict', text)) == 3
+    legend = text[text.index('id="compare_loss_total"') :]
+    assert "healthy" in legend and "collapsed" in legend
+
+
+def test_a_stale_figure_does_not_survive(runs, tmp_path):
+    folder = save_run(tmp_path / "run", STEPS)
+    write_report([folder])
+    (folder / "reconstruction.json").unlink()
+    write_report([folder])
+    assert not (folder / "report" / "traces.png").exists()
+
+
+def test_folders_that_are_no_run_are_named(tmp_path):
+    with pytest.raises(UserError, match="no such run folder"):
+        write_report([tmp_path / "nowhere"])
+    with pytest.raises(UserError, match=r"neither config\.yaml nor metrics\.jsonl"):
+        write_report([tmp_path])
+
+
+def test_sizing_recovers_the_curve_it_was_made_from():
+    points = [(k, k * 700 / (k + 700)) for k in (64, 256, 1024, 4096)]
+    sizing = fit_sizing(points)
+    assert sizing.saturation == pytest.approx(700, rel=1e-3)
+    assert sizing.suggestion == 512
+    assert sizing.perplexity(700) == pytest.approx(350, rel=1e-3)
+    assert fit_sizing([]) is None and fit_sizing([(64, math.nan), (64, 80.0)]) is None
+
+
+def test_advice_follows_the_debugging_guide(tmp_path):
+    folder = save_run(tmp_path / "run", STEPS, norm=30.0)
+    scores = {"wer": 0.95, "wer_noise": 0.97, "distinct_ratio": 0.01}
+    (folder / "evaluation.json").write_text(json.dumps(scores))
+    symptoms = " | ".join(advice.symptom for advice in advise(load_run(folder)))
+    assert "gradient norm" in symptoms and "hardly better" in symptoms
+    assert "distinct outputs" in symptoms
+    healthy = save_run(tmp_path / "healthy", STEPS)
+    assert [a.symptom.split(":")[0] for a in advise(load_run(healthy))] == ["reconstruction SNR"]
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt install chromium)")
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("healthy", 1400), ("healthy", 420), ("collapsed", 420), ("crashed", 1400), ("empty", 420)],
+)
+def test_a_browser_draws_every_figure_without_errors_or_overflow(runs, tmp_path, name, width):
+    text = (runs[name] / "report" / "report.html").read_text()
+    expected = len(Page(text).figures)
+    probe = f"""<!doctype html><body style="margin:0">
+<iframe style="border:0;width:{width}px;height:3000px" srcdoc="{html.escape(text)}"></iframe>
+<p id="found"></p><script>
+document.querySelector("iframe").onload = event => {{
+  const page = event.target.contentDocument;
+  const boxes = [...page.querySelectorAll("figure svg")].map(s => s.getBoundingClientRect());
+  const drawn = boxes.filter(b => b.width > 200 && b.height > 100 && b.right <= {width}).length;
+  found.textContent = [drawn, page.documentElement.scrollWidth].join(" ");
+}};</script>"""
+    (tmp_path / "probe.html").write_text(probe)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000"]
+    shown = subprocess.run(
+        [CHROMIUM, *options, "--dump-dom", (tmp_path / "probe.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    drawn, wide = re.search(r'id="found">(\d+) (\d+)<', shown.stdout).groups()
+    assert int(drawn) == expected
+    assert int(wide) <= width, "the page scrolls sideways"
+    assert "CONSOLE" not in shown.stderr
