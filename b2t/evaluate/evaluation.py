@@ -167,15 +167,16 @@ def evaluate_model(
         decode: generate text; without it only phonemes, signals and codes are scored.
         seed: seed of the noise, of the shuffles and of the bootstrap.
         group: process group to gather over, None for the default one.
-        progress: show a bar on rank 0.
+        progress: show a bar, on a terminal.
         generation: `num_beams`, `max_new_tokens` and other arguments of transformers' generate.
     """
     share = _Share(codebook_size(model))
     with_text = decode and tokenizer is not None and _part(model, "text_decoder") is not None
     training = model.training
+    hidden = None if progress else True  # None: shown on a terminal only
     model.eval()
     try:
-        for batch in tqdm(batches, desc=f"evaluate {split}", disable=not progress, leave=False):
+        for batch in tqdm(batches, desc=f"evaluate {split}", disable=hidden, leave=False):
             batch = to_model(batch, model)
             found = _predict(model, batch, tokenizer if with_text else None, share, generation)
             if noise_control:
@@ -280,8 +281,13 @@ def _gather(share: _Share, group: dist.ProcessGroup | None) -> _Share:
         total.signal = total.signal + part.signal
         if part.counts is not None:
             total.counts = part.counts if total.counts is None else total.counts + part.counts
-    total.predictions.sort(key=lambda prediction: prediction.row)
+    total.predictions.sort(key=lambda prediction: _order(prediction.row))
     return total
+
+
+def _order(row: str) -> list[tuple[bool, int, str]]:
+    """Sort key of a row id that puts trial 2 before trial 14."""
+    return [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in row.split("/")]
 
 
 def _score(share: _Share, split: str, seed: int) -> Evaluation:

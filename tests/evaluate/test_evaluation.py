@@ -169,3 +169,9 @@ def test_ctc_collapse_merges_repeats_unless_a_blank_parts_them():
 def test_decode_batches_pairs_rows_with_texts():
     batches = [batch_of(["ab", "dab"], [[1], [2]])]
     assert list(decode_batches(Reader(), batches, Letters())) == [("s/0/0", "ab"), ("s/0/1", "dab")]
+
+
+def test_rows_come_in_the_order_of_their_numbers():
+    batches = [batch_of(["ab"], [[1]], start=start) for start in (10, 2, 1)]
+    result = evaluate_model(Reader(), batches, Letters(), noise_control=False)
+    assert [p.row for p in result.predictions] == ["s/0/1", "s/0/2", "s/0/10"]
