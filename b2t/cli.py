@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "b2t.evaluate.evaluate_command",
     "decode": "b2t.evaluate.decode_command",
     "tokenize": "b2t.evaluate.tokenize_command",
+    "report": "b2t.monitor.report_command",
 }
 
 

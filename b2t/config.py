@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from b2t.errors import UserError
+from b2t.monitor.alerts import AlertRule
 
 Component = Literal[
     "adapter", "encoder", "quantizer", "signal_decoder", "phoneme_head", "text_decoder"
@@ -412,6 +413,21 @@ class LogConfig(Section):
     """Weights & Biases."""
 
 
+class MonitorConfig(Section):
+    """Monitors hooked to the engine step, and the alert rules on what they say."""
+
+    enabled: bool = True
+    """False leaves only the losses and the codebooks' use."""
+    window: PositiveInt = 100
+    """Applied steps that windowed metrics look back on."""
+    rules: Literal["default", "strict"] = "default"
+    """Built-in alert rules; strict adds every critical bound of the monitoring table."""
+    extra_rules: list[AlertRule] = []
+    """Rules of your own; one with the name of a built-in rule replaces it."""
+    disabled_rules: list[str] = []
+    """Names of built-in rules that stay silent."""
+
+
 class StabilityConfig(Section):
     """When a run that no longer learns is ended."""
 
@@ -475,6 +491,8 @@ class Config(Section):
     """Checkpoints."""
     log: LogConfig = LogConfig()
     """Log lines, metrics, WandB."""
+    monitor: MonitorConfig = MonitorConfig()
+    """Monitors and alerts."""
     stability: StabilityConfig = StabilityConfig()
     """Limits on trouble."""
 

@@ -6,7 +6,6 @@ import os
 import sys
 import time
 import uuid
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,26 +13,12 @@ from tqdm import tqdm
 
 from b2t.config import LogConfig, PhaseConfig
 from b2t.log import logger
+from b2t.monitor.alerts import Alert
 from b2t.monitor.jsonl import JsonlSink, rewind
+from b2t.monitor.sinks import ConsoleSink, WebhookSink
 
 if TYPE_CHECKING:
     from b2t.train.trainer import Trainer
-
-
-@dataclass
-class Alert:
-    """Something a person should act on.
-
-    Attributes:
-        severity: `info`, `warning` or `critical`; a critical one ends the run.
-        message: what was seen.
-        remedy: what to try.
-    """
-
-    severity: str
-    message: str
-    remedy: str = ""
-    values: dict[str, float] = field(default_factory=dict)
 
 
 class Callback:
@@ -103,7 +88,10 @@ class ProgressBar(Callback):
 
 
 class Console(Callback):
-    """One readable line per log step, evaluation and phase."""
+    """One readable line per log step, evaluation, phase and alert."""
+
+    def __init__(self) -> None:
+        self._alerts = ConsoleSink()
 
     def on_log(self, trainer: Trainer, record: dict[str, float]) -> None:
         """Print the step."""
@@ -118,12 +106,23 @@ class Console(Callback):
         logger().info("phase %s ended after %d steps", phase.name, trainer.progress.phase_step)
 
     def on_alert(self, trainer: Trainer, alert: Alert) -> None:
-        """Print the alert with its remedy."""
-        log = logger()
-        level = {"critical": log.error, "warning": log.warning}.get(alert.severity, log.info)
-        level(
-            "%s: %s%s", alert.severity, alert.message, f" — {alert.remedy}" if alert.remedy else ""
-        )
+        """Print the alert with its likely cause and remedy."""
+        self._alerts.send(alert, trainer.config.run.dir.name)
+
+
+class Webhook(Callback):
+    """Posts alerts to the webhook that the environment names, if it names one."""
+
+    def __init__(self) -> None:
+        self._sink = WebhookSink()
+
+    def on_alert(self, trainer: Trainer, alert: Alert) -> None:
+        """Post it."""
+        self._sink.send(alert, trainer.config.run.dir.name)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Wait for posts under way."""
+        self._sink.close()
 
 
 class MetricsFile(Callback):
@@ -150,8 +149,7 @@ class MetricsFile(Callback):
 
     def on_alert(self, trainer: Trainer, alert: Alert) -> None:
         """Write the alert."""
-        entry = {"severity": alert.severity, "message": alert.message, "remedy": alert.remedy}
-        self._write(trainer, {"alert": {**entry, "values": alert.values}})
+        self._write(trainer, {"alert": alert.to_dict()})
 
     def on_end(self, trainer: Trainer) -> None:
         """Close the file."""
@@ -216,9 +214,7 @@ class Wandb(Callback):
         """Pass the alert on."""
         levels = {"critical": "ERROR", "warning": "WARN"}
         level = levels.get(alert.severity, "INFO")
-        self._run.alert(
-            title=alert.message[:64], text=f"{alert.message}\n{alert.remedy}", level=level
-        )
+        self._run.alert(title=alert.message[:64], text=alert.text(), level=level)
 
     def on_end(self, trainer: Trainer) -> None:
         """Close the run."""

@@ -128,8 +128,8 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
     import torch
 
     from b2t.train.build import build
-    from b2t.train.callbacks import Callback, Console, MetricsFile, ProgressBar, Wandb
-    from b2t.train.monitoring import CodebookWatch
+    from b2t.train.callbacks import Callback
+    from b2t.train.monitoring import Watch, build_monitors
     from b2t.train.ranks import join, leave
     from b2t.train.signals import EXIT_STOPPED, StopSignals
     from b2t.train.trainer import Stopped, Trainer, TrainingFailed
@@ -142,9 +142,9 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
     stop = StopSignals()
     try:
         materials = build(config)
-        callbacks: list[Callback] = [CodebookWatch()]
+        callbacks: list[Callback] = [Watch(build_monitors(config.monitor, materials, ranks))]
         if ranks.is_main:
-            callbacks += main_callbacks(config, Console, MetricsFile, ProgressBar, Wandb)
+            callbacks += main_callbacks(config)
         trainer = Trainer(config, ds_file, materials, ranks, callbacks, stop)
         if prepare_run(trainer, resume):
             log.info("already trained: %s holds a finished run", config.run.dir)
@@ -154,6 +154,8 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
         log.info("finished: %s", config.run.dir)
         return 0
     except Stopped as stopped:
+        # A rank that left earlier would make the launcher signal those that still close files.
+        ranks.barrier()
         log.warning("stopped at step %s with a checkpoint: the same command goes on", stopped)
         return EXIT_STOPPED
     except TrainingFailed as failure:
@@ -177,14 +179,15 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
         leave()
 
 
-def main_callbacks(config: Config, *kinds: Any) -> list[Any]:
-    """Hooks of rank 0: console, metrics file, and what the configuration switches on."""
-    console, metrics_file, progress_bar, wandb = kinds
-    chosen = [console(), metrics_file(config.run.dir)]
+def main_callbacks(config: Config) -> list[Any]:
+    """Hooks of rank 0: console, metrics file, and what configuration or environment ask for."""
+    from b2t.train.callbacks import Console, MetricsFile, ProgressBar, Wandb, Webhook
+
+    chosen: list[Any] = [Console(), MetricsFile(config.run.dir), Webhook()]
     if config.log.progress:
-        chosen.append(progress_bar())
+        chosen.append(ProgressBar())
     if config.log.wandb.enabled:
-        chosen.append(wandb(config.log, config.run.dir))
+        chosen.append(Wandb(config.log, config.run.dir))
     return chosen
 
 
@@ -209,6 +212,9 @@ def prepare_run(trainer: Any, resume: str) -> bool:
     """
     config, ranks = trainer.config, trainer.ranks
     folder = config.run.dir
+    if ranks.is_main:
+        trainer.store.recover()
+    ranks.barrier()
     checkpoint = trainer.store.load()
     if checkpoint is not None:
         if resume == "never":
@@ -240,7 +246,9 @@ def prepare_run(trainer: Any, resume: str) -> bool:
     return trainer.progress.finished
 
 
-_MAY_DIFFER = ("run.dir", "log", "evaluation", "checkpoint", "stability", "data.workers")
+_MAY_DIFFER = (
+    "run.dir", "log", "evaluation", "checkpoint", "monitor", "stability", "data.workers",
+)  # fmt: skip
 """Keys that a resumed run may change: they alter no weight."""
 
 

@@ -1,29 +1,79 @@
-"""Monitors as hooks of the trainer."""
+"""Monitors and alerts as hooks of the trainer."""
 
 from typing import Any
 
+from b2t.config import MonitorConfig
+from b2t.errors import UserError
+from b2t.monitor.alerts import AlertRule
 from b2t.monitor.codebook import CodebookMonitor
+from b2t.monitor.context import Monitor, StepContext
+from b2t.monitor.health import RVQMonitor
+from b2t.monitor.monitors import Monitors
+from b2t.monitor.reconstruction import ReconstructionMonitor
+from b2t.monitor.rules import RULE_SETS
+from b2t.monitor.training import TrainingMonitor
 from b2t.train.callbacks import Callback
 
 
-class CodebookWatch(Callback):
-    """Adds codebook use over a sliding window to each log record."""
+def alert_rules(config: MonitorConfig) -> list[AlertRule]:
+    """Return the rules that a configuration asks for.
 
-    def __init__(self, window: int = 100) -> None:
-        self.monitor = CodebookMonitor(window)
+    Raises:
+        UserError: a disabled rule that does not exist.
+    """
+    rules = {rule.name: rule for rule in RULE_SETS[config.rules]}
+    unknown = set(config.disabled_rules) - set(rules)
+    if unknown:
+        raise UserError(
+            f"monitor.disabled_rules: no rule named {sorted(unknown)[0]!r}; "
+            f"the {config.rules} rules are {', '.join(sorted(rules))}"
+        )
+    rules.update({rule.name: rule for rule in config.extra_rules})
+    return [rule for name, rule in rules.items() if name not in config.disabled_rules]
 
-    def on_step(self, trainer: Any, context: Any) -> None:
-        """Take in the counts of the step."""
-        self.monitor.update(context)
+
+def build_monitors(config: MonitorConfig, materials: Any, ranks: Any) -> Monitors:
+    """Make the monitors that fit a model."""
+    quantizer = materials.model.quantizer
+    if not config.enabled:
+        found: dict[str, Monitor] = {"codebook": CodebookMonitor(config.window)}
+        return Monitors(found if quantizer is not None else {}, ())
+    found = {
+        "training": TrainingMonitor(window=config.window, device=ranks.device, world=ranks.world),
+        "reconstruction": ReconstructionMonitor(materials.info.sampling_rate, window=config.window),
+    }
+    rules = alert_rules(config)
+    if quantizer is not None:
+        found["quantizer"] = RVQMonitor(quantizer, config.window)
+    else:
+        watched = ("codebook/", "ema/", "loss/vq")
+        rules = [rule for rule in rules if not rule.metric.startswith(watched)]
+    return Monitors(found, rules)
+
+
+class Watch(Callback):
+    """Updates the monitors at each step, adds their metrics to each record, raises alerts.
+
+    All ranks run it: some metrics are compared or pooled over ranks.
+    """
+
+    def __init__(self, monitors: Monitors) -> None:
+        self.monitors = monitors
+
+    def on_step(self, trainer: Any, context: StepContext) -> None:
+        """Take in the step."""
+        self.monitors.update(context)
 
     def on_log(self, trainer: Any, record: dict[str, float]) -> None:
-        """Add the metrics."""
-        record.update(self.monitor.metrics())
+        """Add the metrics, and check the rules."""
+        record.update(self.monitors.metrics())
+        for alert in self.monitors.check(trainer.progress.step, record):
+            trainer.raise_alert(alert)
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the window."""
-        return self.monitor.state_dict()
+        """Keep windows and counters."""
+        return self.monitors.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the window."""
-        self.monitor.load_state_dict({"counts": None, "course": None, **state})
+        """Restore windows and counters."""
+        self.monitors.load_state_dict(state)

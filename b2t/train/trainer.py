@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from b2t.config import COMPONENTS, Config, PhaseConfig
@@ -17,9 +18,10 @@ from b2t.data.batches import Batch, BatchPlan, TrialRows, collate, train_batches
 from b2t.data.trials import signal_lengths
 from b2t.errors import UserError
 from b2t.log import logger
+from b2t.monitor.alerts import Alert
 from b2t.monitor.context import StepContext
 from b2t.train.build import Materials
-from b2t.train.callbacks import Alert, Callback
+from b2t.train.callbacks import Callback
 from b2t.train.checkpoint import BEST, Checkpoint, CheckpointStore
 from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.engine import PhaseEngine, initial_masters
@@ -80,9 +82,10 @@ class Trainer:
             ds_file.global_batch(ranks.world),
             split=config.data.train_split,
         )
-        self.window = Window(ranks)
+        self.window: Window
         self.engine: PhaseEngine
         self._restored: Checkpoint | None = None
+        self._critical: Alert | None = None
         self._clock = time.perf_counter()
 
     @property
@@ -128,15 +131,14 @@ class Trainer:
 
     def _train_phase(self) -> None:
         self._build_engine()
+        self.window = Window(self.ranks)
         batches = self._batches()
         try:
-            while self.progress.phase_step < self.phase.steps:
+            while self.progress.phase_step < self.phase.steps and not self._stopping_early():
                 self._start_codebooks_when_due()
                 waited = time.perf_counter()
-                micro_batches = next(batches)
-                self._step(micro_batches, time.perf_counter() - waited)
-                if self._stopping_early():
-                    break
+                micro_batches, problem = self._read(batches)
+                self._step(micro_batches, time.perf_counter() - waited, problem)
         finally:
             batches.close()
         self._end_phase()
@@ -156,9 +158,9 @@ class Trainer:
                 "model (text_decoder needs text, phoneme_head needs phonemes)"
             )
         self.engine = PhaseEngine(self.model, phase, self.config.optim, self.ds_file, self.masters)
-        if self._restored is not None:
-            self.engine.load_state(self._restored.moments, self._restored.state["engine"])
-            self._restored = None
+        restored, self._restored = self._restored, None
+        if restored is not None and restored.state["engine"] is not None:
+            self.engine.load_state(restored.moments, restored.state["engine"])
         self.model.train()
         log.info("phase %s: training %s", phase.name, ", ".join(trained))
 
@@ -196,9 +198,17 @@ class Trainer:
         finally:
             loader.close()  # type: ignore[attr-defined]  # it is a generator
 
-    def _step(self, micro_batches: list[Batch], data_s: float) -> None:
+    @staticmethod
+    def _read(batches: Iterator[list[Batch]]) -> tuple[list[Batch], str | None]:
+        """Return the next micro-batches, or why this rank has none."""
+        try:
+            return next(batches), None
+        except UserError as error:
+            return [], str(error)
+
+    def _step(self, micro_batches: list[Batch], data_s: float, problem: str | None) -> None:
         """Take one optimizer step: micro-batches, losses, backward, step, and what it moves."""
-        totals = self._totals(micro_batches)
+        totals = self._totals(micro_batches, problem)
         counts = {name: totals[name] / self._shares() for name in COUNTED}
         self._set_clocks()
         weights = self.phase.losses.model_dump()
@@ -217,30 +227,37 @@ class Trainer:
                 stats = output.stats if stats is None else stats + output.stats
         self.progress.consumed += 1
         if applied:
-            self._after_applied(stats, output, weights, totals, data_s)
+            self._after_applied(stats, output, batch, weights, totals, data_s)
         else:
             self._after_skipped(micro_batches)
         if totals["stop"]:
             self._save_and_leave()
 
-    def _totals(self, micro_batches: list[Batch]) -> dict[str, float]:
+    def _totals(self, micro_batches: list[Batch], problem: str | None) -> dict[str, float]:
         """Sums over micro-batches and ranks of what losses are averaged over, and of stop flags.
 
         Goes through the CPU group, so that it never waits for the device.
+
+        Raises:
+            UserError: on all ranks, where one of them met a trial that cannot be trained on.
         """
-        local = dict.fromkeys((*COUNTED, "padded", "stop"), 0.0)
+        local = dict.fromkeys((*COUNTED, "padded", "stop", "problem"), 0.0)
         for batch in micro_batches:
             for name, value in self.model.counts(batch).items():
                 local[name] += float(value)
             local["padded"] += float(batch.signal.numel())
         local["stop"] = float(self.stop is not None and self.stop.requested)
-        return dict(zip(local, self.ranks.sum(list(local.values())), strict=True))
+        local["problem"] = float(problem is not None)
+        totals = dict(zip(local, self.ranks.sum(list(local.values())), strict=True))
+        if totals["problem"]:
+            raise UserError(next(p for p in self.ranks.gather(problem) if p is not None))
+        return totals
 
     def _shares(self) -> int:
         return self.ranks.world * self.ds_file.accumulation
 
     def _seed(self, micro_batch: int) -> None:
-        """Make dropout a function of seed, phase, batch, micro-batch and rank, for exact resumes."""
+        """Make dropout a function of seed, phase, batch, micro-batch, rank: resumes are exact."""
         progress, ranks = self.progress, self.ranks
         place = (
             self.config.run.seed, progress.phase, progress.consumed, micro_batch, ranks.rank,
@@ -290,6 +307,7 @@ class Trainer:
         self,
         stats: Any,
         output: Any,
+        batch: Batch,
         weights: dict[str, float],
         totals: dict[str, float],
         data_s: float,
@@ -314,6 +332,8 @@ class Trainer:
             counts=getattr(report, "counts", None),
             update_report=report,
             quantizer=quantizer,
+            lr=self.engine.learning_rates(),
+            loss_scale=self.engine.loss_scale if self.ds_file.precision == "fp16" else None,
             skipped_steps=progress.skipped,
             step_time_s=step_s,
             data_time_s=data_s,
@@ -321,10 +341,13 @@ class Trainer:
             bins=totals["bins"],
             padded_bins=totals["padded"],
             reconstruction=output.reconstruction,
+            target=batch.target,
+            signal_mask=batch.signal_mask,
         )
         self._hook("on_step", context)
         if progress.step % self.config.log.every == 0 or progress.phase_step == self.phase.steps:
             self._log()
+            self._leave_if_critical()
         last = progress.phase_step == self.phase.steps
         if progress.step % self.config.evaluation.every == 0 and not last:
             self._validate()
@@ -456,7 +479,11 @@ class Trainer:
     def _export_best(self) -> None:
         masters = self.engine.collect_masters()
         if self.ranks.is_main:
-            export_model(self.store.folder / BEST, self.model, masters, self.materials.tokenizer)
+            folder = self.store.folder / BEST
+            try:
+                export_model(folder, self.model, masters, self.materials.tokenizer)
+            except (OSError, SafetensorError) as error:
+                log.error("%s could not be written (%s): training goes on", folder, error)
         self.ranks.barrier()
 
     def save(self) -> None:
@@ -510,12 +537,17 @@ class Trainer:
         self.save()
         raise Stopped(self.progress.step)
 
-    def alert(self, alert: Alert) -> None:
-        """Tell all hooks; a critical alert saves and ends the run."""
+    def raise_alert(self, alert: Alert) -> None:
+        """Tell all hooks; a critical alert ends the run at the end of this step."""
         self._hook("on_alert", alert)
         if alert.severity == "critical":
+            self._critical = alert
+
+    def _leave_if_critical(self) -> None:
+        """Save and end the run after a critical alert."""
+        if self._critical is not None:
             self.save()
-            raise TrainingFailed(f"{alert.message}: {alert.remedy}")
+            raise TrainingFailed(self._critical.text())
 
     def _hook(self, name: str, *arguments: Any) -> None:
         for callback in self.callbacks:

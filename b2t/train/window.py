@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from b2t.train.ranks import Ranks
@@ -50,11 +51,7 @@ class Window:
         self, totals: dict[str, float], step_s: float, data_s: float, report: Any
     ) -> None:
         """Add the current step, which was applied, to the window."""
-        self.last_losses = {
-            name.removeprefix("loss/"): value
-            for name, value in self._step.items()
-            if name.startswith("loss/")
-        }
+        self._share_losses()
         for name, value in self._step.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._step = {}
@@ -65,6 +62,16 @@ class Window:
         self._seconds += step_s
         self._data_s += data_s
         self._revived += sum(report.revived) if report is not None else 0
+
+    def _share_losses(self) -> None:
+        """Make the step's losses global means, in one reduction that nothing waits for."""
+        names = [name for name in self._step if name.startswith("loss/")]
+        losses = torch.stack([self._step[name] for name in names])
+        if self.ranks.world > 1:
+            dist.all_reduce(losses)
+            losses /= self.ranks.world
+        self._step.update(dict(zip(names, losses, strict=True)))
+        self.last_losses = {name.removeprefix("loss/"): self._step[name] for name in names}
 
     def metrics(self) -> dict[str, float]:
         """Return means over steps and ranks, and start a new window. Collective."""
