@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "kernels"))
 RESULTS = ROOT / "kernels" / "RESULTS.md"
 BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
 ARCHITECTURES = (80, 86, 90)
-WIDTHS = (64, 128, 256, 512, 1024)
+WIDTHS = (128, 256, 512, 1024)
 CODES = 8192
 
 POINTER_TYPES = {
@@ -252,9 +252,9 @@ def inner_loop(code: list[str]) -> list[str]:
             continue
         start = position[int(target[1], 16)]
         body = code[start : index + 1]
-        if start < index and any(_class(entry) == "tensor" for entry in body):
-            if not best or len(body) < len(best):
-                best = body
+        holds = start < index and any(_class(entry) == "tensor" for entry in body)
+        if holds and (not best or len(body) < len(best)):
+            best = body
     return best
 
 

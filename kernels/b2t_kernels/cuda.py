@@ -9,7 +9,7 @@ from torch import Tensor
 from b2t_kernels import blocked
 
 try:
-    from b2t_kernels import nearest, rvq, sums, usage
+    from b2t_kernels import nearest, rvq, sums, tuning, usage
 
     MISSING = ""
 except ImportError as error:
@@ -70,14 +70,11 @@ def code_sums(
     return blocked.code_sums(x, indices, K, mask)
 
 
-WIDEST_USAGE = 512
-
-
 def usage_forward(
     x: Tensor, codebook: Tensor, temperature: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward of :func:`b2t_kernels.code_usage`."""
-    room = usage if _usable("code_usage", x, codebook, widest=WIDEST_USAGE) else blocked
+    room = usage if _usable("code_usage", x, codebook, widest=tuning.WIDEST_USAGE) else blocked
     return room.usage_forward(x, codebook, temperature, mask)
 
 
@@ -85,5 +82,5 @@ def usage_backward(
     grad: Tensor, x: Tensor, codebook: Tensor, temperature: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Backward of :func:`b2t_kernels.code_usage`; ``lse`` comes from the same room's forward."""
-    room = usage if _usable("code_usage", x, codebook, widest=WIDEST_USAGE) else blocked
+    room = usage if _usable("code_usage", x, codebook, widest=tuning.WIDEST_USAGE) else blocked
     return room.usage_backward(grad, x, codebook, temperature, lse)

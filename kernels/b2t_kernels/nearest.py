@@ -26,8 +26,8 @@ measured for the codebook, R = max_k |ĉ_k|, X = |x̂|², u = 2⁻²⁴.
 
 So a row with a single run of eight codes at t or above has its nearest code in that run. There the
 distances |x − c|² are summed in float32, whose relative error is at most (D + 3)u; if the two best
-differ by more than 8u(D + 8) of their size the answer is proven. Every other row (a few per cent) is
-settled in float64 among the runs at or above t, by ``refine_kernel``.
+differ by more than 8u(D + 8) of their size the answer is proven. Every other row (a few per cent)
+is settled in float64 among the runs at or above t, by ``refine_kernel``.
 """
 
 import torch

@@ -46,9 +46,9 @@ class PreparedCodes(NamedTuple):
 def physical_row(code):
     """Where code number ``code`` lies: a bijection of each 64 that fits the tensor core's layout.
 
-    In an accumulator tile, bits 1 and 2 of the column choose the lane and bit 3 may choose the warp;
-    bits 0, 4 and 5 stay inside a thread. So eight consecutive codes are spread over those three
-    bits: the maximum of such a run needs no exchange between threads, and runs keep their order.
+    In an accumulator tile, bits 1 and 2 of the column choose the lane, bit 3 perhaps the warp;
+    bits 0, 4 and 5 stay inside a thread. So eight consecutive codes are spread over those bits:
+    the maximum of such a run needs no exchange between threads, and runs keep their order.
     """
     run = (code % 64) // 8
     within = code % 8
@@ -123,7 +123,7 @@ def extent_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Largest |c − μ| over codes that are finite; the bits of non-negative floats sort like ints."""
+    """Largest |c − μ| over finite codes; the bits of non-negative floats sort like integers."""
     layer = tl.program_id(1).to(tl.int64)
     codes = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     largest = tl.zeros([BLOCK_K], tl.float32)
@@ -205,7 +205,7 @@ def padded_codes(K: int) -> int:
 
 
 def prepare(codebooks: Tensor) -> PreparedCodes:
-    """Prepare codebooks [Q, K, D] (or [K, D]) on their device, in three launches, without a sync."""
+    """Prepare codebooks [Q, K, D] (or [K, D]) in three launches, without a synchronisation."""
     codebooks = codebooks.reshape(-1, *codebooks.shape[-2:]).contiguous()
     Q, K, D = codebooks.shape
     padded_K, padded_D = padded_codes(K), padded_width(D)

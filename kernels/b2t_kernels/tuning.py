@@ -13,9 +13,10 @@ import torch
 import triton
 
 SHARED_MEMORY_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448}
-WIDEST_WHOLE = 512
-WIDEST_FUSED = 256
-MOST_SLOTS = 16
+WIDEST_WHOLE = 256
+WIDEST_USAGE = 256
+WIDEST_FUSED = 128
+MOST_SLOTS = 32
 
 
 def config(warps: int, stages: int, **blocks: int) -> triton.Config:
@@ -33,16 +34,10 @@ def _tiles(padded_D: int, *shapes: tuple[int, int, int, int]) -> tuple[triton.Co
 def nearest_space(architecture: int, padded_D: int) -> tuple[triton.Config, ...]:
     """Configurations of the search: (BLOCK_N, BLOCK_K, warps, stages) by chip and width."""
     if padded_D > WIDEST_WHOLE:
-        return _tiles(64, (128, 64, 8, 3), (64, 64, 4, 3))
-    if padded_D > 256:
-        if architecture >= 90:
-            return _tiles(padded_D, (64, 64, 4, 2), (128, 64, 8, 1))
-        return _tiles(padded_D, (64, 64, 8, 1), (32, 64, 4, 1))
+        return _tiles(64, (64, 128, 8, 3), (64, 64, 4, 3))
     if padded_D > 128:
         if architecture >= 90:
             return _tiles(padded_D, (128, 128, 8, 2), (64, 128, 4, 2))
-        if architecture == 80:
-            return _tiles(padded_D, (128, 64, 8, 2), (64, 64, 4, 2))
         return _tiles(padded_D, (128, 64, 8, 2), (64, 64, 4, 2))
     if architecture >= 90:
         return _tiles(padded_D, (128, 128, 8, 3), (64, 128, 4, 3))
@@ -60,12 +55,24 @@ def fused_space(architecture: int, padded_D: int) -> tuple[triton.Config, ...]:
 
 
 def usage_space(architecture: int, padded_D: int) -> tuple[triton.Config, ...]:
-    """Configurations of the four passes of the soft assignment."""
-    if padded_D > 256:
-        return _tiles(padded_D, (32, 32, 8, 1))
+    """Configurations of the passes that keep rows on chip."""
     if padded_D > 128:
-        return _tiles(padded_D, (64, 32, 8, 1), (32, 32, 4, 1))
+        return _tiles(padded_D, (64, 32, 8, 1))
     return _tiles(padded_D, (64, 64, 4, 2))
+
+
+def column_space(architecture: int, padded_D: int) -> tuple[triton.Config, ...]:
+    """Configurations of the pass that sums over rows: many codes share a row's rounding."""
+    if padded_D > 128:
+        return _tiles(padded_D, (32, 128, 8, 1))
+    return _tiles(padded_D, (64, 128, 8, 1))
+
+
+def code_gradient_space(architecture: int, padded_D: int) -> tuple[triton.Config, ...]:
+    """Configurations of the codebook's gradient, whose sums [BLOCK_K, D] live in registers."""
+    if padded_D > 128:
+        return _tiles(padded_D, (32, 32, 8, 1))
+    return _tiles(padded_D, (64, 64, 8, 1))
 
 
 def bucket(N: int) -> int:
@@ -140,9 +147,9 @@ def spaces(
     if padded_D <= WIDEST_FUSED:
         fused = {"STEP": step(padded_D), "MASKED": True, "Q": 8}
         yield "rvq_kernel", fused_space(architecture, padded_D), {"": fused}
-    if whole:
+    if padded_D <= WIDEST_USAGE:
         usage = usage_space(architecture, padded_D)
         yield "normalizer_kernel", usage, {"": {"STEP": step(padded_D), "MASKED": True}}
-        yield "column_kernel", usage, {"": {}}
+        yield "column_kernel", column_space(architecture, padded_D), {"": {}}
         yield "row_gradient_kernel", usage, {"": {"STEP": step(padded_D)}}
-        yield "code_gradient_kernel", usage, {"": {}}
+        yield "code_gradient_kernel", code_gradient_space(architecture, padded_D), {"": {}}

@@ -21,14 +21,7 @@ from torch import Tensor
 
 from b2t_kernels import tuning
 from b2t_kernels.nearest import examine_rows, load_rows, moved_rows
-from b2t_kernels.prepare import (
-    code_scale,
-    padded_codes,
-    padded_width,
-    physical_row,
-    prepare,
-    row_scale,
-)
+from b2t_kernels.prepare import code_scale, padded_codes, padded_width, physical_row, prepare
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 WEIGHT_SCALE = tl.constexpr(256.0)
@@ -38,7 +31,7 @@ FP16_MAX = tl.constexpr(65504.0)
 @triton.jit
 def logit_factor(temperature_ptr, scale, shrink):
     """What turns a score of the scaled vectors into z · log2(e)."""
-    return 2.0 * LOG2_E / tl.load(temperature_ptr) / scale / scale / shrink
+    return 2.0 / (tl.load(temperature_ptr) * scale * scale * shrink) * LOG2_E
 
 
 @triton.jit
@@ -59,6 +52,7 @@ def normalizer_kernel(
     statistics_ptr,
     temperature_ptr,
     lse_ptr,
+    shrink_ptr,
     frames_ptr,
     N,
     K,
@@ -71,7 +65,7 @@ def normalizer_kernel(
     STEP: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Log2-sum-exp2 of z · log2(e) for each row (+inf where invalid), and the number of valid rows."""
+    """Log2-sum-exp2 of z · log2(e) per row (+inf where invalid), and the number of valid rows."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     scale = code_scale(statistics_ptr)
     finite, shrink = examine_rows(x_ptr, mean_ptr, scale, rows, N, D, BLOCK_D, STEP)
@@ -91,6 +85,7 @@ def normalizer_kernel(
         valid = valid & (tl.load(mask_ptr + rows, rows < N, other=0) != 0)
     lse = tl.where(valid, top + tl.log2(tl.where(valid, total, 1.0)), float("inf"))
     tl.store(lse_ptr + rows, lse, rows < N)
+    tl.store(shrink_ptr + rows, shrink, rows < N)
     tl.atomic_add(frames_ptr, tl.sum(valid.to(tl.int64), axis=0))
 
 
@@ -98,9 +93,10 @@ def normalizer_kernel(
 def streamed_rows(
     x_ptr,
     mean_ptr,
-    scale,
+    shrink_ptr,
     lse_ptr,
     temperature_ptr,
+    scale,
     rows,
     N,
     D,
@@ -108,14 +104,12 @@ def streamed_rows(
 ):
     """A tile of rows as it passes by: x̂ fp16, r, the logit factor and the log2-sum-exp2."""
     columns = tl.arange(0, BLOCK_D)
-    values = load_rows(x_ptr, rows, columns, N, D)
-    moved = (values - tl.load(mean_ptr + columns)[None, :]) * scale
-    moved = tl.minimum(tl.maximum(moved, -1e38), 1e38)
     lse = tl.load(lse_ptr + rows, rows < N, other=float("inf"))
+    shrink = tl.load(shrink_ptr + rows, rows < N, other=1.0)
+    values = load_rows(x_ptr, rows, columns, N, D)
+    moved = (values - tl.load(mean_ptr + columns)[None, :]) * (scale * shrink)[:, None]
     moved = tl.where((lse < float("inf"))[:, None], moved, 0.0)
-    shrink = row_scale(tl.max(tl.abs(moved), axis=1))
-    factor = logit_factor(temperature_ptr, scale, shrink)
-    return (moved * shrink[:, None]).to(tl.float16), shrink, factor, lse
+    return moved.to(tl.float16), shrink, logit_factor(temperature_ptr, scale, shrink), lse
 
 
 @triton.jit(do_not_specialize=["N", "bucket"])
@@ -127,6 +121,7 @@ def column_kernel(
     statistics_ptr,
     temperature_ptr,
     lse_ptr,
+    shrink_ptr,
     partial_ptr,
     N,
     K,
@@ -148,7 +143,7 @@ def column_kernel(
     for start in range(first, tl.minimum(first + rows_per_split, N), BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
         rounded, shrink, factor, lse = streamed_rows(
-            x_ptr, mean_ptr, scale, lse_ptr, temperature_ptr, rows, N, D, BLOCK_D
+            x_ptr, mean_ptr, shrink_ptr, lse_ptr, temperature_ptr, scale, rows, N, D, BLOCK_D
         )
         scores = tl.dot(rounded, codes) + shrink[:, None] * bias[None, :]
         total += tl.sum(tl.exp2(scores * factor[:, None] - lse[:, None]), axis=0)
@@ -164,6 +159,7 @@ def row_gradient_kernel(
     statistics_ptr,
     temperature_ptr,
     lse_ptr,
+    shrink_ptr,
     grad_ptr,
     shift_ptr,
     grad_x_ptr,
@@ -205,6 +201,7 @@ def row_gradient_kernel(
     inside = (rows < N)[:, None] & (columns < D)[None, :]
     tl.store(grad_x_ptr + rows[:, None] * D + columns[None, :], total, inside)
     tl.store(shift_ptr + rows, shift, rows < N)
+    tl.store(shrink_ptr + rows, shrink, rows < N)
 
 
 @triton.jit(do_not_specialize=["N", "bucket"])
@@ -216,6 +213,7 @@ def code_gradient_kernel(
     statistics_ptr,
     temperature_ptr,
     lse_ptr,
+    shrink_ptr,
     grad_ptr,
     shift_ptr,
     partial_ptr,
@@ -245,7 +243,7 @@ def code_gradient_kernel(
     for start in range(first, tl.minimum(first + rows_per_split, N), BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
         rounded, shrink, factor, lse = streamed_rows(
-            x_ptr, mean_ptr, scale, lse_ptr, temperature_ptr, rows, N, D, BLOCK_D
+            x_ptr, mean_ptr, shrink_ptr, lse_ptr, temperature_ptr, scale, rows, N, D, BLOCK_D
         )
         shift = tl.load(shift_ptr + rows, rows < N, other=0.0)
         scores = tl.dot(codes, tl.trans(rounded)) + bias[:, None] * shrink[None, :]
@@ -274,13 +272,16 @@ def row_splits(N: int, K: int) -> tuple[int, int]:
     return triton.cdiv(N, size), size
 
 
-def _physical_order(grad: Tensor, K: int) -> Tensor:
-    """Grad [K] placed as the kernels hold the codes, [K′], zero at the padding."""
-    code = torch.arange(K, device=grad.device)
+def physical_place(K: int, device: torch.device) -> Tensor:
+    """Where each code lies among the prepared ones, [K]: ``prepare.physical_row`` in torch."""
+    code = torch.arange(K, device=device)
     run, within = (code % 64) // 8, code % 8
-    place = code - code % 64 + (run % 4) * 2 + (run // 4) * 8 + within % 2 + (within // 2) * 16
+    return code - code % 64 + (run % 4) * 2 + (run // 4) * 8 + within % 2 + (within // 2) * 16
+
+
+def _physical_order(grad: Tensor, K: int) -> Tensor:
     placed = grad.new_zeros(padded_codes(K))
-    placed[place] = grad
+    placed[physical_place(K, grad.device)] = grad
     return placed
 
 
@@ -290,15 +291,16 @@ def usage_forward(
     """See ``ops``: summed soft assignments [K], log2-sum-exp2 [N], valid rows."""
     x, (N, D), K = x.contiguous(), x.shape, codebook.shape[0]
     lse = torch.empty(N, dtype=torch.float32, device=x.device)
+    shrink = torch.empty(N, dtype=torch.float32, device=x.device)
     frames = torch.zeros(1, dtype=torch.int64, device=x.device)
     if N == 0:
         return torch.zeros(K, dtype=torch.float32, device=x.device), lse, frames[0].clone()
     prepared = prepare(codebook)
     width = padded_width(D)
-    space = tuning.usage_space(tuning.architecture(x.device), width)
+    chip = tuning.architecture(x.device)
     tuning.launch(
         normalizer_kernel,
-        space,
+        tuning.usage_space(chip, width),
         lambda meta: (triton.cdiv(N, meta["BLOCK_N"]),),
         (
             x,
@@ -306,6 +308,7 @@ def usage_forward(
             *prepared,
             temperature,
             lse,
+            shrink,
             frames,
             N,
             K,
@@ -320,13 +323,14 @@ def usage_forward(
     partial = torch.empty(splits, K, dtype=torch.float32, device=x.device)
     tuning.launch(
         column_kernel,
-        space,
+        tuning.column_space(chip, width),
         lambda meta: (triton.cdiv(K, meta["BLOCK_K"]), splits),
         (
             x,
             *prepared,
             temperature,
             lse,
+            shrink,
             partial,
             N,
             K,
@@ -349,20 +353,22 @@ def usage_backward(
         return torch.zeros_like(rows), torch.zeros_like(codebook)
     prepared = prepare(codebook)
     width = padded_width(D)
-    space = tuning.usage_space(tuning.architecture(x.device), width)
+    chip = tuning.architecture(x.device)
     largest = grad.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny)
     placed = _physical_order(grad.float() / largest, K)
     shift = torch.empty(N, dtype=torch.float32, device=x.device)
+    shrink = torch.empty(N, dtype=torch.float32, device=x.device)
     grad_x = torch.empty(N, D, dtype=torch.float32, device=x.device)
     tuning.launch(
         row_gradient_kernel,
-        space,
+        tuning.usage_space(chip, width),
         lambda meta: (triton.cdiv(N, meta["BLOCK_N"]),),
         (
             rows,
             *prepared,
             temperature,
             lse,
+            shrink,
             placed,
             shift,
             grad_x,
@@ -379,13 +385,14 @@ def usage_backward(
     weight = torch.empty(splits, K, dtype=torch.float32, device=x.device)
     tuning.launch(
         code_gradient_kernel,
-        space,
+        tuning.code_gradient_space(chip, width),
         lambda meta: (triton.cdiv(K, meta["BLOCK_K"]), splits),
         (
             rows,
             *prepared,
             temperature,
             lse,
+            shrink,
             placed,
             shift,
             partial,

@@ -1,0 +1,32 @@
+"""The Triton kernels on CPU: interpretation and compilation cannot share a process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GROUPS = [
+    "interpreter_is_on or no_rows",
+    "search",
+    "usage",
+    "residual",
+    "sums or prepared",
+    "exact_settles or half or outputs",
+]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_kernels_interpreted(group, repository):
+    checks = Path(__file__).with_name("interpreted_checks.py")
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(checks)]
+    finished = subprocess.run(
+        [*command, "-k", group],
+        cwd=repository,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
+    assert " passed" in finished.stdout
