@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from b2t.log import logger
 from b2t.monitor.advice import Advice, Sizing, advise, fit_sizing, sizing_points
 from b2t.monitor.figures import Plot, plots_of, plots_of_several
 from b2t.monitor.health import TABLE, verdict
@@ -114,6 +115,22 @@ def write_report(folders: Sequence[str | Path], out: Path | None = None) -> Path
     write_atomically(out / HTML, _page(runs, summaries, plots, sizing))
     write_atomically(out / JSON, _json(runs, summaries, sizing))
     return out / HTML
+
+
+def try_write_report(folder: str | Path) -> Path | None:
+    """Write the report of a run that is ending; a failure is logged and never raised."""
+    try:
+        return write_report([folder])
+    except Exception as error:  # the run's own end matters more than its report
+        kind = type(error).__name__
+        logger(__name__).error(
+            "the report of %s could not be written (%s: %s); try b2t report %s",
+            folder,
+            kind,
+            error,
+            folder,
+        )
+        return None
 
 
 def _page(

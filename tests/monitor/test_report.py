@@ -12,7 +12,7 @@ import pytest
 from b2t.config import Config
 from b2t.errors import UserError
 from b2t.monitor.advice import advise, fit_sizing
-from b2t.monitor.report import summarize, write_report
+from b2t.monitor.report import summarize, try_write_report, write_report
 from b2t.monitor.run_data import load_run
 from b2t.records import JsonlSink
 
@@ -229,6 +229,16 @@ def test_folders_that_are_no_run_are_named(tmp_path):
         write_report([tmp_path / "nowhere"])
     with pytest.raises(UserError, match=r"neither config\.yaml nor metrics\.jsonl"):
         write_report([tmp_path])
+
+
+def test_a_report_that_fails_does_not_break_the_end_of_a_run(tmp_path, caplog):
+    assert try_write_report(tmp_path / "nowhere") is None
+    assert "b2t report" in caplog.text
+    folder = save_run(tmp_path / "run", STEPS)
+    (folder / "report").write_text("in the way")
+    assert try_write_report(folder) is None
+    (folder / "report").unlink()
+    assert try_write_report(folder).is_file()
 
 
 def test_sizing_recovers_the_curve_it_was_made_from():

@@ -1,0 +1,43 @@
+import argparse
+
+import pytest
+
+from b2t.config import Config
+from b2t.errors import UserError
+from b2t.monitor import watch_command
+from b2t.monitor.watch import sparkline
+from b2t.records import JsonlSink
+
+
+def test_sparkline_shows_the_course():
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert sparkline([5, 5, 5]) == "▄▄▄"
+    assert sparkline([]) == ""
+    assert len(sparkline(list(range(1000)), 40)) == 40
+    assert sparkline([1, 1, 9, 9], 2) == "▁█"
+
+
+def call(*arguments):
+    parser = argparse.ArgumentParser()
+    watch_command.add_arguments(parser)
+    return watch_command.run(parser.parse_args([str(a) for a in arguments]))
+
+
+def test_once_prints_verdict_courses_and_alerts(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(Config().to_yaml())
+    call(tmp_path, "--once")
+    assert "nothing recorded yet" in capsys.readouterr().out
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    for step in range(1, 20):
+        record = {"step": step, "phase": "tokenizer", "time_s": 1.0, "loss/total": 1 / step}
+        sink.write({**record, "codebook/utilization_worst": 0.02})
+    sink.write({"step": 19, "alert": {"severity": "warning", "message": "codes [die]"}})
+    call(tmp_path, "--once")
+    printed = capsys.readouterr().out
+    for part in ("critical", "loss/total", "█", "codes [die]", "step 19 of 35,000"):
+        assert part in printed
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(UserError, match="not a run folder"):
+        call(tmp_path, "--once")
