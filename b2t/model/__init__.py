@@ -13,8 +13,6 @@ from b2t.model.configuration import BrainToTextConfig
 from b2t.model.tokenizer import (
     build_tokenizer,
     decode_texts,
-    encode_text,
-    encode_texts,
     load_tokenizer,
 )
 
@@ -30,7 +28,5 @@ __all__ = [
     "Encoded",
     "build_tokenizer",
     "decode_texts",
-    "encode_text",
-    "encode_texts",
     "load_tokenizer",
 ]

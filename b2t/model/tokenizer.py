@@ -1,9 +1,8 @@
 """Tokenizers of the text decoder: bytes, BPE trained on the spot, or a checkpoint's own."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -13,7 +12,6 @@ from transformers import (
 )
 
 from b2t.errors import UserError
-from b2t.model.losses import IGNORE
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
@@ -108,48 +106,6 @@ def build_tokenizer(
     if kind == "bpe":
         return bpe_tokenizer(texts, vocab_size)
     raise UserError(f"text_decoder.tokenizer={kind}: expected byte or bpe")
-
-
-def encode_text(
-    tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int, row: str = "text"
-) -> list[int]:
-    """Tokens of one text, ending in the end token.
-
-    Raises:
-        UserError: more tokens than `max_tokens`; the message names the row.
-    """
-    tokens = list(tokenizer(text)["input_ids"])
-    if not tokens or tokens[-1] != tokenizer.eos_token_id:
-        tokens.append(tokenizer.eos_token_id)
-    if len(tokens) > max_tokens:
-        shown = text if len(text) <= 60 else text[:57] + "…"
-        raise UserError(
-            f"{row}: its text has {len(tokens)} tokens with the end token, the limit is "
-            f"{max_tokens} ({shown!r}); raise data.max_text_tokens or drop the trial"
-        )
-    return tokens
-
-
-def encode_texts(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str | None],
-    max_tokens: int,
-    rows: Sequence[str] | None = None,
-) -> Tensor:
-    """Labels [B, L ≥ 1] int64, −100 behind the end token and in rows without text.
-
-    Raises:
-        UserError: a text longer than `max_tokens`.
-    """
-    names = rows if rows is not None else [f"row {index}" for index in range(len(texts))]
-    encoded = [
-        encode_text(tokenizer, text, max_tokens, name) if text is not None else []
-        for text, name in zip(texts, names, strict=True)
-    ]
-    labels = torch.full((len(encoded), max([1, *map(len, encoded)])), IGNORE, dtype=torch.int64)
-    for row, tokens in zip(labels, encoded, strict=True):
-        row[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-    return labels
 
 
 def decode_texts(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> list[str]:

@@ -387,7 +387,12 @@ class Trainer:
             frames_per_code=2 * start.frames_per_code,
         )
         self.model.train()
-        log.info("%s", report)
+        log.info(
+            "codebooks started by k-means++ on %s frames in %.1f s; codes found per layer: %s",
+            f"{report.frames:,}",
+            report.seconds,
+            ", ".join(f"{found} of {quantizer.codebook_size}" for found in report.seeded),
+        )
         self._clock = time.perf_counter()
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from b2t.data.batches import IGNORED, encode_texts
 from b2t.errors import UserError
 from b2t.model.text_decoder import (
     TextDecoder,
@@ -22,8 +23,6 @@ from b2t.model.tokenizer import (
     build_tokenizer,
     byte_tokenizer,
     decode_texts,
-    encode_text,
-    encode_texts,
     load_tokenizer,
 )
 
@@ -188,32 +187,35 @@ def test_t5_in_fp16_is_warned_of(caplog, monkeypatch):
     assert "overflow in fp16" in caplog.text
 
 
+def padded_labels(tokenizer, texts):
+    rows = [torch.from_numpy(ids) for ids in encode_texts(texts, tokenizer)]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+
+
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_tokenizers_give_texts_back(kind, tmp_path):
     tokenizer = build_tokenizer(kind, TEXTS, vocab_size=300)
-    labels = encode_texts(tokenizer, [*TEXTS, None, ""], 64)
+    labels = padded_labels(tokenizer, [*TEXTS, None, ""])
     assert decode_texts(tokenizer, labels) == [*TEXTS, "", ""]
     assert (labels == tokenizer.eos_token_id).sum(1).tolist() == [1, 1, 1, 1, 0, 1]
     assert (labels[4] == -100).all()
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
-    assert torch.equal(encode_texts(again, TEXTS, 64), encode_texts(tokenizer, TEXTS, 64))
+    assert torch.equal(padded_labels(again, TEXTS), padded_labels(tokenizer, TEXTS))
     assert len(again) == len(tokenizer)
 
 
 def test_bpe_is_reproducible_learns_merges_and_knows_unseen_text():
     one, two = (bpe_tokenizer(order, 300) for order in (TEXTS, TEXTS[::-1]))
     assert one.get_vocab() == two.get_vocab()
-    assert len(encode_text(one, "the mat", 99)) < len(encode_text(byte_tokenizer(), "the mat", 99))
+    short, long = (encode_texts(["the mat"], t)[0] for t in (one, byte_tokenizer()))
+    assert len(short) < len(long)
     unseen = "Żółw #7"
-    assert decode_texts(one, encode_texts(one, [unseen], 99)) == [unseen]
-    assert set(encode_text(one, unseen, 99)).isdisjoint({one.unk_token_id})
+    assert decode_texts(one, padded_labels(one, [unseen])) == [unseen]
+    assert set(encode_texts([unseen], one)[0]).isdisjoint({one.unk_token_id})
 
 
 def test_tokenizer_errors(tmp_path):
-    with pytest.raises(UserError, match=r"s/1/2.*7 tokens.*limit is 6"):
-        encode_texts(byte_tokenizer(), ["abcde", "abcdef"], 6, ["s/1/1", "s/1/2"])
-    assert encode_texts(byte_tokenizer(), ["abcde"], 6).shape == (1, 6)
     with pytest.raises(UserError, match="no text to learn from"):
         bpe_tokenizer(["", ""], 300)
     with pytest.raises(UserError, match="at least 260"):
