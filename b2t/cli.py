@@ -15,6 +15,7 @@ COMMANDS = {
     "decode": "b2t.evaluate.decode_command",
     "tokenize": "b2t.evaluate.tokenize_command",
     "report": "b2t.monitor.report_command",
+    "watch": "b2t.monitor.watch_command",
 }
 
 

@@ -73,10 +73,5 @@ def quiet_libraries() -> None:
     os.environ.setdefault("MNE_LOGGING_LEVEL", "ERROR")
     for name in _NOISY_LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
-    if "transformers" in sys.modules:
-        # Its bars for loading and saving weights do not follow its log level.
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*torch.distributed.*barrier.*")

@@ -29,3 +29,4 @@ PATH="$PWD/$BIN:$PATH" "$BIN/deepspeed" --log_level error --num_accelerators "$r
   --deepspeed_config "$ds_config" --config demo "run.dir=$RUN" "data.path=$DATA/prepared"
 
 "$BIN/b2t" evaluate "$RUN"
+"$BIN/b2t" report "$RUN"

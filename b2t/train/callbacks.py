@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 import uuid
@@ -15,6 +16,7 @@ from b2t.config import LogConfig, PhaseConfig
 from b2t.log import logger
 from b2t.monitor.alerts import Alert
 from b2t.monitor.jsonl import JsonlSink, rewind
+from b2t.monitor.report import try_write_report
 from b2t.monitor.sinks import ConsoleSink, WebhookSink
 
 if TYPE_CHECKING:
@@ -228,6 +230,31 @@ class Wandb(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Use the id again."""
         self.run_id = state["run_id"]
+
+
+class Report(Callback):
+    """The HTML report: on alerts in the background, and when the run ends, however it does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writer: subprocess.Popen[bytes] | None = None
+
+    def on_alert(self, trainer: Trainer, alert: Alert) -> None:
+        """Write it in another process, unless one is still at it."""
+        busy = self._writer is not None and self._writer.poll() is None
+        if alert.severity == "warning" and not busy:
+            command = [sys.executable, "-m", "b2t.cli", "report", str(self.folder)]
+            self._writer = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Write it."""
+        if self._writer is not None:
+            self._writer.wait()
+        path = try_write_report(self.folder)
+        if path is not None:
+            logger(__name__).info("report %s", path)
 
 
 _SHORT = {

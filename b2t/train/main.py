@@ -181,13 +181,22 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
 
 def main_callbacks(config: Config) -> list[Any]:
     """Hooks of rank 0: console, metrics file, and what configuration or environment ask for."""
-    from b2t.train.callbacks import Console, MetricsFile, ProgressBar, Wandb, Webhook
+    from b2t.train.callbacks import (
+        Console,
+        MetricsFile,
+        ProgressBar,
+        Report,
+        Wandb,
+        Webhook,
+    )
 
     chosen: list[Any] = [Console(), MetricsFile(config.run.dir), Webhook()]
     if config.log.progress:
         chosen.append(ProgressBar())
     if config.log.wandb.enabled:
         chosen.append(Wandb(config.log, config.run.dir))
+    if config.monitor.enabled:
+        chosen.append(Report(config.run.dir))
     return chosen
 
 
