@@ -67,10 +67,11 @@ class ReconstructionMonitor:
             self._last = None
             return
         assert context.signal_mask is not None
+        output = context.reconstruction.detach()
         self._last = (
-            context.reconstruction.detach(),
-            context.target.detach(),
-            context.signal_mask,
+            output,
+            context.target.detach().to(output.device, non_blocking=True),
+            context.signal_mask.to(output.device, non_blocking=True),
         )
         sums = _sums(*self._last)
         if dist.is_available() and dist.is_initialized():
