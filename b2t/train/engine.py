@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from b2t.config import OptimConfig, PhaseConfig
 from b2t.train.ds_config import DeepSpeedFile
+from b2t.train.gradient_norms import GradientNorms
 from b2t.train.schedule import lr_factor
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -87,6 +88,7 @@ class PhaseEngine:
             config=_with_quiet_defaults(ds_file.raw),
             dist_init_required=False,
         )
+        self._norms = GradientNorms(self._engine.optimizer, [group["name"] for group in groups])
         self._set_masters(masters)
 
     def _optimizer(self, groups: list[dict], optim: OptimConfig) -> torch.optim.Optimizer:
@@ -126,6 +128,10 @@ class PhaseEngine:
         """Global gradient norm before clipping, unscaled; synchronises the device."""
         norm = self._engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
+
+    def grad_norms(self) -> dict[str, Tensor]:
+        """Norm of each component before clipping, unscaled, of the last applied step."""
+        return self._norms.norms()
 
     def learning_rates(self) -> dict[str, float]:
         """Current learning rate of each component."""

@@ -332,6 +332,7 @@ class Trainer:
             counts=getattr(report, "counts", None),
             update_report=report,
             quantizer=quantizer,
+            grad_norms=self.engine.grad_norms(),
             lr=self.engine.learning_rates(),
             loss_scale=self.engine.loss_scale if self.ds_file.precision == "fp16" else None,
             skipped_steps=progress.skipped,
