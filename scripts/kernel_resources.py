@@ -164,7 +164,11 @@ def compile_job(job: Job) -> Report:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", job.architecture, 32),
-        options={"num_warps": job.warps, "num_stages": job.stages},
+        options={
+            "num_warps": job.warps,
+            "num_stages": job.stages,
+            "enable_fp_fusion": True,
+        },
     )
     usage, code = _disassemble(compiled.asm["cubin"])
     values = dict(job.constants)

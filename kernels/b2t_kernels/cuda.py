@@ -1,7 +1,9 @@
 """What a CUDA tensor runs: the Triton kernels, or blocked torch where they cannot be used."""
 
+import contextlib
 import functools
 import logging
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -45,12 +47,18 @@ def _usable(operator: str, *tensors: Tensor, widest: int | None = None) -> bool:
     return not why
 
 
+def _device_of(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
 def nearest_code(
     x: Tensor, codebook: Tensor, mask: Tensor | None, exact: bool
 ) -> tuple[Tensor, Tensor]:
     """See :func:`b2t_kernels.nearest_code`."""
     room = nearest if _usable("nearest_code", x, codebook) else blocked
-    return room.nearest_code(x, codebook, mask, exact)
+    with _device_of(x):
+        return room.nearest_code(x, codebook, mask, exact)
 
 
 def rvq_encode(
@@ -58,7 +66,8 @@ def rvq_encode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`b2t_kernels.rvq_encode`."""
     room = rvq if _usable("rvq_encode", x, codebooks) else blocked
-    return room.rvq_encode(x, codebooks, mask, exact)
+    with _device_of(x):
+        return room.rvq_encode(x, codebooks, mask, exact)
 
 
 def code_sums(
@@ -66,7 +75,8 @@ def code_sums(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`b2t_kernels.code_sums`."""
     if _usable("code_sums", x):
-        return sums.code_sums(x, indices, K, mask, atomic)
+        with _device_of(x):
+            return sums.code_sums(x, indices, K, mask, atomic)
     return blocked.code_sums(x, indices, K, mask)
 
 
@@ -75,7 +85,8 @@ def usage_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward of :func:`b2t_kernels.code_usage`."""
     room = usage if _usable("code_usage", x, codebook, widest=tuning.WIDEST_USAGE) else blocked
-    return room.usage_forward(x, codebook, temperature, mask)
+    with _device_of(x):
+        return room.usage_forward(x, codebook, temperature, mask)
 
 
 def usage_backward(
@@ -83,4 +94,5 @@ def usage_backward(
 ) -> tuple[Tensor, Tensor]:
     """Backward of :func:`b2t_kernels.code_usage`; ``lse`` comes from the same room's forward."""
     room = usage if _usable("code_usage", x, codebook, widest=tuning.WIDEST_USAGE) else blocked
-    return room.usage_backward(grad, x, codebook, temperature, lse)
+    with _device_of(x):
+        return room.usage_backward(grad, x, codebook, temperature, lse)

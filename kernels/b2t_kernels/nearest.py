@@ -284,6 +284,7 @@ def nearest_kernel(
     EXACT: tl.constexpr,
     MASKED: tl.constexpr,
     SLOTS: tl.constexpr,
+    COUNT: tl.constexpr,
 ):
     """Indices [N] and counts [K]; with EXACT, a queue of the rows that need float64.
 
@@ -349,7 +350,8 @@ def nearest_kernel(
         )
         counted = valid
     tl.store(indices_ptr + rows, tl.where(valid, index, -1).to(tl.int64), rows < N)
-    tl.atomic_add(counts_ptr + index, tl.full([BLOCK_N], 1, tl.int64), mask=counted)
+    if COUNT:
+        tl.atomic_add(counts_ptr + index, tl.full([BLOCK_N], 1, tl.int64), mask=counted)
 
 
 @triton.jit
@@ -418,9 +420,17 @@ def refine_kernel(
 
 
 def search(
-    x: Tensor, codebook: Tensor, prepared: PreparedCodes, mask: Tensor | None, exact: bool
+    x: Tensor,
+    codebook: Tensor,
+    prepared: PreparedCodes,
+    mask: Tensor | None,
+    exact: bool,
+    count: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the search for contiguous x [N, D] and codebook [K, D] already prepared."""
+    """Launch the search for contiguous x [N, D] and codebook [K, D] already prepared.
+
+    Without ``count`` the counts stay zero (and exact ones incomplete): to time what counting costs.
+    """
     N, D = x.shape
     K = codebook.shape[0]
     padded_D = padded_width(D)
@@ -460,6 +470,7 @@ def search(
             "EXACT": exact,
             "MASKED": mask is not None,
             "SLOTS": slots,
+            "COUNT": count,
             "STEP": tuning.step(padded_D),
         },
         accumulated=("counts_ptr", "length_ptr"),

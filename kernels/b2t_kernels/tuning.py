@@ -115,7 +115,8 @@ def launch(
     if interpreted(kernel):
         kernel[grid](*arguments, **constants, **space[0].kwargs)
     else:
-        _tuned(kernel, space, accumulated)[grid](*arguments, **constants)
+        tuned = _tuned(kernel, space, accumulated)
+        tuned[grid](*arguments, **constants, enable_fp_fusion=True)
 
 
 KERNELS = {
@@ -138,7 +139,13 @@ def spaces(
 ) -> Iterator[tuple[str, tuple[triton.Config, ...], dict[str, dict[str, Any]]]]:
     """Every tensor-core kernel with its configurations and its variants' compile-time flags."""
     whole = padded_D <= WIDEST_WHOLE
-    search = {"WHOLE": whole, "MASKED": True, "SLOTS": MOST_SLOTS, "STEP": step(padded_D)}
+    search = {
+        "WHOLE": whole,
+        "MASKED": True,
+        "SLOTS": MOST_SLOTS,
+        "COUNT": True,
+        "STEP": step(padded_D),
+    }
     yield (
         "nearest_kernel",
         nearest_space(architecture, padded_D),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from b2t_kernels import nearest, prepare, reference, rvq, sums, tuning, usage
+from b2t_kernels import cuda, nearest, prepare, reference, rvq, sums, tuning, usage
 
 
 def rows_and_codes(N, K, D, *, offset=0.0, seed=0):
@@ -211,3 +211,25 @@ def test_prepared_codes_are_a_permutation_with_the_stated_scale():
     padding[place] = False
     assert (made.bias[padding] == -torch.inf).all()
     assert not made.codes[padding].any()
+
+
+def test_what_a_cuda_tensor_runs(monkeypatch):
+    """The dispatch of ``cuda``, believing that there is a GPU: every argument finds its place."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    x, codebook = rows_and_codes(64, 20, 16)
+    x, mask, tau = x.half(), torch.arange(64) % 3 > 0, torch.tensor(4.0)
+    indices, counts = cuda.nearest_code(x, codebook, mask, True)
+    assert torch.equal(indices, reference.nearest_code(x, codebook, mask)[0])
+    found = cuda.rvq_encode(x, codebook[None], mask, False)
+    assert (found[0][:, 0] == indices).float().mean() > 0.95
+    summed, number = cuda.code_sums(x, indices, 20, mask, False)
+    assert torch.equal(number, counts)
+    expected = reference.code_sums(x, indices, 20, mask)[0]
+    torch.testing.assert_close(summed.double(), expected, rtol=1e-4, atol=1e-4)
+    total, lse, frames = cuda.usage_forward(x, codebook, tau, mask)
+    assert frames == mask.sum()
+    torch.testing.assert_close(total.sum(), mask.sum().float(), rtol=1e-3, atol=0)
+    gradients = cuda.usage_backward(torch.linspace(0, 1, 20), x, codebook, tau, lse)
+    assert gradients[0].dtype == torch.float16
+    assert gradients[1].dtype == torch.float32
+    assert not gradients[0][~mask].any()

@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 
 GROUPS = [
-    "interpreter_is_on or no_rows",
-    "search",
-    "usage",
-    "residual",
-    "sums or prepared",
-    "exact_settles or half or outputs",
+    "test_search_shapes",
+    "test_search and not shapes",
+    "usage or residual or sums or prepared",
+    "not test_search and not usage and not residual and not sums and not prepared",
 ]
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import b2t_kernels
-from b2t_kernels import reference
+from b2t_kernels import cuda, reference
 
 SHAPES = [(1, 1, 1), (63, 130, 63), (130, 63, 1), (1000, 130, 130), (5, 1000, 63), (2100, 1, 3)]
 
@@ -252,3 +252,19 @@ def test_large_search_allocates_only_blocks():
     b2t_kernels.code_usage(x, codebook, 1.0)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 100_000, f"{grown} kB; the whole score matrix is 327,680 kB"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "reason"),
+    [((7, 5), torch.float32, "capability is 7.5"), ((8, 6), torch.float64, "torch.float64")],
+)
+def test_what_the_kernels_cannot_take_is_said_once(monkeypatch, caplog, capability, dtype, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cuda._say_once.cache_clear()
+    x, codebook = rows_and_codes(20, 9, 4, dtype=dtype)
+    for _ in range(3):
+        indices, _ = cuda.nearest_code(x, codebook.to(dtype), None, True)
+    assert torch.equal(indices, reference.nearest_code(x, codebook)[0])
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 1
+    assert reason in messages[0]

@@ -1,0 +1,91 @@
+"""Real compilation, without a GPU: what every configuration takes on each chip."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+FLAGSHIP = ["--kernel", "nearest_kernel", "--width", "256"]
+
+
+def compile_reports(repository, tmp_path, *options):
+    script = repository / "scripts" / "kernel_resources.py"
+    written = tmp_path / "reports.json"
+    finished = subprocess.run(
+        [sys.executable, str(script), "--json", str(written), *options],
+        capture_output=True,
+        text=True,
+        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return json.loads(written.read_text())
+
+
+def check(reports):
+    for report in reports:
+        place = {name: report[name] for name in ("kernel", "variant", "architecture", "D", "tile")}
+        assert report["stack"] == 0, place
+        assert report["local_memory_instructions"] == 0, place
+        assert report["shared"] <= report["shared_limit"], place
+        assert report["tensor_core"].startswith(("HMMA", "HGMMA")), place
+
+
+def test_the_search_at_the_default_width(repository, tmp_path):
+    """No spills, tensor cores in the loop, and little else: the index costs no exchange."""
+    reports = compile_reports(repository, tmp_path, *FLAGSHIP)
+    check(reports)
+    assert {report["architecture"] for report in reports} == {80, 86, 90}
+    for report in reports:
+        if report["architecture"] == 90:
+            assert report["tensor_core"].startswith("HGMMA")
+        assert "shuffle" not in report["classes"], report
+        assert report["epilogue_per_score"] <= (2.7 if report["variant"] == "exact" else 2.4)
+
+
+def test_the_other_kernels_on_the_default_chip(repository, tmp_path):
+    others = ["rvq_kernel", "normalizer_kernel", "column_kernel"]
+    others += ["row_gradient_kernel", "code_gradient_kernel"]
+    options = ["--arch", "86", "--width", "128", "256"]
+    reports = compile_reports(repository, tmp_path, "--kernel", *others, *options)
+    check(reports)
+    assert {report["kernel"] for report in reports} == set(others)
+
+
+@pytest.mark.slow
+def test_every_configuration(repository, tmp_path):
+    check(compile_reports(repository, tmp_path))
+
+
+def test_the_report_finds_what_is_wrong():
+    """A loop is found by its branch, and a spill, an overrun or a lost tensor core is named."""
+    import importlib.util
+    from pathlib import Path
+
+    path = Path(__file__).resolve().parents[2] / "scripts" / "kernel_resources.py"
+    spec = importlib.util.spec_from_file_location("kernel_resources", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kernel_resources"] = module
+    spec.loader.exec_module(module)
+    code = [
+        "MOV R1, R2 @0000",
+        "HMMA.16816.F32 R4, R4, R8, R4 @0010",
+        "FMNMX R1, R2, R3, !PT @0020",
+        "BRA 0x10 @0030",
+        "EXIT @0040",
+    ]
+    assert module.inner_loop(code) == code[1:4]
+    assert module.inner_loop([code[0], *code[2:]]) == []
+    assert module._macs(code[1], warps=8) == 8 * 16 * 8 * 16
+    assert module._macs("HGMMA.64x128x16.F32 R24 @0", warps=8) == 2 * 64 * 128 * 16
+    fine = module.Report(
+        "k", "", 86, 256, "t", 8, 2, 128, 0, 0, 101_376, 101_376, "HMMA", 1.0, 1.0, 1.0, {}
+    )
+    assert fine.problems() == []
+    from dataclasses import replace
+
+    assert "spills" in replace(fine, stack=8).problems()[0]
+    assert "spills" in replace(fine, local_memory_instructions=1).problems()[0]
+    assert "shared memory" in replace(fine, shared=101_377).problems()[0]
+    assert "tensor-core" in replace(fine, tensor_core="").problems()[0]
