@@ -45,7 +45,7 @@ class EMAMonitor:
         quantizer: Any,
         *,
         every: int = 10,
-        window: int = 100,
+        window: int = 20,
         tiny: float = 0.1,
         group: dist.ProcessGroup | None = None,
     ) -> None:

@@ -140,7 +140,7 @@ class RVQMonitor:
 
     def __init__(self, quantizer: Any, window: int = 100) -> None:
         self.usage = CodebookMonitor(window)
-        self.codes = EMAMonitor(quantizer, window=window)
+        self.codes = EMAMonitor(quantizer)
 
     def update(self, context: StepContext) -> None:
         """Take in one applied step."""

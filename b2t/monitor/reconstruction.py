@@ -14,6 +14,8 @@ from b2t.monitor.state import pack, unpack
 
 _SUMS = ("count", "error", "target", "output", "product", "steps", "step_t", "step_o", "step_p")
 
+_SPECTRAL_TRIALS = 4
+
 BANDS_HZ = ((0.0, 4.0), (4.0, 8.0), (8.0, 13.0), (13.0, 30.0), (30.0, 100.0))
 """Bands of the spectral distance, the classical ones of EEG."""
 
@@ -22,7 +24,7 @@ class ReconstructionMonitor:
     """Error, SNR, cosine, temporal consistency and spectral distance of the reconstruction.
 
     Only recorded bins count. All but the spectral distance are pooled over the last ``window``
-    applied steps, their last micro-batches and all ranks.
+    applied steps, of which every ``every``-th is measured, their last micro-batches and all ranks.
 
     Metrics:
         `reconstruction/mse`: mean squared error.
@@ -32,11 +34,13 @@ class ReconstructionMonitor:
         `reconstruction/temporal_consistency`: the same of the differences between neighbouring
             recorded bins: 1 where every change is given back, 0 for a smooth blur.
         `reconstruction/spectral_distance_db/A-BHz`: |10·log10| of output power over target power
-            between A and B Hz, mean over channels, of this rank's last micro-batch.
+            between A and B Hz, mean over channels, of the first four trials of this rank's last
+            measured micro-batch.
 
     Args:
         sampling_rate: bins per second, in Hz.
         window: applied steps looked back on.
+        every: applied steps between measurements.
         bands: (low, high) in Hz; those beyond half the sampling rate are left out.
         group: ranks to pool over.
     """
@@ -46,14 +50,17 @@ class ReconstructionMonitor:
         sampling_rate: float,
         *,
         window: int = 50,
+        every: int = 5,
         bands: Sequence[tuple[float, float]] = BANDS_HZ,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self.sampling_rate = sampling_rate
-        self.window = window
+        self.every = every
+        self.slots = math.ceil(window / every)
         self.bands = [(low, high) for low, high in bands if low < sampling_rate / 2]
         self.group = group
         self.phase: str | None = None
+        self.calls = 0
         self.seen = 0
         self.best_db: float | None = None
         self._ring: Tensor | None = None
@@ -62,9 +69,12 @@ class ReconstructionMonitor:
     def update(self, context: StepContext) -> None:
         """Add the last micro-batch of one applied step. Collective: every rank must call."""
         if context.phase != self.phase:
-            self.phase, self.seen, self.best_db, self._ring = context.phase, 0, None, None
+            self.phase, self.best_db, self._ring, self._last = context.phase, None, None, None
+            self.calls = self.seen = 0
         if context.reconstruction is None or context.target is None:
-            self._last = None
+            return
+        self.calls += 1
+        if (self.calls - 1) % self.every:
             return
         assert context.signal_mask is not None
         output = context.reconstruction.detach()
@@ -77,10 +87,10 @@ class ReconstructionMonitor:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums, group=self.group)
         if self._ring is None:
-            self._ring = sums.new_zeros(self.window, len(_SUMS))
+            self._ring = sums.new_zeros(self.slots, len(_SUMS))
         elif self._ring.device != sums.device:
             self._ring = self._ring.to(sums.device)
-        self._ring[self.seen % self.window] = sums
+        self._ring[self.seen % self.slots] = sums
         self.seen += 1
 
     def metrics(self) -> dict[str, float]:
@@ -108,18 +118,21 @@ class ReconstructionMonitor:
     def state_dict(self) -> dict[str, Any]:
         """Return the window, the same on all ranks."""
         ring = None if self._ring is None else pack(self._ring)
-        return {"phase": self.phase, "seen": self.seen, "best_db": self.best_db, "ring": ring}
+        names = ("phase", "calls", "seen", "best_db")
+        return {**{name: getattr(self, name) for name in names}, "ring": ring}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a window; one of another length starts anew."""
         ring = None if state["ring"] is None else unpack(state["ring"])
-        if ring is not None and len(ring) != self.window:
+        if ring is not None and len(ring) != self.slots:
             return
-        self.phase, self.seen, self.best_db = state["phase"], state["seen"], state["best_db"]
+        for name in ("phase", "calls", "seen", "best_db"):
+            setattr(self, name, state[name])
         self._ring = ring
 
     def _spectral_distances(self, output: Tensor, target: Tensor, mask: Tensor) -> dict[str, float]:
-        distances = spectral_distance_db(output, target, mask, self.sampling_rate, self.bands)
+        few = (output[:_SPECTRAL_TRIALS], target[:_SPECTRAL_TRIALS], mask[:_SPECTRAL_TRIALS])
+        distances = spectral_distance_db(*few, self.sampling_rate, self.bands)
         pairs = zip(self.bands, distances.tolist(), strict=True)
         return {
             f"spectral_distance_db/{low:g}-{high:g}Hz": value
@@ -167,18 +180,21 @@ def spectral_distance_db(
 
 def _sums(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Sums named by ``_SUMS``, [9] float64, without waiting for the device."""
-    keep = mask.unsqueeze(-1)
-    o = output.float().masked_fill(~keep, 0.0)
-    t = target.float().masked_fill(~keep, 0.0)
-    pairs = (mask[:, 1:] & mask[:, :-1]).unsqueeze(-1)
-    step_o = (o[:, 1:] - o[:, :-1]).masked_fill(~pairs, 0.0)
-    step_t = (t[:, 1:] - t[:, :-1]).masked_fill(~pairs, 0.0)
-    products = [(o - t, o - t), (t, t), (o, o), (o, t)]
+    hidden = ~mask.unsqueeze(-1)
+    o = output.float().masked_fill(hidden, 0.0)
+    t = target.float().masked_fill(hidden, 0.0)
+    apart = ~(mask[:, 1:] & mask[:, :-1])
+    step_o = (o[:, 1:] - o[:, :-1]).masked_fill_(apart.unsqueeze(-1), 0.0)
+    step_t = (t[:, 1:] - t[:, :-1]).masked_fill_(apart.unsqueeze(-1), 0.0)
+    error = o - t
+    products = [(error, error), (t, t), (o, o), (o, t)]
     steps = [(step_t, step_t), (step_o, step_o), (step_o, step_t)]
+    dots, step_dots = (
+        [torch.dot(a.flatten(), b.flatten()).double() for a, b in pairs]
+        for pairs in (products, steps)
+    )
     count = mask.sum().double() * target.shape[-1]
-    moved = pairs.sum().double() * target.shape[-1]
-    dots = [(a * b).sum(dtype=torch.float64) for a, b in products]
-    step_dots = [(a * b).sum(dtype=torch.float64) for a, b in steps]
+    moved = (~apart).sum().double() * target.shape[-1]
     return torch.stack([count, *dots, moved, *step_dots])
 
 

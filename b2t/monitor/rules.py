@@ -5,6 +5,9 @@ from b2t.monitor.alerts import AlertRule, Condition
 ENOUGH_FRAMES = Condition(metric="codebook/frames_per_code", comparison=">", threshold=4.0)
 """With fewer frames per code even uniform use would leave codes out."""
 
+WARM = Condition(metric="ema/warm", comparison=">", threshold=0.5)
+"""Just after their start codebooks still settle, and revivals are many."""
+
 BUILT_IN: tuple[AlertRule, ...] = (
     AlertRule(
         name="loss-not-finite",
@@ -32,7 +35,7 @@ BUILT_IN: tuple[AlertRule, ...] = (
         threshold=0.10,
         severity="critical",
         patience=3,
-        also=(ENOUGH_FRAMES,),
+        also=(ENOUGH_FRAMES, WARM),
         message="a quantizer layer uses {percent} of its codes",
         cause="codebook collapse: frames crowd on few codes, often a learning rate too high",
         remedy="lower the learning rate or lengthen the warm-up; revival on; decay 0.9",
@@ -63,7 +66,7 @@ BUILT_IN: tuple[AlertRule, ...] = (
         metric="codebook/utilization_worst",
         threshold=0.50,
         patience=3,
-        also=(ENOUGH_FRAMES,),
+        also=(ENOUGH_FRAMES, WARM),
         message="a quantizer layer uses {percent} of its codes",
         cause="revival too rare or too aggressive, or codes that move too slowly",
         remedy="decay 0.9, or a larger batch",
@@ -73,7 +76,7 @@ BUILT_IN: tuple[AlertRule, ...] = (
         metric="codebook/perplexity_worst_fraction",
         threshold=0.2,
         patience=3,
-        also=(ENOUGH_FRAMES,),
+        also=(ENOUGH_FRAMES, WARM),
         message="a layer's perplexity is {percent} of its codes",
         cause="mode collapse: a few codes take most frames",
         remedy="lower decay, larger eps, or fewer codes (b2t report says how many the data bear)",
@@ -94,7 +97,10 @@ BUILT_IN: tuple[AlertRule, ...] = (
         comparison=">",
         threshold=5.0,
         patience=5,
-        also=(Condition(metric="ema/revived_fraction", comparison=">", threshold=0.005),),
+        also=(
+            Condition(metric="ema/revived_fraction", comparison=">", threshold=0.01),
+            WARM,
+        ),
         message="{value} codes are revived per step",
         cause="the revival threshold is too high for this data: codes die as fast as they come",
         remedy="revival_threshold 0.05, revival_every 20, or fewer codes",
@@ -147,7 +153,7 @@ def _bounds(metric: str, label: str, **bounds: float) -> tuple[AlertRule, ...]:
                     comparison=comparison,  # type: ignore[arg-type]  # one of the two above
                     threshold=threshold,
                     patience=3,
-                    also=(ENOUGH_FRAMES,) if metric.startswith("codebook/") else (),
+                    also=(ENOUGH_FRAMES, WARM) if metric.startswith("codebook/") else (),
                     message=f"{label} is {{value}}",
                 )
             )

@@ -156,6 +156,7 @@ HEALTHY = {
     "ema/revived_per_step": 1.0,
     "ema/revived_fraction": 0.0003,
     "ema/ranks_differ": 0.0,
+    "ema/warm": 1.0,
     "reconstruction/snr_drop_db": 0.3,
     "reconstruction/snr_db": 12.0,
     "reconstruction/cosine": 0.97,
@@ -192,11 +193,24 @@ def test_built_in_rules_fire_on_their_failure_and_name_a_remedy(name):
 
 def test_built_in_rules_are_silent_on_a_healthy_run():
     engine = AlertEngine(BUILT_IN, arrival_checks=10)
-    assert [a for step in range(200) for a in engine.check(step, HEALTHY)] == []
+    raised = [a.rule for step in range(200) for a in engine.check(step, HEALTHY)]
+    assert raised == ["ema-warm"]
+
+
+def test_built_in_rules_wait_until_the_codebooks_have_settled():
+    unsettled = {
+        "ema/warm": 0.0,
+        "codebook/utilization_worst": 0.05,
+        "codebook/perplexity_worst_fraction": 0.01,
+        "ema/revived_per_step": 20.0,
+        "ema/revived_fraction": 0.02,
+    }
+    engine = AlertEngine(BUILT_IN)
+    assert [a for step in range(9) for a in engine.check(step, {**HEALTHY, **unsettled})] == []
 
 
 def test_strict_rules_add_the_tables_bounds_literally():
     engine = AlertEngine(STRICT)
     raised = [a.rule for step in range(5) for a in engine.check(step, HEALTHY)]
-    assert raised == ["utilization > 0.95"]
+    assert raised == ["ema-warm", "utilization > 0.95"]
     assert RULE_SETS["strict"] is STRICT

@@ -34,7 +34,7 @@ def run(monitor, contexts):
 
 def test_windowed_values_equal_numpy_over_recorded_bins():
     contexts = [batch(n) for n in range(9)]
-    found = run(ReconstructionMonitor(50.0, window=4), contexts).metrics()
+    found = run(ReconstructionMonitor(50.0, window=4, every=1), contexts).metrics()
     outputs, targets, step_o, step_t = [], [], [], []
     for context in contexts[-4:]:
         for row in range(3):
@@ -54,6 +54,13 @@ def test_windowed_values_equal_numpy_over_recorded_bins():
     }
     for name, value in expected.items():
         assert found[f"reconstruction/{name}"] == pytest.approx(value, rel=1e-5), name
+
+
+def test_only_every_nth_step_is_measured():
+    contexts = [batch(n) for n in range(23)]
+    sparse = run(ReconstructionMonitor(50.0, window=15, every=5), contexts)
+    dense = run(ReconstructionMonitor(50.0, window=3, every=1), contexts[10::5])
+    assert sparse.metrics() == dense.metrics()
 
 
 def test_a_gap_in_the_recording_is_no_step():
@@ -103,7 +110,7 @@ def test_a_blurred_signal_loses_temporal_consistency():
 
 
 def test_the_drop_is_from_the_best_log_step_of_the_phase():
-    monitor = ReconstructionMonitor(50.0, window=1)
+    monitor = ReconstructionMonitor(50.0, window=1, every=1)
     values = []
     for number, scale in enumerate((0.5, 0.1, 0.9), 1):
         context = batch(number)
@@ -126,12 +133,22 @@ def test_all_masked_and_absent_reconstructions_give_no_number():
 @pytest.mark.parametrize("stop", range(1, 9))
 def test_resume_goes_on_exactly(stop):
     contexts = [batch(n, "p" if n < 5 else "q") for n in range(9)]
-    straight = run(ReconstructionMonitor(50.0, window=3), contexts)
-    first = run(ReconstructionMonitor(50.0, window=3), contexts[:stop])
+    straight = run(ReconstructionMonitor(50.0, window=3, every=1), contexts)
+    first = run(ReconstructionMonitor(50.0, window=3, every=1), contexts[:stop])
     first.metrics(), straight.metrics()
-    second = ReconstructionMonitor(50.0, window=3)
+    second = ReconstructionMonitor(50.0, window=3, every=1)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     resumed = run(second, contexts[stop:]).metrics()
     for name, value in straight.metrics().items():
         if name != "reconstruction/snr_drop_db":
             assert resumed[name] == value, name
+
+
+@pytest.mark.parametrize("stop", [1, 3, 7])
+def test_resume_keeps_the_rhythm_of_measurements(stop):
+    contexts = [batch(n) for n in range(12)]
+    straight = run(ReconstructionMonitor(50.0, window=9, every=3), contexts)
+    first = run(ReconstructionMonitor(50.0, window=9, every=3), contexts[:stop])
+    second = ReconstructionMonitor(50.0, window=9, every=3)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert run(second, contexts[stop:]).metrics() == straight.metrics()
