@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_UNIFORM_BITS = 23
 _ODD = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
@@ -48,6 +49,11 @@ def frame_gumbel(hashes: Tensor, codes: int, layer: int) -> Tensor:
     """Standard Gumbel noise [N, K] for frames with ``hashes`` [N] against K codes of a layer."""
     place = torch.arange(codes, device=hashes.device, dtype=torch.int64)
     columns = mix(place * _ODD + signed64((layer + 1) * 0xD1342543DE82EF95))
-    bits = _shift_right(mix(hashes[:, None] ^ columns), 40)
-    uniform = (bits.to(torch.float32) + 0.5) / (1 << 24)
+    return _gumbel(_shift_right(mix(hashes[:, None] ^ columns), 64 - _UNIFORM_BITS))
+
+
+def _gumbel(bits: Tensor) -> Tensor:
+    """Standard Gumbel noise from equally likely integers below 2 ** 23."""
+    # One bit more and the largest uniform number would round to 1, whose noise is infinite.
+    uniform = (bits.to(torch.float32) + 0.5) / (1 << _UNIFORM_BITS)
     return -torch.log(-torch.log(uniform))

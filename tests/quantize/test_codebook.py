@@ -21,11 +21,11 @@ def test_running_averages_follow_their_closed_form():
     x = frames()
     quantizer = started(x, decay=0.8, eps=0.0, num_quantizers=1)
     books = quantizer.codebooks
-    total = quantizer(frames(seed=1)).stats.counts.sum()
+    total = 330  # frames of the first update, to which the start's counts are matched
     scale = total / books.ema_count.double().sum()
     count, summed = books.ema_count[0].double() * scale, books.ema_sum[0].double() * scale
     for step in range(1, 6):
-        batch = frames(seed=step)
+        batch = frames(300 + 30 * step, seed=step)
         assigned = quantizer(batch).codes[0, :, 0]
         one_hot = torch.nn.functional.one_hot(assigned, 16).double()
         count = 0.8 * count + 0.2 * one_hot.sum(0)

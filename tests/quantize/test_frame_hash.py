@@ -1,6 +1,6 @@
 import torch
 
-from b2t.quantize.frame_hash import frame_gumbel, frame_hash, mix, signed64
+from b2t.quantize.frame_hash import _gumbel, frame_gumbel, frame_hash, mix, signed64
 
 
 def splitmix_finalizer(value):
@@ -33,3 +33,8 @@ def test_gumbel_noise_has_its_moments_and_differs_by_layer():
     assert abs(noise.mean() - 0.5772) < 0.02 and abs(noise.var() - 1.6449) < 0.04
     other = frame_gumbel(hashes, 100, 1).double()
     assert abs(torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1]) < 0.01
+
+
+def test_the_extremes_of_the_noise_are_finite():
+    low, high = _gumbel(torch.tensor([0, (1 << 23) - 1])).tolist()
+    assert -3 < low < -2.7 and 16 < high < 17

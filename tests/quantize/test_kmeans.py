@@ -5,7 +5,7 @@ import torch
 
 from b2t.errors import UserError
 from b2t.quantize import ResidualVQ
-from b2t.quantize.kmeans import FrameReservoir, kmeans, seed_centers
+from b2t.quantize.kmeans import FrameReservoir, _lloyd, kmeans, seed_centers
 
 
 def generator(seed=0):
@@ -68,7 +68,7 @@ def test_seeds_are_distinct_and_stop_where_the_frames_do():
     assert len(seeds) == 5 and x[seeds].unique(dim=0).shape[0] == 5
 
 
-@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1e4])
 def test_every_cluster_gets_its_code(offset):
     x, centres = clusters()
     codes, seeded = kmeans(x + offset, 64, 10, generator())
@@ -86,6 +86,12 @@ def test_lloyd_ends_no_worse_than_faiss():
     inertia = torch.cdist(x, codes).amin(1).square().mean()
     theirs = torch.cdist(x, torch.from_numpy(peer.centroids)).amin(1).square().mean()
     assert inertia < 1.02 * theirs
+
+
+def test_a_code_that_lost_its_frames_takes_the_worst_served_one():
+    x = torch.tensor([[0.0], [0.2], [0.4], [7.0]])
+    moved = _lloyd(x, torch.tensor([[0.1], [100.0]]))
+    assert moved.flatten().tolist() == pytest.approx([1.9, 7.0])
 
 
 def test_the_reservoir_keeps_the_same_frames_in_any_order():
@@ -169,6 +175,8 @@ def test_fewer_frames_than_codes_start_all_layers_and_are_said(N, caplog, monkey
     assert f"{N} frames are too few for 16 codes" in caplog.text
     assert report.seeded[0] == max(1, N // 2)
     assert torch.isfinite(quantizer.codebooks.embed).all()
+    if N > 1:  # the copies are jittered
+        assert quantizer.codebooks.embed[0].unique(dim=0).shape[0] == 16
     assert float(quantizer.codebooks.ema_count.sum()) == 3 * N
     out = quantizer(x)
     assert (out.codes >= 0).all()

@@ -388,6 +388,16 @@ def test_a_shared_codebook_serves_every_layer():
     assert residuals[1] < residuals[0]
 
 
+def test_codes_of_later_layers_have_the_length_of_what_is_left():
+    """Unit codes would overshoot the residuals of unit vectors, and each layer make things worse."""
+    x = latents(16)
+    quantizer = ResidualVQ(8, 16, 4, use_cosine_sim=True)
+    report = quantizer.initialize([(x, None)], progress=False)
+    assert report.squared_error == sorted(report.squared_error, reverse=True)
+    gains = quantizer.codebooks.gain
+    assert (gains[1:] < gains[:-1]).all() and gains[3] < 0.7
+
+
 def test_cosine_similarity_finds_codes_by_angle():
     quantizer = started(use_cosine_sim=True, num_quantizers=2).eval()
     norms = quantizer.codebooks.embed.norm(dim=-1)
