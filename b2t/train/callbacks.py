@@ -15,9 +15,9 @@ from tqdm import tqdm
 from b2t.config import LogConfig, PhaseConfig
 from b2t.log import logger
 from b2t.monitor.alerts import Alert
-from b2t.monitor.jsonl import JsonlSink, rewind
 from b2t.monitor.report import try_write_report
 from b2t.monitor.sinks import ConsoleSink, WebhookSink
+from b2t.records import JsonlSink, rewind
 
 if TYPE_CHECKING:
     from b2t.train.trainer import Trainer
