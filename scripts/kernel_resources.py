@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "kernels"))
 RESULTS = ROOT / "kernels" / "RESULTS.md"
 BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
 ARCHITECTURES = (80, 86, 90)
-WIDTHS = (128, 256, 512, 1024)
+WIDTHS = (64, 128, 256, 1024)
 CODES = 8192
 
 POINTER_TYPES = {
@@ -44,6 +44,10 @@ POINTER_TYPES = {
     "queue_ptr": "*i64",
     "length_ptr": "*i32",
     "slots_ptr": "*i32",
+    "order_ptr": "*i64",
+    "offsets_ptr": "*i64",
+    "bins_ptr": "*i64",
+    "error_ptr": "*i32",
 }
 CLASSES = {
     "multiply-add": r"FFMA|FADD|FMUL|HFMA2|HADD2",
@@ -55,6 +59,7 @@ CLASSES = {
     "convert": r"F2FP|F2F|I2F|F2I",
     "move": r"MOV|PRMT|R2UR",
 }
+PLAIN = "(no products)"
 EPILOGUE = ("multiply-add", "maximum", "compare", "select", "shuffle", "special", "convert")
 
 
@@ -74,7 +79,8 @@ class Job:
     def tile(self) -> str:
         """BLOCK_N × BLOCK_K × BLOCK_D."""
         values = dict(self.constants)
-        return " × ".join(str(values[name]) for name in ("BLOCK_N", "BLOCK_K", "BLOCK_D"))
+        names = [name for name in ("BLOCK_N", "BLOCK_K", "BLOCK_D") if name in values]
+        return " × ".join(str(values[name]) for name in names)
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class Report:
             found.append(f"spills ({self.stack} B, {self.local_memory_instructions} LDL/STL)")
         if self.shared > self.shared_limit:
             found.append(f"shared memory {self.shared} > {self.shared_limit}")
-        if not self.tensor_core:
+        if not self.tensor_core and self.variant != PLAIN:
             found.append("no tensor-core instruction in the inner loop")
         return found
 
@@ -117,6 +123,9 @@ def jobs(kernels: set[str], architectures: set[int], widths: set[int]) -> Iterat
     from b2t_kernels.prepare import padded_width
 
     for architecture in sorted(architectures):
+        for kernel in sorted(kernels & tuning.PLAIN_KERNELS.keys()):
+            constants = tuple(tuning.PLAIN_KERNELS[kernel][1].items())
+            yield Job(kernel, architecture, max(widths), PLAIN, constants, 4, 3)
         for D in sorted(widths):
             width = padded_width(D)
             for kernel, space, variants in tuning.spaces(architecture, width):
@@ -143,6 +152,8 @@ def _signature(function: Any, job: Job) -> tuple[dict[str, str], dict]:
             signature[name] = "constexpr"
             continue
         signature[name] = POINTER_TYPES.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        if (function.__name__, name) == ("extent_kernel", "statistics_ptr"):
+            signature[name] = "*i32"
         if name not in ("N", "bucket", "splits"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     return signature, attributes
@@ -174,8 +185,9 @@ def compile_job(job: Job) -> Report:
     values = dict(job.constants)
     loop = inner_loop(code)
     macs = sum(_macs(line, job.warps) for line in loop)
-    tiles = macs / (values["BLOCK_N"] * values["BLOCK_K"] * values["BLOCK_D"])
-    scores = values["BLOCK_N"] * values["BLOCK_K"] * max(tiles, 1e-9)
+    area = values.get("BLOCK_N", 1) * values.get("BLOCK_K", 1)
+    tiles = macs / (area * values["BLOCK_D"])
+    scores = area * max(tiles, 1e-9)
     counts = Counter(_class(line) for line in loop)
     threads = 32 * job.warps
     tensor = [line for line in loop if _class(line) == "tensor"]
@@ -196,7 +208,7 @@ def compile_job(job: Job) -> Report:
         round(len(tensor) / max(tiles, 1e-9), 1) if tensor else 0.0,
         round((len(loop) - len(tensor)) / max(tiles, 1e-9), 1) if tensor else 0.0,
         round(sum(counts[name] for name in EPILOGUE) * threads / scores, 2) if tensor else 0.0,
-        {name: round(counts[name] * threads / scores, 3) for name in CLASSES if counts[name]},
+        {name: round(counts[name] * threads / scores, 3) for name in CLASSES if tensor},
     )
 
 
@@ -301,7 +313,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = sorted(tuning.KERNELS)
+    names = sorted(tuning.KERNELS) + sorted(tuning.PLAIN_KERNELS)
     parser.add_argument("--kernel", nargs="+", default=names, choices=names)
     parser.add_argument("--arch", nargs="+", type=int, default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--width", nargs="+", type=int, default=WIDTHS, help="values of D")

@@ -193,9 +193,9 @@ def round_kernel(
 
 
 def padded_width(D: int) -> int:
-    """D′: at least the 16 of a tensor-core step; a power of two up to 512, then whole 128s."""
+    """D′: 64 at least, a power of two up to 512, whole 128s above."""
     if D <= 512:
-        return max(16, triton.next_power_of_2(D))
+        return max(64, triton.next_power_of_2(D))
     return triton.cdiv(D, 128) * 128
 
 

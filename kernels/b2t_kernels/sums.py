@@ -67,8 +67,8 @@ def code_sums(
         sums = torch.zeros(K, D, dtype=torch.float32, device=device)
         counts = torch.zeros(K, dtype=torch.int64, device=device)
         if N:
-            grid = (triton.cdiv(N, 32), columns)
-            scatter_kernel[grid](x, bins, sums, counts, N, D, BLOCK_N=32, BLOCK_D=width)
+            grid = (triton.cdiv(N, 16), columns)
+            scatter_kernel[grid](x, bins, sums, counts, N, D, BLOCK_N=16, BLOCK_D=width)
         return sums, counts
     ordered, order = bins.sort(stable=True)
     bounds = torch.arange(1, K + 2, device=device)

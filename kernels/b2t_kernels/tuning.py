@@ -51,7 +51,7 @@ def step(padded_D: int) -> int:
 
 def fused_space(architecture: int, padded_D: int) -> tuple[triton.Config, ...]:
     """Configurations of the fused residual encoder."""
-    return _tiles(padded_D, (64, 64, 4, 2))
+    return _tiles(padded_D, (64, 64, 4 if padded_D > 64 else 8, 2))
 
 
 def usage_space(architecture: int, padded_D: int) -> tuple[triton.Config, ...]:
@@ -127,11 +127,20 @@ KERNELS = {
     "row_gradient_kernel": "usage",
     "code_gradient_kernel": "usage",
 }
+PLAIN_KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mean_kernel": ("prepare", {"BLOCK_K": 128, "BLOCK_D": 32}),
+    "extent_kernel": ("prepare", {"BLOCK_K": 32, "BLOCK_D": 128}),
+    "round_kernel": ("prepare", {"BLOCK_K": 32, "BLOCK_D": 128}),
+    "refine_kernel": ("nearest", {"SLOTS": MOST_SLOTS, "BLOCK_K": 32, "BLOCK_D": 128}),
+    "segment_kernel": ("sums", {"BLOCK_N": 32, "BLOCK_D": 128}),
+    "scatter_kernel": ("sums", {"BLOCK_N": 16, "BLOCK_D": 128}),
+}
 
 
 def kernel(name: str) -> Any:
     """The jit function called ``name``."""
-    return getattr(importlib.import_module(f"b2t_kernels.{KERNELS[name]}"), name)
+    module = KERNELS[name] if name in KERNELS else PLAIN_KERNELS[name][0]
+    return getattr(importlib.import_module(f"b2t_kernels.{module}"), name)
 
 
 def spaces(

@@ -29,7 +29,8 @@ def check(reports):
         assert report["stack"] == 0, place
         assert report["local_memory_instructions"] == 0, place
         assert report["shared"] <= report["shared_limit"], place
-        assert report["tensor_core"].startswith(("HMMA", "HGMMA")), place
+        products = report["variant"] != "(no products)"
+        assert report["tensor_core"].startswith(("HMMA", "HGMMA")) == products, place
 
 
 def test_the_search_at_the_default_width(repository, tmp_path):
@@ -40,14 +41,16 @@ def test_the_search_at_the_default_width(repository, tmp_path):
     for report in reports:
         if report["architecture"] == 90:
             assert report["tensor_core"].startswith("HGMMA")
-        assert "shuffle" not in report["classes"], report
+        assert report["classes"]["shuffle"] == 0, report
+        assert report["classes"]["maximum"] > 0.8, report
         assert report["epilogue_per_score"] <= (2.7 if report["variant"] == "exact" else 2.4)
 
 
 def test_the_other_kernels_on_the_default_chip(repository, tmp_path):
-    others = ["rvq_kernel", "normalizer_kernel", "column_kernel"]
-    others += ["row_gradient_kernel", "code_gradient_kernel"]
-    options = ["--arch", "86", "--width", "128", "256"]
+    others = ["normalizer_kernel", "column_kernel"]
+    others += ["row_gradient_kernel", "code_gradient_kernel", "refine_kernel", "round_kernel"]
+    others += ["mean_kernel", "extent_kernel", "segment_kernel", "scatter_kernel"]
+    options = ["--arch", "86", "--width", "256"]
     reports = compile_reports(repository, tmp_path, "--kernel", *others, *options)
     check(reports)
     assert {report["kernel"] for report in reports} == set(others)
