@@ -1,0 +1,98 @@
+"""What the repository promises as a package."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOP_LEVEL = {
+    "b2t",
+    "ds_configs",
+    "kernels",
+    "scripts",
+    "tests",
+    "docs",
+    "train_ds.py",
+    "hostfile",
+    "pyproject.toml",
+    "Makefile",
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "LICENSE",
+}
+
+
+def run(*command: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_top_level_is_exactly_what_was_agreed(repository):
+    listed = run("git", "ls-files", cwd=repository)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    names = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    assert {name for name in names if not name.startswith(".")} == TOP_LEVEL
+
+
+def test_the_folder_of_kernels_does_not_shadow_hugging_faces_package(repository):
+    """With the root on sys.path first, as `deepspeed train_ds.py` puts it."""
+    if importlib.util.find_spec("kernels") is None:
+        pytest.skip("Hugging Face's kernels package is not installed (pip install '.[dev]')")
+    code = (
+        "import transformers, kernels, b2t_kernels; print(kernels.__file__, b2t_kernels.__file__)"
+    )
+    done = run(sys.executable, "-c", f"import sys; sys.path.insert(0, '.'); {code}", cwd=repository)
+    assert done.returncode == 0, done.stderr
+    theirs, ours = map(Path, done.stdout.split())
+    assert repository / "kernels" not in theirs.resolve().parents
+    assert theirs.parent.name == "kernels" and hasattr(_module(theirs), "get_kernel")
+    assert ours.resolve().parent == (repository / "kernels" / "b2t_kernels").resolve()
+
+
+def _module(init: Path):
+    import kernels
+
+    assert Path(kernels.__file__).resolve() == init.resolve()
+    return kernels
+
+
+def test_console_script_lists_all_commands(repository, tmp_path):
+    script = Path(sys.executable).parent / "b2t"
+    if not script.is_file():
+        pytest.skip("b2t is not installed in this environment (pip install -e .)")
+    done = run(str(script), "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for command in ("simulate", "prepare", "inspect", "evaluate", "decode", "tokenize", "report"):
+        assert command in done.stdout
+
+
+def test_package_data_is_declared_for_every_non_python_file(repository):
+    """Files that the code reads must be in a wheel, not only in a checkout."""
+    tomllib = pytest.importorskip("tomllib")
+    tool = tomllib.loads((repository / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = tool["package-data"]
+    for file in (repository / "b2t").rglob("*"):
+        if file.is_dir() or file.suffix in (".py", ".pyc"):
+            continue
+        parts = file.relative_to(repository).parts
+        declared = [
+            (package, pattern)
+            for package, globs in patterns.items()
+            for pattern in globs
+            if file in (repository / Path(*package.split("."))).glob(pattern)
+        ]
+        assert declared, f"{'/'.join(parts)} is not in [tool.setuptools.package-data]"
+
+
+def test_every_package_is_declared(repository):
+    tomllib = pytest.importorskip("tomllib")
+    tool = tomllib.loads((repository / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {
+        ".".join(init.parent.relative_to(root).parts)
+        for root, name in ((repository, "b2t"), (repository / "kernels", "b2t_kernels"))
+        for init in (root / name).rglob("__init__.py")
+    }
+    assert found == set(tool["packages"])
