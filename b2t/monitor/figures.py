@@ -204,9 +204,20 @@ def _time_axis(axes: Axes, run: RunData) -> None:
     axes.set_xlabel("applied step")
     axes.grid(axis="y", lw=0.5, alpha=0.6)
     top = axes.get_xaxis_transform()
+    level, previous = 0, -math.inf
     for name, step in run.phases:
+        level = (level + 1) % 3 if step - previous < 0.14 * last else 0
+        previous = step
         axes.axvline(step, lw=0.7, ls=(0, (3, 3)), color=_ink(axes), alpha=0.5)
-        axes.text(step, 1.01, f" {name}", transform=top, fontsize=7.5, va="bottom", alpha=0.8)
+        axes.text(
+            step,
+            1.01 + 0.055 * level,
+            f" {name}",
+            transform=top,
+            fontsize=7.5,
+            va="bottom",
+            alpha=0.8,
+        )
     for alert in run.alerts:
         colour = SEVERITY.get(str(alert.get("severity")), SEVERITY["info"])
         axes.plot(
@@ -303,8 +314,8 @@ def _shares(axes: Axes, run: RunData) -> None:
     axes.stackplot(steps, rows, labels=labels, colors=colours, alpha=0.85)
     axes.set_ylabel("share of the total, %")
     axes.set_ylim(0, 100)
-    axes.legend(ncols=2, loc="lower left")
     _time_axis(axes, run)
+    axes.figure.legend(loc="outside lower center", ncols=3)
 
 
 def _lines(axes: Axes, run: RunData, names: list[str], unit: str, log: bool = False) -> None:

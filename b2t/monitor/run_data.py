@@ -28,6 +28,7 @@ class RunData:
         predictions: records of `predictions.jsonl`.
         usage: frames per code [Q][K] of the evaluated split.
         traces: what `reconstruction.json` holds.
+        model: config of the best model so far.
         environment: what `environment.json` holds.
         problems: what could not be read.
     """
@@ -41,6 +42,7 @@ class RunData:
     predictions: list[dict[str, Any]] = field(default_factory=list)
     usage: list[list[int]] = field(default_factory=list)
     traces: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -73,7 +75,8 @@ class RunData:
     @property
     def simulated(self) -> bool:
         """Whether the run says that its data are simulated."""
-        return bool(self.evaluation.get("simulated") or self.environment.get("simulated_data"))
+        said = (self.evaluation.get("simulated"), self.model.get("simulated_data"))
+        return any(said)
 
     def latest(self, names: Iterable[str] | None = None) -> dict[str, float]:
         """Return the most recent value of every metric of the log steps (None: not finite)."""
@@ -121,6 +124,7 @@ def load_run(folder: str | Path) -> RunData:
     _read_metrics(run)
     run.config = _mapping(_read(run, "config.yaml", yaml.safe_load))
     run.evaluation = _mapping(_read(run, "evaluation.json", json.loads))
+    run.model = _mapping(_read(run, "checkpoints/best/config.json", json.loads))
     run.environment = _mapping(_read(run, "environment.json", json.loads))
     run.traces = _mapping(_read(run, "reconstruction.json", json.loads))
     run.usage = _table(_mapping(_read(run, "codebook_usage.json", json.loads)).get("counts"))

@@ -189,6 +189,15 @@ def test_unreadable_lines_are_counted_and_left_out(runs):
     assert run.problems == ["metrics.jsonl: 2 unreadable lines left out (line 8, 9)"]
 
 
+def test_a_run_on_a_simulation_says_so_before_any_evaluation(tmp_path):
+    folder = save_run(tmp_path / "run", STEPS, evaluated=False)
+    assert not load_run(folder).simulated
+    best = folder / "checkpoints" / "best"
+    best.mkdir(parents=True)
+    (best / "config.json").write_text('{"simulated_data": true}')
+    assert "SIMULATED DATA" in write_report([folder]).read_text()
+
+
 def test_damaged_files_beside_do_not_stop_the_report(tmp_path):
     folder = save_run(tmp_path / "run", STEPS)
     for name in ("evaluation.json", "codebook_usage.json", "reconstruction.json"):
