@@ -409,6 +409,8 @@ class LogConfig(Section):
     """Applied steps between log lines and records of metrics.jsonl."""
     progress: bool = True
     """Progress bar with the time left, on a terminal."""
+    report: bool = True
+    """Write the HTML report when the run warns and when it ends (as `b2t report` does)."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
 

@@ -135,10 +135,11 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
     from b2t.train.trainer import Stopped, Trainer, TrainingFailed
 
     check_precision(ds_file)
-    ranks = join(config.stability.collective_timeout_s)
     if config.run.deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # cuBLAS reads this when the device is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    ranks = join(config.stability.collective_timeout_s)
     stop = StopSignals()
     try:
         materials = build(config)
@@ -195,7 +196,7 @@ def main_callbacks(config: Config) -> list[Any]:
         chosen.append(ProgressBar())
     if config.log.wandb.enabled:
         chosen.append(Wandb(config.log, config.run.dir))
-    if config.monitor.enabled:
+    if config.log.report:
         chosen.append(Report(config.run.dir))
     return chosen
 
@@ -256,7 +257,8 @@ def prepare_run(trainer: Any, resume: str) -> bool:
 
 
 _MAY_DIFFER = (
-    "run.dir", "log", "evaluation", "checkpoint", "monitor", "stability", "data.workers",
+    "run.dir", "data.path", "data.workers", "log", "evaluation", "checkpoint", "monitor",
+    "stability",
 )  # fmt: skip
 """Keys that a resumed run may change: they alter no weight."""
 
