@@ -134,7 +134,8 @@ class Layers:
         squared, code_error, projection = latents.new_zeros(3, Q).unbind()
         totals = torch.zeros_like(self.books.detach()) if sums else None
         kept = None if keep is None else latents.new_zeros(Q, keep.shape[0], latents.shape[1])
-        residual, errors = latents.clone(), torch.zeros_like(latents)
+        residual = latents.clone()
+        errors = residual if layers == 1 else torch.zeros_like(latents)
         for q in range(layers):
             if kept is not None:
                 kept[q] = residual[keep]
@@ -148,7 +149,8 @@ class Layers:
                 projection[q] = (residual * unit).sum()
                 code_error[q] = (self.seen(residual) - unit).square().sum()
             self.add_chosen(residual, index, q, -1.0)
-            errors += residual
+            if layers > 1:
+                errors += residual
             squared[q] = residual.norm().square()
         if not self.cosine:
             code_error = squared

@@ -301,7 +301,7 @@ class ResidualVQ(nn.Module):
         if x.shape[-1] != self.dim:
             raise ValueError(f"latents have width {x.shape[-1]}, the quantizer expects {self.dim}")
         flat = x.reshape(-1, self.dim)
-        keep = torch.isfinite(flat.detach()).all(1)
+        keep = _finite_rows(flat)
         if mask is not None:
             if mask.shape != x.shape[:-1]:
                 raise ValueError(f"mask {tuple(mask.shape)} does not fit x {tuple(x.shape)}")
@@ -311,7 +311,7 @@ class ResidualVQ(nn.Module):
         rows = (keep & real).nonzero()[:, 0]
         whole = rows.shape[0] == flat.shape[0]
         latents = self._project(flat if whole else flat.index_select(0, rows))
-        finite = torch.isfinite(latents.detach()).all(1)
+        finite = _finite_rows(latents)
         if isinstance(self.project_in, nn.Linear) and not bool(finite.all()):
             rows, latents = rows[finite], latents[finite]
         return rows, latents, real.sum() - rows.shape[0]
@@ -655,6 +655,12 @@ class ResidualVQ(nn.Module):
         quantizer = cls(**config)
         quantizer.load_state_dict(load_file(folder / _WEIGHTS))
         return quantizer.eval()
+
+
+def _finite_rows(x: Tensor) -> Tensor:
+    """Rows of ``x`` [N, D] without NaN or infinity, [N] bool, without a temporary of its size."""
+    x = x.detach()
+    return x.amax(1).isfinite() & x.amin(1).isfinite()
 
 
 def _check_options(options: dict[str, Any], revival: str | None) -> None:

@@ -389,7 +389,7 @@ def test_a_shared_codebook_serves_every_layer():
 
 
 def test_codes_of_later_layers_have_the_length_of_what_is_left():
-    """Unit codes would overshoot the residuals of unit vectors, and each layer make things worse."""
+    """Unit codes would overshoot the residuals, and each layer make things worse."""
     x = latents(16)
     quantizer = ResidualVQ(8, 16, 4, use_cosine_sim=True)
     report = quantizer.initialize([(x, None)], progress=False)
