@@ -377,7 +377,6 @@ def figure(report: Report, path: Path) -> None:
         )
         axis.bar_label(bars, [f"{r.milliseconds:.3g} ms" for r in chosen], padding=3, fontsize=7)
         axis.set_title(case, fontsize=8, loc="left")
-        axis.set_xscale("log")
         axis.tick_params(labelsize=7)
         axis.margins(x=0.2)
     axes[-1, 0].set_xlabel("time relative to ours")
