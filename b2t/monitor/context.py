@@ -1,5 +1,6 @@
 """What the trainer hands to the monitors once per applied optimizer step."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -42,7 +43,7 @@ class StepContext:
     counts: Tensor | None = None
     update_report: Any | None = None
     quantizer: nn.Module | None = None
-    grad_norms: dict[str, Tensor | float] = field(default_factory=dict)
+    grad_norms: Mapping[str, Tensor | float] = field(default_factory=dict)
     lr: dict[str, float] = field(default_factory=dict)
     loss_scale: float | None = None
     skipped_steps: int = 0

@@ -178,7 +178,11 @@ def _state(run: RunData) -> str:
         return f"step {last:,} in phase {phase}{clock}"
     if last >= total:
         return f"finished: {last:,} steps{clock}"
-    return f"step {last:,} of {total:,} in phase {phase}{clock}: under way, or ended early"
+    state = run.status.get("state")
+    if not isinstance(state, str) or state == "running":
+        # A killed process leaves "running" behind.
+        state = "under way, or killed"
+    return f"step {last:,} of {total:,} in phase {phase}{clock}: {state}"
 
 
 def _duration(seconds: float) -> str:

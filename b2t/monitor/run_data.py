@@ -30,6 +30,7 @@ class RunData:
         traces: what `reconstruction.json` holds.
         model: config of the best model so far.
         environment: what `environment.json` holds.
+        status: what `status.json` holds: `state`, `step`, `time`.
         problems: what could not be read.
     """
 
@@ -44,6 +45,7 @@ class RunData:
     traces: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    status: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -126,6 +128,7 @@ def load_run(folder: str | Path) -> RunData:
     run.evaluation = _mapping(_read(run, "evaluation.json", json.loads))
     run.model = _mapping(_read(run, "checkpoints/best/config.json", json.loads))
     run.environment = _mapping(_read(run, "environment.json", json.loads))
+    run.status = _mapping(_read(run, "status.json", json.loads))
     run.traces = _mapping(_read(run, "reconstruction.json", json.loads))
     run.usage = _table(_mapping(_read(run, "codebook_usage.json", json.loads)).get("counts"))
     predictions = read_jsonl(folder / "predictions.jsonl")

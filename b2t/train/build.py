@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from b2t.config import Config
 from b2t.data.augment import Augment
+from b2t.data.batches import TrialRows
 from b2t.data.dataset import DatasetInfo, dataset_info, load_trials
 from b2t.errors import UserError
 from b2t.log import logger
@@ -56,6 +57,9 @@ def build(config: Config) -> Materials:
     if config.model.text_decoder.enabled and not info.has_text:
         logger(__name__).info("%s has no text: training a tokenizer of signals only", data.path)
     tokenizer = _tokenizer(config, train) if with_text else None
+    for split in (train, validation):
+        # Refuses texts that are too long now, on all ranks, and not in the middle of a phase.
+        TrialRows(split, tokenizer, info.sessions, max_tokens=data.max_text_tokens)
     # Weights are made on every rank from the same seed.
     torch.manual_seed(config.run.seed)
     model = BrainToText(model_config(config, info, tokenizer))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import subprocess
 import sys
 import time
 import uuid
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm import tqdm
 
 from b2t.config import LogConfig, PhaseConfig
@@ -17,7 +21,7 @@ from b2t.log import logger
 from b2t.monitor.alerts import Alert
 from b2t.monitor.report import try_write_report
 from b2t.monitor.sinks import ConsoleSink, WebhookSink
-from b2t.records import JsonlSink, rewind
+from b2t.records import JsonlSink, rewind, write_atomically
 
 if TYPE_CHECKING:
     from b2t.train.trainer import Trainer
@@ -166,6 +170,58 @@ class MetricsFile(Callback):
             "time_s": round(time.time() - self._started, 3),
         }
         self._sink.write({**head, **values})
+
+
+class RunFiles(Callback):
+    """`environment.json` and `status.json`: where a run runs, and whether it still does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Record versions and devices, and that the run has begun."""
+        self._write("environment.json", environment(trainer))
+        self._status(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Record how it ended."""
+        self._status(trainer)
+
+    def _status(self, trainer: Trainer) -> None:
+        step = trainer.progress.step
+        self._write("status.json", {"state": trainer.outcome, "step": step, "time": time.time()})
+
+    def _write(self, name: str, values: dict[str, Any]) -> None:
+        try:
+            write_atomically(self.folder / name, json.dumps(values, indent=1) + "\n")
+        except OSError as error:
+            logger(__name__).error("%s could not be written: %s", self.folder / name, error)
+
+
+def environment(trainer: Trainer) -> dict[str, Any]:
+    """Versions and devices that a result depends on."""
+    device = trainer.ranks.device
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu",
+        "ranks": trainer.ranks.world,
+        "precision": trainer.ds_file.precision,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        **versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result depends on."""
+    names = ("b2t", "torch", "deepspeed", "transformers", "datasets", "triton", "numpy")
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 class Wandb(Callback):

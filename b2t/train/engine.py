@@ -143,10 +143,8 @@ class PhaseEngine:
 
         Collective: all ranks must call it.
         """
-        from deepspeed.utils import safe_get_full_fp32_param
-
         for name, parameter in self._trained():
-            full = safe_get_full_fp32_param(parameter)
+            full = read_master(parameter)
             assert full is not None, f"{name} has no float32 master"
             self.masters[name] = full.detach().to("cpu", torch.float32, copy=True)
         return self.masters
@@ -209,10 +207,8 @@ class PhaseEngine:
 
     def _set_masters(self, masters: Mapping[str, Tensor]) -> None:
         """Replace the engine's masters, made from 16-bit weights, by the exact ones."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
         for name, parameter in self._trained():
-            safe_set_full_fp32_param(parameter, masters[name].to(self._engine.device))
+            write_master(parameter, masters[name].to(self._engine.device))
 
     def _set_schedule(self, step: int) -> None:
         scheduler = self._scheduler
@@ -256,6 +252,20 @@ class PhaseEngine:
         zero = self._engine.optimizer
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
+
+
+def read_master(parameter: nn.Parameter) -> Tensor | None:
+    """Return the engine's whole float32 master of a parameter. Collective."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
+
+
+def write_master(parameter: nn.Parameter, value: Tensor) -> None:
+    """Replace the engine's float32 master of a parameter, on the ranks that hold its parts."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    safe_set_full_fp32_param(parameter, value)
 
 
 def initial_masters(model: nn.Module) -> dict[str, Tensor]:

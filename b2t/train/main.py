@@ -141,6 +141,7 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
         torch.use_deterministic_algorithms(True, warn_only=True)
     ranks = join(config.stability.collective_timeout_s)
     stop = StopSignals()
+    training = False
     try:
         materials = build(config)
         callbacks: list[Callback] = [Watch(build_monitors(config.monitor, materials, ranks))]
@@ -151,6 +152,7 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
             log.info("already trained: %s holds a finished run", config.run.dir)
             return 0
         introduce(trainer)
+        training = True
         trainer.fit()
         log.info("finished: %s", config.run.dir)
         return 0
@@ -163,8 +165,11 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
         log.error("training failed: %s", failure)
         return EXIT_FAILED
     except UserError as error:
-        if ranks.is_main:
-            print(f"train_ds.py: error: {error}", file=sys.stderr)
+        # Before training all ranks find the same mistake; a bad trial is found by one.
+        if ranks.is_main or training:
+            print(f"train_ds.py: error: {error}", file=sys.stderr, flush=True)
+        if training:
+            os._exit(EXIT_USER_ERROR)
         return EXIT_USER_ERROR
     except Exception as error:
         # The other ranks may wait in a collective for this one: say why, and leave at once, so
@@ -187,11 +192,13 @@ def main_callbacks(config: Config) -> list[Any]:
         MetricsFile,
         ProgressBar,
         Report,
+        RunFiles,
         Wandb,
         Webhook,
     )
 
-    chosen: list[Any] = [Console(), MetricsFile(config.run.dir), Webhook()]
+    folder = config.run.dir
+    chosen: list[Any] = [Console(), MetricsFile(folder), RunFiles(folder), Webhook()]
     if config.log.progress:
         chosen.append(ProgressBar())
     if config.log.wandb.enabled:

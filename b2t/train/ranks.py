@@ -1,8 +1,10 @@
 """Ranks: joining the process group, small agreements between ranks on the CPU."""
 
+import io
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -91,7 +93,8 @@ def join(timeout_s: float = 1800.0) -> Ranks:
     else:
         device = torch.device("cpu")
         _share_cores()
-    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    with redirect_stdout(io.StringIO()):  # it prints that it has built its operators
+        deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
     control = dist.new_group(backend="gloo", timeout=timeout) if dist.get_world_size() > 1 else None
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, control)
 

@@ -21,10 +21,10 @@ from b2t.log import logger
 from b2t.monitor.alerts import Alert
 from b2t.monitor.context import StepContext
 from b2t.train.build import Materials
-from b2t.train.callbacks import Callback
+from b2t.train.callbacks import Callback, versions
 from b2t.train.checkpoint import BEST, Checkpoint, CheckpointStore
 from b2t.train.ds_config import DeepSpeedFile
-from b2t.train.engine import PhaseEngine, initial_masters
+from b2t.train.engine import PhaseEngine, initial_masters, read_master, write_master
 from b2t.train.export import export_model
 from b2t.train.progress import Progress
 from b2t.train.ranks import Ranks
@@ -86,6 +86,7 @@ class Trainer:
         self.engine: PhaseEngine
         self._restored: Checkpoint | None = None
         self._critical: Alert | None = None
+        self.outcome = "not started"
         self._clock = time.perf_counter()
 
     @property
@@ -97,10 +98,21 @@ class Trainer:
         """Train all phases, from the start or from where `restore` left."""
         if self._restored is None:
             self._enter_phase(0)
+        self.outcome = "running"
         try:
             self._hook("on_start")
             while not self.progress.finished:
                 self._train_phase()
+            self.outcome = "finished"
+        except Stopped:
+            self.outcome = "stopped on request"
+            raise
+        except (TrainingFailed, UserError) as failure:
+            self.outcome = f"failed: {failure}"
+            raise
+        except BaseException as error:
+            self.outcome = f"crashed: {type(error).__name__}: {error}"
+            raise
         finally:
             self._hook("on_end")
 
@@ -158,6 +170,12 @@ class Trainer:
                 "model (text_decoder needs text, phoneme_head needs phonemes)"
             )
         self.engine = PhaseEngine(self.model, phase, self.config.optim, self.ds_file, self.masters)
+        if (
+            self.config.model.quantizer.update_rule == "gradient"
+            and self.model.quantizer is not None
+        ):
+            # In any precision the engine's float32 master is where the optimizer moves the codes.
+            self.model.quantizer.attach_master(read_master, write_master)
         restored, self._restored = self._restored, None
         if restored is not None and restored.state["engine"] is not None:
             self.engine.load_state(restored.moments, restored.state["engine"])
@@ -558,17 +576,3 @@ class Trainer:
     def _hook(self, name: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, name)(self, *arguments)
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that a result depends on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    names = ("b2t", "torch", "deepspeed", "transformers", "datasets", "triton", "numpy")
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
