@@ -62,8 +62,8 @@ def validate(trainer: Trainer) -> dict[str, float]:
         for name, value in model.counts(batch).items():
             sums[name] += float(value)
         output = model(batch.to(ranks.device, trainer.engine.dtype), counts=ones, weights=weights)
-        for name, loss in output.losses.items():
-            sums[name] += float(loss)
+        for name in _NORMALISER.keys() & output.losses.keys():
+            sums[name] += float(output.losses[name])
         for name in ("squared_error", "signal_power", "tokens_correct"):
             sums[name] += float(output.metrics.get(name, 0.0))
         if output.codes is not None and model.quantizer.initialized:
