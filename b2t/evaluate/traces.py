@@ -30,7 +30,8 @@ def collect_traces(
     output = reconstruction.detach().float().cpu().numpy()
     truth = target.detach().float().cpu().numpy()
     trials = [
-        _trial(row, output[i, keep[i]], truth[i, keep[i]]) for i, row in enumerate(rows[:TRIALS])
+        trial_traces(row, output[i, keep[i]], truth[i, keep[i]])
+        for i, row in enumerate(rows[:TRIALS])
     ]
     long = [i for i in range(len(rows)) if keep[i].sum() >= SEGMENT]
     found: dict[str, Any] = {"sampling_rate": sampling_rate, "trials": trials}
@@ -48,7 +49,8 @@ def collect_traces(
     return found
 
 
-def _trial(row: str, output: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+def trial_traces(row: str, output: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+    """Return the traces of one trial (output and truth [T, C]) as `collect_traces` does."""
     chosen = np.sort(np.argsort(-truth.var(0), kind="stable")[:CHANNELS])
     return {
         "row": row,

@@ -146,11 +146,29 @@ def plots_of_several(runs: Sequence[RunData]) -> list[Plot]:
     return found
 
 
+def usage_png(usage: list[list[int]]) -> bytes:
+    """Draw how often each code of each layer is used: usage [Q][K] frames."""
+    return _paper("usage", lambda axes: _heatmap(axes, usage))
+
+
+def correlation_png(matrix: list[list[float]]) -> bytes:
+    """Draw the correlation [Q][Q] between layers' usage."""
+    return _paper("correlation", lambda axes: _correlation(axes, matrix))
+
+
+def traces_png(trial: dict[str, Any], sampling_rate: float) -> bytes:
+    """Draw one trial as `b2t.evaluate.traces.collect_traces` describes it."""
+    return _paper("traces", lambda axes: _traces(axes, trial, sampling_rate))
+
+
+def _paper(name: str, draw: Callable[[Axes], None]) -> bytes:
+    return _drawn(draw, _PAPER_INK, _PAPER_LINE, "white", name, "png")
+
+
 def render(name: str, title: str, draw: Callable[[Axes], None]) -> Plot:
     """Draw once for the page and once for paper."""
     svg = _drawn(draw, _INK, _LINE, "none", name, "svg").decode()
-    png = _drawn(draw, _PAPER_INK, _PAPER_LINE, "white", name, "png")
-    return Plot(name, title, _inline(svg, title), png)
+    return Plot(name, title, _inline(svg, title), _paper(name, draw))
 
 
 def _drawn(
@@ -276,6 +294,17 @@ def _heatmap(axes: Axes, usage: list[list[int]]) -> None:
     axes.set_yticks(range(0, len(counts), max(1, len(counts) // 8)))
     bar = axes.figure.colorbar(image, ax=axes, ticks=[-2, -1, 0, 1])
     bar.ax.set_yticklabels(["≤ 1 %", "10 %", "uniform", "10 ×"])
+    bar.outline.set_visible(False)  # type: ignore[operator]  # a spine, whatever the stub says
+
+
+def _correlation(axes: Axes, matrix: list[list[float]]) -> None:
+    image = axes.imshow(np.array(matrix), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    ticks = range(0, len(matrix), max(1, len(matrix) // 8))
+    axes.set_xticks(ticks)
+    axes.set_yticks(ticks)
+    axes.set_xlabel("quantizer layer")
+    axes.set_ylabel("quantizer layer")
+    bar = axes.figure.colorbar(image, ax=axes, label="correlation of usage")
     bar.outline.set_visible(False)  # type: ignore[operator]  # a spine, whatever the stub says
 
 

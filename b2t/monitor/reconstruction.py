@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from b2t.evaluate.signal import decibels
+from b2t.evaluate.traces import trial_traces
 from b2t.monitor.context import StepContext
 from b2t.monitor.state import pack, unpack
 
@@ -114,6 +115,16 @@ class ReconstructionMonitor:
         if self._last is not None:
             found.update(self._spectral_distances(*self._last))
         return {f"reconstruction/{name}": value for name, value in found.items()}
+
+    def sample(self) -> dict[str, Any] | None:
+        """Return traces of a trial of the last measured micro-batch; None before there is one.
+
+        Reads the device. The format is that of `b2t.evaluate.traces.collect_traces`.
+        """
+        if self._last is None:
+            return None
+        output, target, mask = (x[0].detach().cpu() for x in self._last)
+        return trial_traces("", output[mask].float().numpy(), target[mask].float().numpy())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the window, the same on all ranks."""

@@ -1,14 +1,13 @@
-"""Hooks around the engine step, and the ones that every run has: console, files, WandB."""
+"""Hooks around the engine step, and the ones that every run has: console and files."""
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
 import time
-import uuid
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from b2t.config import LogConfig, PhaseConfig
+from b2t.config import PhaseConfig
 from b2t.log import logger
 from b2t.monitor.alerts import Alert
 from b2t.monitor.report import try_write_report
@@ -24,6 +23,7 @@ from b2t.monitor.sinks import ConsoleSink, WebhookSink
 from b2t.records import JsonlSink, rewind, write_atomically
 
 if TYPE_CHECKING:
+    from b2t.evaluate.evaluation import Prediction
     from b2t.train.trainer import Trainer
 
 
@@ -45,6 +45,9 @@ class Callback:
 
     def on_eval(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """After each validation, with its metrics."""
+
+    def on_decode(self, trainer: Trainer, predictions: Sequence[Prediction]) -> None:
+        """After free decoding, with the predictions of all ranks."""
 
     def on_phase_end(self, trainer: Trainer, phase: PhaseConfig) -> None:
         """After the last step, validation and decoding of a phase."""
@@ -222,70 +225,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-class Wandb(Callback):
-    """Weights & Biases: our own run, whose id a resume keeps."""
-
-    def __init__(self, config: LogConfig, folder: Path) -> None:
-        self.config = config.wandb
-        self.folder = folder
-        self.run_id: str | None = None
-        self._run: Any = None
-
-    def on_start(self, trainer: Trainer) -> None:
-        """Open the run, or the same one again."""
-        import wandb
-
-        self.run_id = self.run_id or uuid.uuid4().hex[:8]
-        section = self.config
-        self._run = wandb.init(
-            project=section.project,
-            entity=section.entity,
-            group=section.group,
-            name=section.name or self.folder.name,
-            tags=section.tags or None,
-            dir=str(self.folder),
-            id=self.run_id,
-            resume="allow",
-            config={
-                "b2t": trainer.config.model_dump(mode="json"),
-                "deepspeed": trainer.ds_file.raw,
-                "simulated_data": trainer.materials.info.simulated,
-            },
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-        where = self._run.url or f"offline in {os.path.relpath(self._run.dir)}"
-        logger(__name__).info("wandb run %s (%s)", self.run_id, where)
-
-    def on_log(self, trainer: Trainer, record: dict[str, float]) -> None:
-        """Log the step."""
-        self._run.log({"step": trainer.progress.step, **record})
-
-    def on_eval(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """Log the validation."""
-        self._run.log({"step": trainer.progress.step, **metrics})
-
-    def on_alert(self, trainer: Trainer, alert: Alert) -> None:
-        """Pass the alert on."""
-        levels = {"critical": "ERROR", "warning": "WARN"}
-        level = levels.get(alert.severity, "INFO")
-        self._run.alert(title=alert.message[:64], text=alert.text(), level=level)
-
-    def on_end(self, trainer: Trainer) -> None:
-        """Close the run."""
-        if self._run is not None:
-            self._run.finish(quiet=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Keep the id."""
-        return {"run_id": self.run_id}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Use the id again."""
-        self.run_id = state["run_id"]
 
 
 class Report(Callback):

@@ -144,9 +144,10 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
     training = False
     try:
         materials = build(config)
-        callbacks: list[Callback] = [Watch(build_monitors(config.monitor, materials, ranks))]
+        monitors = build_monitors(config.monitor, materials, ranks)
+        callbacks: list[Callback] = [Watch(monitors)]
         if ranks.is_main:
-            callbacks += main_callbacks(config)
+            callbacks += main_callbacks(config, monitors)
         trainer = Trainer(config, ds_file, materials, ranks, callbacks, stop)
         if prepare_run(trainer, resume):
             log.info("already trained: %s holds a finished run", config.run.dir)
@@ -185,7 +186,7 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
         leave()
 
 
-def main_callbacks(config: Config) -> list[Any]:
+def main_callbacks(config: Config, monitors: Any) -> list[Any]:
     """Hooks of rank 0: console, metrics file, and what configuration or environment ask for."""
     from b2t.train.callbacks import (
         Console,
@@ -193,7 +194,6 @@ def main_callbacks(config: Config) -> list[Any]:
         ProgressBar,
         Report,
         RunFiles,
-        Wandb,
         Webhook,
     )
 
@@ -202,7 +202,9 @@ def main_callbacks(config: Config) -> list[Any]:
     if config.log.progress:
         chosen.append(ProgressBar())
     if config.log.wandb.enabled:
-        chosen.append(Wandb(config.log, config.run.dir))
+        from b2t.train.wandb_run import Wandb
+
+        chosen.append(Wandb(config.log, config.run.dir, monitors))
     if config.log.report:
         chosen.append(Report(config.run.dir))
     return chosen

@@ -121,6 +121,8 @@ def decode_after_phase(trainer: Trainer) -> None:
     if metrics:
         for callback in trainer.callbacks:
             callback.on_eval(trainer, metrics)
+    for callback in trainer.callbacks:
+        callback.on_decode(trainer, result.predictions)
     spoken = [p for p in result.predictions if p.prediction is not None and p.target]
     for prediction in spoken[:3]:
         log.info("  target: %s", prediction.target)
