@@ -16,6 +16,7 @@ COMMANDS = {
     "tokenize": "b2t.evaluate.tokenize_command",
     "report": "b2t.monitor.report_command",
     "watch": "b2t.monitor.watch_command",
+    "doctor": "b2t.doctor_command",
 }
 
 

@@ -437,6 +437,9 @@ class StabilityConfig(Section):
     """Optimizer steps in a row that may be skipped for non-finite gradients."""
     collective_timeout_s: Positive = 1800.0
     """Seconds that a rank waits for the others before the run is ended."""
+    dry_batch: bool = True
+    """Before the first step, try the longest trials in every phase: too little memory shows at
+    once."""
 
 
 def _default_phases() -> list[PhaseConfig]:

@@ -62,6 +62,14 @@ class DeepSpeedFile:
     clipping: float
     offload: bool
 
+    def engine_config(self) -> dict[str, Any]:
+        """Return the content for `deepspeed.initialize`, with the batch as cut for these ranks."""
+        return {
+            **self.raw,
+            "train_micro_batch_size_per_gpu": self.micro_batch,
+            "gradient_accumulation_steps": self.accumulation,
+        }
+
     def global_batch(self, world: int) -> int:
         """Trials per optimizer step over all ranks."""
         return self.micro_batch * self.accumulation * world

@@ -85,7 +85,7 @@ class PhaseEngine:
             optimizer=optimizer,
             model_parameters=[p for g in groups for p in g["params"]],
             lr_scheduler=lambda inner: LambdaLR(inner, lambda step: lr_factor(step, phase)),
-            config=_with_quiet_defaults(ds_file.raw),
+            config=_with_quiet_defaults(ds_file.engine_config()),
             dist_init_required=False,
         )
         self._norms = GradientNorms(self._engine.optimizer, [group["name"] for group in groups])
@@ -189,8 +189,10 @@ class PhaseEngine:
                     safe_set_full_optimizer_state(parameter, value, moment)
         for field, value in numbers["scaler"].items():
             setattr(self._engine.optimizer.loss_scaler, field, value)
-        for counter in ("global_steps", "skipped_steps", "micro_steps"):
+        for counter in ("global_steps", "skipped_steps"):
             setattr(self._engine, counter, numbers[counter])
+        # Accumulation may have changed with the number of ranks; this is always a boundary.
+        self._engine.micro_steps = numbers["global_steps"] * self.ds_file.accumulation
         self._set_schedule(numbers["scheduler_step"])
 
     def close(self) -> None:

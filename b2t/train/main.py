@@ -132,7 +132,9 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
     from b2t.train.monitoring import Watch, build_monitors
     from b2t.train.ranks import join, leave
     from b2t.train.signals import EXIT_STOPPED, StopSignals
+    from b2t.train.startup import check_start, require_same_everywhere
     from b2t.train.trainer import Stopped, Trainer, TrainingFailed
+    from b2t.train.world_size import keep_global_batch
 
     check_precision(ds_file)
     if config.run.deterministic:
@@ -143,6 +145,8 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
     stop = StopSignals()
     training = False
     try:
+        require_same_everywhere(ranks, config, ds_file)
+        ds_file = keep_global_batch(ds_file, config.run.dir, ranks.world)
         materials = build(config)
         monitors = build_monitors(config.monitor, materials, ranks)
         callbacks: list[Callback] = [Watch(monitors)]
@@ -154,6 +158,7 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
             return 0
         introduce(trainer)
         training = True
+        check_start(trainer)
         trainer.fit()
         log.info("finished: %s", config.run.dir)
         return 0
@@ -274,10 +279,10 @@ _MAY_DIFFER = (
 
 def refuse_other_run(trainer: Any, state: dict[str, Any]) -> None:
     """Refuse to continue a run with another configuration, batch or dataset."""
+    from b2t.train.world_size import global_batch_of
+
     differences = list(_differences(state["config"], trainer.config.model_dump(mode="json")))
-    was = state["deepspeed"]
-    then = was["train_micro_batch_size_per_gpu"] * was["gradient_accumulation_steps"]
-    then, now = then * state["world"], trainer.ds_file.global_batch(trainer.ranks.world)
+    then, now = global_batch_of(state), trainer.ds_file.global_batch(trainer.ranks.world)
     if then != now:
         differences.append(f"global batch: {then} then, {now} now")
     if state["data_fingerprint"] != trainer.materials.info.fingerprint:

@@ -532,6 +532,7 @@ class Trainer:
                 "config": self.config.model_dump(mode="json"),
                 "deepspeed": self.ds_file.raw,
                 "world": self.ranks.world,
+                "global_batch": self.ds_file.global_batch(self.ranks.world),
                 "data_fingerprint": self.materials.info.fingerprint,
                 "versions": versions(),
             }
