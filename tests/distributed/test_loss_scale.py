@@ -1,0 +1,64 @@
+"""fp16 with DeepSpeed's loss scaler: a step that overflows leaves no trace but a smaller scale."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.distributed
+
+FP16 = {
+    "enabled": True,
+    "loss_scale": 0,
+    "initial_scale_power": 8,
+    "loss_scale_window": 6,
+    "hysteresis": 1,
+    "min_loss_scale": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def overflowed(training, tiny, ds_file, tmp_path_factory):
+    probe = tmp_path_factory.mktemp("probe") / "probe.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("B2T_PROBE", str(probe))
+        patch.setenv("PYTHONPATH", str(training.repository), prepend=":")
+        done = training.run(
+            "fp16",
+            "phases.0.steps=14",
+            config=tiny(),
+            deepspeed=ds_file(fp16=FP16, gradient_accumulation_steps=2),
+            script="tests/distributed/fp16_driver.py",
+        )
+    return done, json.loads(probe.read_text())
+
+
+def test_weights_codebooks_and_clocks_are_untouched(overflowed):
+    _, seen = overflowed
+    before, after = seen["before"], seen["after"]
+    kept = ("masters", "weights", "moments", "buffers", "scheduler", "adam", "clocks")
+    assert {name: before[name] for name in kept} == {name: after[name] for name in kept}
+    assert before["clocks"]["step"] == 4
+
+
+def test_the_scale_is_halved_and_the_skip_counted(overflowed):
+    _, seen = overflowed
+    assert seen["before"]["scale"] == 256 and seen["after"]["scale"] == 128
+    assert (seen["before"]["skipped"], seen["after"]["skipped"]) == (0, 1)
+    assert seen["after"]["consumed"] == seen["before"]["consumed"] + 1
+
+
+def test_the_run_goes_on_and_the_scale_grows_again(overflowed):
+    done, _ = overflowed
+    records = [r for r in done.metrics() if "loss/total" in r]
+    assert [r["step"] for r in records] == list(range(1, 15))
+    assert [r["optim/skipped_steps"] for r in records] == [0.0] * 4 + [1.0] * 10
+    assert records[4]["optim/loss_scale"] == 128 and records[-1]["optim/loss_scale"] >= 256
+    assert all(r["loss/total"] == r["loss/total"] for r in records)
+
+
+def test_masters_are_finer_than_fp16(overflowed):
+    done, _ = overflowed
+    weights = done.weights()
+    encoder = weights["encoder.embed.weight"]
+    assert encoder.dtype.itemsize == 4 and not encoder.half().float().equal(encoder)
+    assert weights["quantizer.codebooks.embed"].dtype.itemsize == 4
