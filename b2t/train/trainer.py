@@ -374,21 +374,34 @@ class Trainer:
             self.save()
 
     def _after_skipped(self, micro_batches: list[Batch]) -> None:
-        """Count a skipped step; nothing else moves."""
+        """Count a skipped step; nothing else moves. Too many in a row end the run."""
         progress = self.progress
         progress.skipped += 1
         progress.consecutive_skips += 1
+        if progress.consecutive_skips >= self.config.stability.max_consecutive_skips:
+            self.raise_alert(self._why_skipped(micro_batches))
+            progress.consecutive_skips = 0
         self.window.drop_step()
-        limit = self.config.stability.max_consecutive_skips
-        if progress.consecutive_skips >= limit:
-            rows = [row for batch in micro_batches for row in batch.rows]
-            shown = ", ".join(rows[:8]) + (" …" if len(rows) > 8 else "")
-            raise TrainingFailed(
-                f"step {progress.step}: {limit} optimizer steps in a row had gradients "
-                f"that are not finite; the last batch of rank {self.ranks.rank} held "
-                f"{shown}. Look at these trials (`b2t inspect`), or lower "
-                f"phases.{progress.phase}.lr"
-            )
+        self._leave_if_critical()
+
+    def _why_skipped(self, micro_batches: list[Batch]) -> Alert:
+        """Diagnose the last of too many skipped steps. Collective."""
+        progress = self.progress
+        losses = {name for share in self.ranks.gather(self.window.not_finite()) for name in share}
+        rows = [row for batch in micro_batches for row in batch.rows]
+        rows = [row for share in self.ranks.gather(rows) for row in share]
+        shown = ", ".join(rows[:8]) + (" …" if len(rows) > 8 else "")
+        what = f"{', '.join(sorted(losses))}: not finite" if losses else "gradients not finite"
+        return Alert(
+            severity="critical",
+            rule="loss-not-finite" if losses else "gradients-not-finite",
+            message=f"{progress.consecutive_skips} optimizer steps in a row were skipped "
+            f"({what}); the last batch held {shown}",
+            cause="a learning rate too high, overflow in half precision, or broken trials",
+            remedy=f"look at these trials (b2t inspect), lower phases.{progress.phase}.lr, or train "
+            "in bf16",
+            step=progress.step,
+        )
 
     def _start_codebooks_when_due(self) -> None:
         quantizer = self.model.quantizer

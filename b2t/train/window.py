@@ -43,6 +43,11 @@ class Window:
         for name, value in values.items():
             self._step[name] = self._step[name] + value if name in self._step else value
 
+    def not_finite(self) -> list[str]:
+        """Names of this rank's losses of the current step that are NaN or infinite."""
+        names = [name for name in self._step if name.startswith("loss/")]
+        return [name for name in names if not math.isfinite(float(self._step[name]))]
+
     def drop_step(self) -> None:
         """Forget the current step: it was skipped."""
         self._step = {}
