@@ -1,12 +1,15 @@
 """Ranks: joining the process group, small agreements between ranks on the CPU."""
 
+import hashlib
 import io
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,6 +85,7 @@ def join(timeout_s: float = 1800.0) -> Ranks:
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_port()
         )
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_operator_cache()))
     import deepspeed
 
     quiet_libraries()
@@ -114,6 +118,15 @@ def _share_cores() -> None:
     on_host = on_host or int(os.environ["WORLD_SIZE"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(max(1, (cores or 1) // on_host))
+
+
+def _operator_cache() -> Path:
+    """Folder for the operators that DeepSpeed compiles, one per Python environment.
+
+    Environments that share one recompile each other's operators at every start, for a minute.
+    """
+    environment = hashlib.blake2b(sys.prefix.encode(), digest_size=6).hexdigest()
+    return Path.home() / ".cache" / "torch_extensions" / f"b2t-{environment}"
 
 
 def _port() -> str:
