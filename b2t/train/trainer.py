@@ -6,6 +6,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,17 @@ from b2t.train.progress import Progress
 from b2t.train.ranks import Ranks
 from b2t.train.signals import StopSignals
 from b2t.train.validation import decode_after_phase, validate
+from b2t.train.weight_ema import WeightEma
 from b2t.train.window import Window
 
 log = logger(__name__)
 
 COUNTED = ("bins", "frames", "tokens", "phonemes", "rows")
 """What losses are averaged over, summed over micro-batches and ranks before each step."""
+
+
+_AVERAGE = "weight_ema:"
+"""Prefix of averaged weights among the tensors of a checkpoint."""
 
 
 class Stopped(Exception):  # noqa: N818  # not an error: the user or the scheduler asked
@@ -84,6 +90,8 @@ class Trainer:
         )
         self.window: Window
         self.engine: PhaseEngine
+        self.averages: dict[str, Tensor] = {}
+        self._ema: WeightEma | None = None
         self._restored: Checkpoint | None = None
         self._critical: Alert | None = None
         self.outcome = "not started"
@@ -125,6 +133,11 @@ class Trainer:
         for name, buffer in self.model.named_buffers():
             if name in checkpoint.weights:
                 buffer.data = checkpoint.weights[name].to(buffer.device)
+        self.averages = {
+            name.removeprefix(_AVERAGE): value
+            for name, value in checkpoint.moments.items()
+            if name.startswith(_AVERAGE)
+        }
         for callback in self.callbacks:
             name = type(callback).__name__
             tensors = {
@@ -179,6 +192,9 @@ class Trainer:
         restored, self._restored = self._restored, None
         if restored is not None and restored.state["engine"] is not None:
             self.engine.load_state(restored.moments, restored.state["engine"])
+        decay = self.config.optim.weight_ema
+        if decay is not None:
+            self._ema = WeightEma(self.engine, decay, self.averages)
         self.model.train()
         log.info("phase %s: training %s", phase.name, ", ".join(trained))
 
@@ -266,6 +282,7 @@ class Trainer:
             local["padded"] += float(batch.signal.numel())
         local["stop"] = float(self.stop is not None and self.stop.requested)
         local["problem"] = float(problem is not None)
+        self.ranks.place = f"opening step {self.progress.step + 1} of phase {self.phase.name}"
         totals = dict(zip(local, self.ranks.sum(list(local.values())), strict=True))
         if totals["problem"]:
             raise UserError(next(p for p in self.ranks.gather(problem) if p is not None))
@@ -338,6 +355,8 @@ class Trainer:
         progress.step += 1
         progress.phase_step += 1
         progress.consecutive_skips = 0
+        if self._ema is not None:
+            self._ema.update(progress.step)
         now = time.perf_counter()
         step_s, self._clock = now - self._clock, now
         progress.seconds += step_s
@@ -398,8 +417,8 @@ class Trainer:
             message=f"{progress.consecutive_skips} optimizer steps in a row were skipped "
             f"({what}); the last batch held {shown}",
             cause="a learning rate too high, overflow in half precision, or broken trials",
-            remedy=f"look at these trials (b2t inspect), lower phases.{progress.phase}.lr, or train "
-            "in bf16",
+            remedy=f"look at these trials (b2t inspect), lower phases.{progress.phase}.lr, or "
+            "train in bf16",
             step=progress.step,
         )
 
@@ -411,6 +430,7 @@ class Trainer:
         due = min(start.after_steps, self.config.phases[0].steps - 1)
         if self.progress.step < due:
             return
+        self.ranks.place = "starting the codebooks"
         self.model.eval()
         # All latents offered are used, so that the start does not depend on how ranks share them.
         report = quantizer.initialize(
@@ -469,7 +489,9 @@ class Trainer:
 
     def _validate(self) -> None:
         """Validate; keep the best model."""
-        metrics = validate(self)
+        self.ranks.place = f"validating after step {self.progress.step}"
+        with self._averaged():
+            metrics = validate(self)
         section = self.config.checkpoint
         watched = metrics.get(section.best_metric)
         if watched is None:
@@ -500,9 +522,11 @@ class Trainer:
 
     def _end_phase(self) -> None:
         self._validate()
-        decode_after_phase(self)
+        with self._averaged():
+            decode_after_phase(self)
         self._hook("on_phase_end", self.phase)
         self.engine.collect_masters()
+        self._collect_averages()
         following = self.progress.phase + 1
         self.progress.finished = following == len(self.config.phases)
         if self.progress.finished:
@@ -514,7 +538,8 @@ class Trainer:
         self.save_between_phases()
 
     def _export_best(self) -> None:
-        masters = self.engine.collect_masters()
+        self._collect_averages()
+        masters = {**self.engine.collect_masters(), **self.averages}
         if self.ranks.is_main:
             folder = self.store.folder / BEST
             try:
@@ -523,9 +548,18 @@ class Trainer:
                 log.error("%s could not be written (%s): training goes on", folder, error)
         self.ranks.barrier()
 
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Use the averaged weights inside, where there are any."""
+        return self._ema.in_use() if self._ema is not None else nullcontext()
+
+    def _collect_averages(self) -> None:
+        if self._ema is not None:
+            self.averages = self._ema.collect()
+
     def save(self) -> None:
         """Write a checkpoint of this moment."""
         moments, numbers = self.engine.state()
+        self._collect_averages()
         self._write_checkpoint(self.engine.collect_masters(), moments, numbers)
 
     def save_between_phases(self) -> None:
@@ -535,9 +569,11 @@ class Trainer:
     def _write_checkpoint(
         self, masters: dict[str, Tensor], moments: dict[str, Tensor], engine: Any
     ) -> None:
+        self.ranks.place = f"saving after step {self.progress.step}"
         if self.ranks.is_main:
             buffers = dict(self.model.named_buffers())
             numbers, tensors = self._callback_states()
+            averages = {f"{_AVERAGE}{name}": value for name, value in self.averages.items()}
             state = {
                 "progress": self.progress.to_dict(),
                 "engine": engine,
@@ -551,7 +587,7 @@ class Trainer:
             }
             path = self.store.save(
                 self.progress.step,
-                Checkpoint({**masters, **buffers}, {**moments, **tensors}, state),
+                Checkpoint({**masters, **buffers}, {**moments, **averages, **tensors}, state),
             )
             if path is not None:
                 log.info("checkpoint %s", path)
