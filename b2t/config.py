@@ -266,6 +266,9 @@ class OptimConfig(Section):
     """Added to the root of the running square."""
     weight_decay: NonNegative = 0.01
     """Decoupled weight decay, never on norms, biases, embeddings of sessions or codebooks."""
+    weight_ema: Rate | None = None
+    """Decay of a running average of the weights (0.999 is usual) that validation, decoding and
+    the best model use instead of the weights; null for none."""
 
 
 class LossWeights(Section):

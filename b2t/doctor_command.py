@@ -393,7 +393,8 @@ def check_training(config: Any, ds_path: str | None, ranks: int | None) -> Itera
         ds_file = load_ds_config(ds_path or default_ds_config())
         materials = build(config)
         require_rows(len(materials.train), ds_file.global_batch(world), world)
-        require_disk(existing_parent(config.run.dir), checkpoint_bytes(materials.model), 0)
+        size = checkpoint_bytes(materials.model, config.optim.weight_ema is not None)
+        require_disk(existing_parent(config.run.dir), size, 0)
     except UserError as error:
         yield Finding("fail", "training", str(error), "correct what it names")
         return

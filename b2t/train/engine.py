@@ -89,7 +89,7 @@ class PhaseEngine:
             dist_init_required=False,
         )
         self._norms = GradientNorms(self._engine.optimizer, [group["name"] for group in groups])
-        self._set_masters(masters)
+        self.write_masters(masters)
 
     def _optimizer(self, groups: list[dict], optim: OptimConfig) -> torch.optim.Optimizer:
         settings: dict[str, Any] = {"betas": optim.betas, "eps": optim.eps}
@@ -143,11 +143,21 @@ class PhaseEngine:
 
         Collective: all ranks must call it.
         """
+        self.masters.update(self.read_masters())
+        return self.masters
+
+    def read_masters(self) -> dict[str, Tensor]:
+        """Return the trained weights by name, whole, float32, on the CPU. Collective."""
+        found = {}
         for name, parameter in self._trained():
             full = read_master(parameter)
             assert full is not None, f"{name} has no float32 master"
-            self.masters[name] = full.detach().to("cpu", torch.float32, copy=True)
-        return self.masters
+            found[name] = full.detach().to("cpu", torch.float32, copy=True)
+        return found
+
+    def trained_names(self) -> list[str]:
+        """Names of the parameters that this engine trains."""
+        return [name for name, _ in self._trained()]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors, numbers) that continue this engine exactly, at any number of ranks.
@@ -207,8 +217,8 @@ class PhaseEngine:
             if parameter.requires_grad:
                 yield name, parameter
 
-    def _set_masters(self, masters: Mapping[str, Tensor]) -> None:
-        """Replace the engine's masters, made from 16-bit weights, by the exact ones."""
+    def write_masters(self, masters: Mapping[str, Tensor]) -> None:
+        """Replace the engine's masters, made from 16-bit weights, by these exact ones."""
         for name, parameter in self._trained():
             write_master(parameter, masters[name].to(self._engine.device))
 
@@ -220,18 +230,19 @@ class PhaseEngine:
             group["lr"] = rate
         scheduler._last_lr = rates
 
-    def _flat_partitions(self) -> list[Tensor]:
+    def flat_masters(self) -> list[Tensor]:
+        """Return this rank's parts of the float32 masters, flat, one a parameter group."""
         return list(self._engine.optimizer.single_partition_of_fp32_groups)
 
     def _adam_step(self) -> int:
         states = self._engine.optimizer.optimizer.state
-        steps = [int(states[p]["step"]) for p in self._flat_partitions() if "step" in states[p]]
+        steps = [int(states[p]["step"]) for p in self.flat_masters() if "step" in states[p]]
         return max(steps, default=0)
 
     def _create_moments(self, step: int) -> None:
         """Make the optimizer state that DeepSpeed would make at its first step."""
         zero = self._engine.optimizer
-        for flat in self._flat_partitions():
+        for flat in self.flat_masters():
             count: Any = step
             if not self.ds_file.offload:
                 on_device = bool(zero.optimizer.defaults.get("fused"))

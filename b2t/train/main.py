@@ -15,6 +15,8 @@ from b2t.log import configure, logger, quiet_libraries
 from b2t.train.ds_config import DeepSpeedFile, load_ds_config
 
 EXIT_USER_ERROR = 2
+EXIT_WAITED = 4
+"""A rank waited for the others longer than stability.collective_timeout_s."""
 EXIT_FAILED = 3
 """The run cannot learn any further (non-finite gradients, collapse); the log says why."""
 
@@ -29,8 +31,9 @@ examples:
   python train_ds.py --config my.yaml --print-config
 
 The same command again goes on from the newest checkpoint in run.dir.
-exit status: 0 trained, 2 mistake in the input, 3 training failed, 75 stopped on request with a
-checkpoint (run the same command to go on), 76 left at once after a second signal.
+exit status: 0 trained, 2 mistake in the input, 3 training failed, 4 a rank did not answer the
+others in time, 75 stopped on request with a checkpoint (run the same command to go on), 76 left at
+once after a second signal.
 """
 
 
@@ -130,7 +133,7 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
     from b2t.train.build import build
     from b2t.train.callbacks import Callback
     from b2t.train.monitoring import Watch, build_monitors
-    from b2t.train.ranks import join, leave
+    from b2t.train.ranks import WaitedTooLong, join, leave, timed_out
     from b2t.train.signals import EXIT_STOPPED, StopSignals
     from b2t.train.startup import check_start, require_same_everywhere
     from b2t.train.trainer import Stopped, Trainer, TrainingFailed
@@ -178,6 +181,11 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
             os._exit(EXIT_USER_ERROR)
         return EXIT_USER_ERROR
     except Exception as error:
+        if isinstance(error, WaitedTooLong) or (ranks.world > 1 and timed_out(error)):
+            waited = isinstance(error, WaitedTooLong)
+            text = str(error) if waited else ranks.explain_wait(str(error).splitlines()[0])
+            print(f"train_ds.py: error: {text}", file=sys.stderr, flush=True)
+            os._exit(EXIT_WAITED)
         # The other ranks may wait in a collective for this one: say why, and leave at once, so
         # that the launcher ends them too.
         if "Connection reset" in str(error) or "Connection closed" in str(error):

@@ -5,8 +5,8 @@ import io
 import os
 import socket
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +16,15 @@ import torch
 import torch.distributed as dist
 
 from b2t.log import quiet_libraries
+
+
+class WaitedTooLong(Exception):  # noqa: N818  # reads as what happened
+    """A rank waited for the others until the timeout; the message says where and for what."""
+
+
+def timed_out(error: BaseException) -> bool:
+    """Whether an error of torch.distributed says that a collective took too long."""
+    return any(words in str(error) for words in ("Timed out", "timed out", "Timeout"))
 
 
 @dataclass
@@ -28,6 +37,8 @@ class Ranks:
         local_rank: number of this process on its host.
         device: where the model lives.
         control: gloo group for agreements that must not wait for the device.
+        timeout_s: how long to wait for the others.
+        place: what the run is doing, for the message when that was not enough.
     """
 
     rank: int
@@ -35,6 +46,8 @@ class Ranks:
     local_rank: int
     device: torch.device
     control: Any = None
+    timeout_s: float = 1800.0
+    place: str = "starting"
 
     @property
     def is_main(self) -> bool:
@@ -44,13 +57,15 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world > 1:
-            dist.barrier(group=self.control)
+            with self._waiting("barrier"):
+                dist.barrier(group=self.control)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Add lists of numbers over ranks, in float64 on the CPU."""
         tensor = torch.tensor(list(values), dtype=torch.float64)
         if self.world > 1:
-            dist.all_reduce(tensor, group=self.control)
+            with self._waiting(f"sum of {len(tensor)} numbers"):
+                dist.all_reduce(tensor, group=self.control)
         return tensor.tolist()
 
     def any(self, flag: bool) -> bool:
@@ -62,7 +77,8 @@ class Ranks:
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
+        with self._waiting("answer of rank 0"):
+            dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -70,8 +86,27 @@ class Ranks:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self.control)
+        with self._waiting("answers of all ranks"):
+            dist.all_gather_object(values, value, group=self.control)
         return values
+
+    @contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if not timed_out(error):
+                raise
+            raise WaitedTooLong(self.explain_wait(what)) from error
+
+    def explain_wait(self, what: str) -> str:
+        """Say what this rank waited for, where, and what to do."""
+        return (
+            f"rank {self.rank} on {socket.gethostname()}: {self.place}, waited "
+            f"{self.timeout_s:g} s for the other ranks ({what}): one of them hangs, is that much "
+            "slower, or cannot be reached. Look at the last lines of the others; the same command "
+            "goes on from the newest checkpoint. stability.collective_timeout_s sets the wait"
+        )
 
 
 def join(timeout_s: float = 1800.0) -> Ranks:
@@ -100,7 +135,7 @@ def join(timeout_s: float = 1800.0) -> Ranks:
     with redirect_stdout(io.StringIO()):  # it prints that it has built its operators
         deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
     control = dist.new_group(backend="gloo", timeout=timeout) if dist.get_world_size() > 1 else None
-    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, control)
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, control, timeout_s)
 
 
 def leave() -> None:

@@ -40,9 +40,8 @@ def check_start(trainer: "Trainer") -> None:
     error = None
     if ranks.is_main:
         try:
-            require_disk(
-                config.run.dir, checkpoint_bytes(trainer.model), config.checkpoint.keep + 1
-            )
+            size = checkpoint_bytes(trainer.model, config.optim.weight_ema is not None)
+            require_disk(config.run.dir, size, config.checkpoint.keep + 1)
         except UserError as problem:
             error = str(problem)
     error = ranks.from_main(error)
@@ -117,10 +116,12 @@ def _flatten(value: Any, prefix: str) -> Iterator[tuple[str, str]]:
 # ---- disk and memory
 
 
-def checkpoint_bytes(model: nn.Module) -> int:
-    """Largest size of a checkpoint: float32 weights, two moments of each, buffers."""
+def checkpoint_bytes(model: nn.Module, averaged: bool = False) -> int:
+    """Largest size of a checkpoint: float32 weights, moments, averages of weights, buffers."""
     weights = sum(p.numel() for p in model.parameters())
-    return 12 * weights + sum(b.numel() * b.element_size() for b in model.buffers())
+    return (16 if averaged else 12) * weights + sum(
+        b.numel() * b.element_size() for b in model.buffers()
+    )
 
 
 def require_disk(folder: Path, size: int, wanted: int) -> None:
