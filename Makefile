@@ -4,12 +4,14 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/demo
+KILLS  ?= 60
 
-.PHONY: help install demo test lint format clean-demo
+.PHONY: help install demo test soak lint format clean-demo
 
 help:
 	@echo "make demo        simulate recordings, train in three phases, evaluate (minutes on two CPU cores)"
 	@echo "make test        all tests, then those that start several ranks"
+	@echo "make soak        kill a run 60 times and compare it with one left alone (KILLS=60)"
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff format the code"
 	@echo "make clean-demo  forget the demo's data and run"
@@ -29,6 +31,9 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not distributed"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed
+
+soak: install
+	$(BIN)/python scripts/soak.py --kills $(KILLS)
 
 lint: install
 	$(BIN)/ruff format --check .
