@@ -104,7 +104,8 @@ class Wandb(Callback):
                 "or set WANDB_MODE=offline and upload later with `wandb sync`"
             ) from None
         self._define_metrics()
-        where = self._run.url or f"offline in {os.path.relpath(self._run.dir)}"
+        offline = self._run.offline
+        where = f"offline in {os.path.relpath(self._run.dir)}" if offline else self._run.url
         logger(__name__).info("wandb run %s (%s)", self.run_id, where)
 
     def on_log(self, trainer: Trainer, record: dict[str, float]) -> None:
