@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BEGIN, END = "<!-- collapse study: begin -->", "<!-- collapse study: end -->"
-MAIN = ("full", "naive", "naive-gradient", "vqp", "vqp-best", "faiss", "none")
+MAIN = ("full", "naive", "naive-ema", "vqp", "vqp-best", "faiss", "none")
 SNRS = {"snr_pooled_db": "pooled", "snr_median_db": "median", "snr_train_db": "train"}
 # Worst layer's utilization, perplexity / K mean and worst layer, dB over naive.
 TARGETS = {
@@ -113,7 +113,7 @@ def verdicts(size: str, groups: dict[str, Group]) -> str:
     if "naive" in groups:
         gain = full["snr_pooled_db"] - float(groups["naive"]["snr_pooled_db"].mean())
         checks.append((f"pooled SNR over naive ≥ +{over} dB", gain - over, "{:+.2f} dB"))
-    others = [name for name in ("vqp", "vqp-best", "faiss", "naive-gradient") if name in groups]
+    others = [name for name in ("vqp", "vqp-best", "faiss", "naive-ema") if name in groups]
     for key, label in SNRS.items() if others else ():
         best = max(others, key=lambda name: float(groups[name][key].mean()))
         lead = full[key] - float(groups[best][key].mean())
@@ -129,8 +129,8 @@ def verdicts(size: str, groups: dict[str, Group]) -> str:
 def search_table(lines: list[dict[str, Any]]) -> str:
     """The settings tried on validation epochs."""
     rows = [
-        "| setting | used, worst (%) | perplexity / K | pooled | median | train |",
-        "|---|---|---|---|---|---|",
+        "| setting | used, worst (%) | perplexity / K | SNR pooled (dB) | median |",
+        "|---|---|---|---|---|",
     ]
     for line in lines:
         plan, found = line["plan"], scalars(line["result"])
@@ -138,7 +138,7 @@ def search_table(lines: list[dict[str, Any]]) -> str:
             rows.append(
                 f"| {plan['size']} {plan['condition']} | {100 * found['utilization']:.1f} "
                 f"| {found['perplexity']:.3f} "
-                + "".join(f"| {found[key]:.2f} " for key in SNRS)
+                + "".join(f"| {found[key]:.2f} " for key in ("snr_pooled_db", "snr_median_db"))
                 + "|"
             )
     return "\n".join(rows)

@@ -11,10 +11,11 @@ vqp``; ``--on validation`` for any condition). Without it, runs train on all tra
 measured on held-out ones. Times are processor time of one thread.
 
 Conditions: full, the recipe; no-X, one of its features off; with-X, an option that it does not use;
-naive (random start, running averages with decay 0.99, straight through, nothing else) and
-naive-gradient (van den Oord et al. 2017); vqp, vector-quantize-pytorch at its defaults, and
-vqp-best, at the best of its search; faiss, residual k-means on the finished latents of none; none,
-no quantizer.
+slow-decay, running averages at 0.98; naive, a codebook loss on uniform codes within ±1/K (van den
+Oord et al. 2017, as commonly written) and naive-ema, running averages with decay 0.99 on wider
+uniform codes, both straight through and nothing else; vqp, vector-quantize-pytorch at its defaults,
+and vqp-best, at the best of its search; faiss, residual k-means on the finished latents of none;
+none, no quantizer.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from b2t.quantize import ResidualVQ  # noqa: E402
 
 CROP = 16  # frames in a training crop
 LATENT, WIDTH = 64, 128
+CLIP = 0.1  # gradient norm of encoder and of decoder
 HELD_SHIFTS = 4  # positions of the patch grid at which an epoch is measured
 
 
@@ -206,7 +208,11 @@ class Ours(NoQuantizer):
         }
         self.pass_through = options.pop("pass_through")
         self.frames_per_code = options.pop("frames_per_code")
+        narrow = options.pop("narrow_start", False)
         self.vq = ResidualVQ(LATENT, size[1], size[0], seed=seed, **options)
+        if narrow:
+            self.vq.codebooks.embed.uniform_(-1 / size[1], 1 / size[1])
+            self.vq.codebooks.push()
         self.stats: Any = None
         self.quantizing = self.pass_through == 0 and self.vq.initialized
 
@@ -305,6 +311,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no-rotation": {"rotation_trick": False},
     "no-ema": {"update_rule": "gradient"},
     "no-commitment": {"commitment": 0.0},
+    "slow-decay": {"decay": 0.98},
     "with-regularizers": {"diversity": 0.1, "perplexity": 0.05},
     "with-constant-temperature": {
         "diversity": 0.1,
@@ -319,7 +326,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "with-shared": {"shared_codebook": True},
 }
 
-NAIVE = {
+NAIVE: dict[str, Any] = {
     "pass_through": 0.0,
     "frames_per_code": 0,
     "commitment": 0.25,
@@ -328,14 +335,32 @@ NAIVE = {
     "kmeans_init": False,
     "revival": None,
     "rotation_trick": False,
-    "decay": 0.99,
 }
 
-PEER_BEST: dict[str, Any] = {}
+PEER_BEST: dict[str, Any] = {
+    "kmeans_init": True,
+    "decay": 0.95,
+    "commitment_weight": 0.25,
+}
 
-# Eight settings each, chosen among on validation epochs.
-SEARCH_OURS: list[dict[str, Any]] = [{}]
-SEARCH_PEER: list[dict[str, Any]] = [{}]
+# As many settings each, chosen among on validation epochs.
+_SLOW = {"decay": 0.98, "revival_until": 0.7}
+SEARCH_OURS: list[dict[str, Any]] = [
+    _SLOW,
+    _SLOW | {"commitment": 0.5},
+    _SLOW | {"commitment": 0.1},
+    {"decay": 0.95, "revival_until": 0.7},
+]
+_STARTED = {"kmeans_init": True, "decay": 0.95}
+SEARCH_PEER: list[dict[str, Any]] = [
+    {"kmeans_init": True},
+    {"kmeans_init": True, "threshold_ema_dead_code": 2},
+    _STARTED | {"rotation_trick": False},
+    _STARTED | {"commitment_weight": 0.25},
+    _STARTED | {"commitment_weight": 0.1},
+    _STARTED | {"commitment_weight": 0.1, "rotation_trick": False},
+    _STARTED | {"commitment_weight": 0.25, "threshold_ema_dead_code": 0.2},
+]
 
 
 # A start from 16 frames a code and 10 Lloyd steps would take longer than the training here.
@@ -351,15 +376,16 @@ def options_of(condition: str) -> tuple[str, dict[str, Any]]:
     if condition == "vqp-best":
         return "peer", PEER_BEST
     if condition == "naive":
-        return "ours", NAIVE
-    if condition == "naive-gradient":
-        return "ours", NAIVE | {"update_rule": "gradient", "codebook_gradient_scale": 1.0}
+        gradient = {"update_rule": "gradient", "codebook_gradient_scale": 1.0}
+        return "ours", NAIVE | gradient | {"narrow_start": True}
+    if condition == "naive-ema":
+        return "ours", NAIVE | {"decay": 0.99}
     if condition == "full":
         return "ours", RECIPE
     return "ours", RECIPE | ABLATIONS[condition]
 
 
-CONDITIONS = ("full", *ABLATIONS, "naive", "naive-gradient", "vqp", "vqp-best", "faiss", "none")
+CONDITIONS = ("full", *ABLATIONS, "naive", "naive-ema", "vqp", "vqp-best", "faiss", "none")
 
 
 # ---- one run
@@ -471,7 +497,10 @@ class Run:
         loss = F.mse_loss(self.model.decode(quantized), target) + loss
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        # Quantizers differ in the size of the gradient they hand to the encoder (the peer's is Q
+        # times larger); clipped together, that alone would decide how far steps are evened out.
+        for part in (self.model.encoder, self.model.decoder):
+            nn.utils.clip_grad_norm_(part.parameters(), CLIP)
         optimizer.step()
         began = time.process_time()
         self.revived += self.quantizer.update(progress)
@@ -502,7 +531,7 @@ class Run:
         for signal in self._grids(self.test):
             test.add(signal, *self._reconstruct(signal))
         trained = Tally(layers, codes)
-        for signal in self._grids(self.train[: len(self.test)], shifts=1):
+        for signal in self._grids(self.train[:: len(self.train) // len(self.test)], shifts=1):
             trained.add(signal, *self._reconstruct(signal))
         steps = self.plan.steps
         result = test.result() | {"snr_train_db": trained.pooled_snr()}
