@@ -21,3 +21,34 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real recordings at {folder}; set B2T_REAL_DATA to test on them")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_trials(tmp_path_factory) -> Path:
+    """A dataset folder of 36 short random trials of 6 channels, with text and phonemes."""
+    import numpy as np
+    from datasets import Dataset, DatasetDict
+
+    from b2t.data.trials import trial_features
+
+    generator = np.random.default_rng(0)
+    splits = {}
+    for split, count in (("train", 36), ("val", 6)):
+        rows = [
+            {
+                "signal": generator.standard_normal((20 + 3 * index % 31, 6)).astype("float32"),
+                "text": f"say {index}",
+                "phonemes": [1 + index % 40, 40],
+                "session": f"day{index % 2}",
+                "subject": "s",
+                "block": 0,
+                "trial": index,
+                "sampling_rate": 50.0,
+                "split": split,
+            }
+            for index in range(count)
+        ]
+        splits[split] = Dataset.from_list(rows, features=trial_features(6))
+    folder = tmp_path_factory.mktemp("trials") / "data"
+    DatasetDict(splits).save_to_disk(str(folder))
+    return folder

@@ -1,0 +1,257 @@
+"""Checks before the first step, and the dry batch that must leave no trace."""
+
+import json
+import os
+import re
+import shutil
+from collections import namedtuple
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from b2t.config import load_config
+from b2t.errors import UserError
+from b2t.train import startup
+from b2t.train.build import build
+from b2t.train.callbacks import Callback
+from b2t.train.ds_config import load_ds_config
+from b2t.train.ranks import Ranks, join, leave
+from b2t.train.trainer import Trainer
+
+Usage = namedtuple("Usage", "total used free")
+
+SMALL = """
+    model.encoder.dim=16 model.encoder.depth=1 model.encoder.heads=2 model.signal_decoder.depth=1
+    model.signal_decoder.heads=2 model.text_decoder.dim=16 model.text_decoder.depth=1
+    model.text_decoder.heads=2 model.text_decoder.ffn_dim=16 model.text_decoder.tokenizer=byte
+    model.quantizer.codebook_size=8 model.quantizer.num_quantizers=2 codebook_start.after_steps=2
+    codebook_start.frames_per_code=2 evaluation.every=3 evaluation.decode_trials=0
+    phases.0.steps=5 phases.1.steps=2 phases.2.steps=2 checkpoint.every=3 log.every=1
+    log.progress=false log.report=false
+""".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    """A process group of one, whose traces are removed."""
+    environment = dict(os.environ)
+    os.environ["B2T_THREADS"] = "1"
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    threads = torch.get_num_threads()
+    yield join()
+    leave()
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.fixture
+def ds_file(tmp_path):
+    content = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {
+            "stage": 2,
+            "overlap_comm": False,
+            "reduce_bucket_size": 20000,
+            "allgather_bucket_size": 20000,
+        },
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    return load_ds_config(tmp_path / "ds.json")
+
+
+class Losses(Callback):
+    """Keeps every logged number that does not measure time."""
+
+    def __init__(self):
+        self.records = []
+
+    def on_log(self, trainer, record):
+        self.records.append({k: v for k, v in record.items() if not re.match("time|through", k)})
+
+    on_eval = on_log
+
+
+def trainer_for(data, run, ds_file, ranks, *overrides):
+    config = load_config("demo", [f"data.path={data}", f"run.dir={run}", *SMALL, *overrides])
+    torch.manual_seed(len(overrides))  # results must not depend on what was drawn before
+    return Trainer(config, ds_file, build(config), ranks, [Losses()])
+
+
+def fitted(*arguments):
+    trainer = trainer_for(*arguments)
+    trainer.store.folder.mkdir(parents=True)
+    startup.check_start(trainer)
+    trainer.fit()
+    return trainer
+
+
+def assert_bitwise(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_training_is_bitwise_the_same_with_and_without(tiny_trials, tmp_path, ds_file, one_rank):
+    runs = [
+        fitted(tiny_trials, tmp_path / name, ds_file, one_rank, f"stability.dry_batch={name}")
+        for name in ("true", "false")
+    ]
+    assert_bitwise(runs[0].masters, runs[1].masters)
+    assert_bitwise(*(dict(run.model.named_buffers()) for run in runs))
+    assert runs[0].callbacks[0].records == runs[1].callbacks[0].records
+
+
+def test_a_dry_batch_computes_and_leaves_no_trace(tiny_trials, tmp_path, ds_file, one_rank):
+    trainer = trainer_for(tiny_trials, tmp_path, ds_file, one_rank)
+    model = trainer.model
+    shapes, gradients = [], []
+    hooks = [
+        model.encoder.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape)),
+        list(model.signal_decoder.parameters())[-1].register_hook(
+            lambda g: gradients.append(g.norm())
+        ),
+    ]
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    wanted = {n: p.requires_grad for n, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    startup.dry_batches(trainer, trainer.config.phases)
+    for hook in hooks:
+        hook.remove()
+    assert_bitwise(model.state_dict(), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == wanted
+    assert all(p.grad is None for p in model.parameters())
+    assert not model.quantizer.initialized
+    lengths = sorted(trainer.plan.lengths)[-4:]
+    assert len(shapes) >= 3 and all(shape[0] == 4 for shape in shapes)
+    assert all(shape[1] >= lengths[-1] for shape in shapes), "the longest trial is in the batch"
+    assert len(gradients) == 3 and all(norm > 0 for norm in gradients), "one backward per phase"
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_dry_batch_runs_in_the_precision_of_the_engine(
+    tiny_trials, tmp_path, ds_file, one_rank, precision
+):
+    import dataclasses
+
+    trainer = trainer_for(
+        tiny_trials, tmp_path, dataclasses.replace(ds_file, precision=precision), one_rank
+    )
+    seen = set()
+    weight = next(trainer.model.signal_decoder.parameters())
+    trainer.model.encoder.register_forward_pre_hook(lambda m, args: seen.add(weight.dtype))
+    startup.dry_batches(trainer, trainer.config.phases[:1])
+    assert seen == {{"fp16": torch.float16, "bf16": torch.bfloat16}[precision]}
+    assert weight.dtype == torch.float32
+
+
+def test_out_of_memory_says_where_and_what_to_do(
+    tiny_trials, tmp_path, ds_file, one_rank, monkeypatch
+):
+    trainer = trainer_for(tiny_trials, tmp_path, ds_file, one_rank)
+
+    def fail(*arguments, **keywords):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(type(trainer.model), "forward", fail)
+    with pytest.raises(UserError) as caught:
+        startup.check_start(trainer)
+    text = str(caught.value)
+    assert "phase tokenizer with the 4 longest trials" in text and "Tried to allocate 9 GiB" in text
+    assert "train_micro_batch_size_per_gpu (now 4)" in text and str(ds_file.path) in text
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_other_errors_are_not_called_out_of_memory():
+    assert not startup.out_of_memory(RuntimeError("shapes do not match"))
+    assert startup.out_of_memory(
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes")
+    )
+
+
+def test_room_for_less_than_one_checkpoint_is_refused(monkeypatch, tmp_path):
+    warned = []
+    monkeypatch.setattr(startup.log, "warning", lambda text, *args: warned.append(text % args))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2 * 2**30))
+    with pytest.raises(UserError, match=r"2\.00 GiB free, a checkpoint takes up to 2\.50 GiB"):
+        startup.require_disk(tmp_path, 5 * 2**29, 3)
+    startup.require_disk(tmp_path, 2**29, 3)
+    assert not warned
+    startup.require_disk(tmp_path, 2**30, 3)
+    assert "up to 3 are on disk at once" in warned[0]
+
+
+def parts():
+    model = nn.Module()
+    model.encoder = nn.Linear(10, 10, bias=False)
+    model.signal_decoder = nn.Linear(10, 5, bias=False)
+    model.register_buffer("codes", torch.zeros(7))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("trainable", "precision", "stage", "offload", "world", "expected"),
+    [
+        (["encoder", "signal_decoder"], "fp16", 2, False, 2, (300, 150, 900, 28)),
+        (["encoder"], "fp16", 1, False, 2, (300, 200, 600, 28)),
+        (["encoder", "adapter"], "fp32", 2, False, 1, (600, 400, 1200, 28)),
+        (["encoder", "signal_decoder"], "bf16", 2, True, 4, (300, 76, 0, 28)),
+    ],
+)
+def test_memory_by_hand(trainable, precision, stage, offload, world, expected):
+    ds_file = SimpleNamespace(precision=precision, zero_stage=stage, offload=offload)
+    phase = SimpleNamespace(trainable=trainable)
+    memory = startup.estimate_memory(parts(), phase, ds_file, world)
+    found = (memory.weights, memory.gradients, memory.optimizer, memory.buffers)
+    assert found == expected and memory.total == sum(expected)
+
+
+def test_the_size_of_a_checkpoint_is_that_of_the_files(tiny_trials, tmp_path, ds_file, one_rank):
+    trainer = fitted(tiny_trials, tmp_path, ds_file, one_rank, "stability.dry_batch=false")
+    newest = trainer.store.folder / f"step-{trainer.store.steps()[-1]:08d}"
+    written = sum(file.stat().st_size for file in newest.glob("*.safetensors"))
+    estimate = startup.checkpoint_bytes(trainer.model)
+    assert 0.8 * estimate < written < 1.2 * estimate
+
+
+class Others(Ranks):
+    """A rank whose neighbours answer what a test says."""
+
+    def __init__(self, answers):
+        super().__init__(0, 1 + len(answers), 0, torch.device("cpu"))
+        self.answers = answers
+
+    def gather(self, value):
+        return [value, *self.answers]
+
+
+def test_ranks_that_run_something_else_are_named(ds_file):
+    config = load_config("demo")
+    same = startup.identity(config, ds_file)
+    startup.require_same_everywhere(Others([("b", same)]), config, ds_file)
+    other = startup.identity(load_config("demo", ["optim.eps=0.5"]), ds_file)
+    with pytest.raises(UserError, match=r"rank 2 on c: config optim.eps: 0.5, rank 0 has 1e-08"):
+        startup.require_same_everywhere(Others([("b", same), ("c", other)]), config, ds_file)
+    old = {**same, "b2t sources": "0"}
+    with pytest.raises(UserError, match="rank 1 on b: b2t sources: 0, rank 0 has"):
+        startup.require_same_everywhere(Others([("b", old)]), config, ds_file)
+
+
+def test_the_hash_of_sources_sees_every_byte_and_name(tmp_path):
+    package = SimpleNamespace(__file__=str(tmp_path / "__init__.py"))
+    (tmp_path / "__init__.py").write_text("a")
+    (tmp_path / "x.py").write_text("b")
+    first = startup.hash_sources(package)
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "x.pyc").write_text("c")
+    assert startup.hash_sources(package) == first
+    (tmp_path / "x.py").rename(tmp_path / "y.py")
+    renamed = startup.hash_sources(package)
+    (tmp_path / "y.py").write_text("c")
+    assert len({first, renamed, startup.hash_sources(package)}) == 3
