@@ -244,9 +244,11 @@ class Report(Callback):
             )
 
     def on_end(self, trainer: Trainer) -> None:
-        """Write it."""
+        """Write it; not when a scheduler waits for the run to leave."""
         if self._writer is not None:
             self._writer.wait()
+        if trainer.outcome == "stopped on request":
+            return
         path = try_write_report(self.folder)
         if path is not None:
             logger(__name__).info("report %s", path)
