@@ -11,11 +11,11 @@ vqp``; ``--on validation`` for any condition). Without it, runs train on all tra
 measured on held-out ones. Times are processor time of one thread.
 
 Conditions: full, the recipe; no-X, one of its features off; with-X, an option that it does not use;
-slow-decay, running averages at 0.98; naive, a codebook loss on uniform codes within ±1/K (van den
-Oord et al. 2017, as commonly written) and naive-ema, running averages with decay 0.99 on wider
-uniform codes, both straight through and nothing else; vqp, vector-quantize-pytorch at its defaults,
-and vqp-best, at the best of its search; faiss, residual k-means on the finished latents of none;
-none, no quantizer.
+slow-decay, running averages at 0.98; early-revival, of codes under 0.3 × uniform use; naive, a
+codebook loss on uniform codes within ±1/K (van den Oord et al. 2017, as commonly written) and
+naive-ema, running averages with decay 0.99 on wider uniform codes, both straight through and
+nothing else; vqp, vector-quantize-pytorch at its defaults, and vqp-best, at the best of its search;
+faiss, residual k-means on the finished latents of none; none, no quantizer.
 """
 
 import argparse
@@ -312,6 +312,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no-ema": {"update_rule": "gradient"},
     "no-commitment": {"commitment": 0.0},
     "slow-decay": {"decay": 0.98},
+    "early-revival": {"revival_threshold": 0.3},
     "with-regularizers": {"diversity": 0.1, "perplexity": 0.05},
     "with-constant-temperature": {
         "diversity": 0.1,
@@ -337,10 +338,12 @@ NAIVE: dict[str, Any] = {
     "rotation_trick": False,
 }
 
+# Best mean of the three SNRs on validation epochs.
 PEER_BEST: dict[str, Any] = {
     "kmeans_init": True,
     "decay": 0.95,
-    "commitment_weight": 0.25,
+    "commitment_weight": 0.1,
+    "rotation_trick": False,
 }
 
 # As many settings each, chosen among on validation epochs.
