@@ -1,0 +1,66 @@
+"""Between log steps nothing reads a tensor that would live on the device, but what is listed."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.distributed
+
+ON_THE_CPU = {
+    "b2t/train/ranks.py:sum": "sums of the CPU group",
+    "b2t/train/trainer.py:_totals": "counts of a batch before it is moved to the device",
+    "b2t/quantize/residual_vq.py:_revives_next": "clocks of the quantizer, which stay on the CPU",
+    "b2t/quantize/residual_vq.py:initialized": "the same",
+    "b2t/quantize/residual_vq.py:temperature": "the same",
+    "b2t/quantize/residual_vq.py:_draw": "the same",
+}
+
+NEEDED = {
+    "b2t/quantize/residual_vq.py:_valid_latents": "rows of real frames: the search skips the rest",
+    "b2t/quantize/residual_vq.py:_revive": "whether a code is dead, every revival_every steps",
+    "b2t/quantize/revival.py:parents_of": "which codes to split, where one is dead",
+    "b2t/quantize/revival.py:revive_layer": "the same",
+    "b2t/quantize/revival.py:dead_codes": "the same",
+    "b2t/quantize/revival.py:_split": "the same",
+    "b2t/model/text_decoder.py:forward": "transformers looks whether the mask hides anything",
+    "b2t/train/engine.py:step": "DeepSpeed looks for overflow and clips",
+}
+
+
+@pytest.fixture(scope="module")
+def reads(training, tiny):
+    """Places that read, and how often, in all steps but those that log."""
+    config = tiny(
+        phases=[{"name": "joint", "steps": 24, "lr": 1e-3, "warmup_steps": 2}],
+        log={"every": 6, "progress": False, "report": False},
+        monitor={"window": 8},
+    )
+    done = training.run(
+        "reads",
+        config=config,
+        launcher="python",
+        ranks=1,
+        script="tests/distributed/reads_driver.py",
+    )
+    found = json.loads((done.folder / "reads.json").read_text("utf-8"))
+    assert found["steps"] == 20
+    return found["reads"]
+
+
+def test_only_listed_places_read(reads):
+    assert set(reads) <= {*ON_THE_CPU, *NEEDED}
+
+
+def test_monitors_read_nothing(reads):
+    assert not [place for place in reads if "monitor" in place or "window" in place]
+
+
+def test_the_probe_sees_what_is_known_to_read(reads):
+    """A probe that is blind would pass the tests above."""
+    known = ("b2t/train/ranks.py:sum", "b2t/train/trainer.py:_totals")
+    known += ("b2t/quantize/residual_vq.py:_valid_latents", "b2t/train/engine.py:step")
+    assert set(known) <= set(reads)
+
+
+def test_frames_are_counted_once_a_step(reads):
+    assert reads["b2t/quantize/residual_vq.py:_valid_latents"] == 20
