@@ -26,6 +26,7 @@ Component = Literal[
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 """Names of the parts of `BrainToText` that a phase can train or freeze."""
 
+Schedule = Literal["cosine", "linear", "constant"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -318,8 +319,12 @@ class PhaseConfig(Section):
     """Factor on `lr` for single components."""
     warmup_steps: Annotated[int, Field(ge=0)] = 2000
     """Applied steps of linear warm-up from 0 to the peak."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     """Course of the learning rate after warm-up."""
+    component_schedule: dict[Component, Schedule] | None = None
+    """Another course for single components."""
+    component_warmup_steps: dict[Component, Annotated[int, Field(ge=0)]] | None = None
+    """Another warm-up for single components."""
     min_lr_fraction: Fraction = 0.1
     """Where the decay ends, as a fraction of `lr`."""
     revival: bool = True

@@ -7,7 +7,8 @@ it trains. Adam's moments start fresh with each phase, behind its warm-up. What 
 the float32 masters: a 16-bit engine keeps only rounded weights in the module.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class PhaseEngine:
             model=model,
             optimizer=optimizer,
             model_parameters=[p for g in groups for p in g["params"]],
-            lr_scheduler=lambda inner: LambdaLR(inner, lambda step: lr_factor(step, phase)),
+            lr_scheduler=lambda inner: LambdaLR(inner, _courses(inner.param_groups, phase)),
             config=_with_quiet_defaults(ds_file.engine_config()),
             dist_init_required=False,
         )
@@ -265,6 +266,12 @@ class PhaseEngine:
         zero = self._engine.optimizer
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
+
+
+def _courses(groups: list[dict], phase: PhaseConfig) -> list[Callable[[int], float]]:
+    """Learning-rate factor of each parameter group, by its component."""
+    components = [group["name"].split("/")[0] for group in groups]
+    return [partial(lr_factor, phase=phase, component=name) for name in components]
 
 
 def read_master(parameter: nn.Parameter) -> Tensor | None:

@@ -5,13 +5,18 @@ import math
 from b2t.config import PhaseConfig
 
 
-def lr_factor(step: int, phase: PhaseConfig) -> float:
-    """Factor on the peak learning rate for the update that follows `step` applied ones."""
-    if step < phase.warmup_steps:
-        return (step + 1) / phase.warmup_steps
-    if phase.schedule == "constant":
+def lr_factor(step: int, phase: PhaseConfig, component: str | None = None) -> float:
+    """Factor on the peak learning rate for the update that follows `step` applied ones.
+
+    A component has the phase's warm-up and course where it has none of its own.
+    """
+    warmup = (phase.component_warmup_steps or {}).get(component, phase.warmup_steps)  # type: ignore[call-overload]  # any name may be asked for
+    schedule = (phase.component_schedule or {}).get(component, phase.schedule)  # type: ignore[call-overload]  # as above
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
         return 1.0
-    span = max(1, phase.steps - phase.warmup_steps)
-    done = min(1.0, (step - phase.warmup_steps) / span)
-    course = 0.5 * (1 + math.cos(math.pi * done)) if phase.schedule == "cosine" else 1 - done
+    span = max(1, phase.steps - warmup)
+    done = min(1.0, (step - warmup) / span)
+    course = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
     return phase.min_lr_fraction + (1 - phase.min_lr_fraction) * course
