@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -173,12 +174,27 @@ def wait_for_start(ranks: Ranks) -> None:
         time.sleep(0.005)
 
 
+def saving(ranks: Ranks) -> bool:
+    """Whether a checkpoint or an export of these ranks is half written."""
+    for path in (ranks.folder / "checkpoints").glob(".writing-*"):
+        with suppress(FileNotFoundError):
+            if path.stat().st_mtime > ranks.started:
+                return True
+    return False
+
+
+def wait_for_save(ranks: Ranks) -> None:
+    """Wait until a run writes a checkpoint."""
+    while None in ranks.poll() and not saving(ranks):
+        time.sleep(0.001)
+
+
 def kill_and_resume(options: argparse.Namespace, data: Path, seconds: float) -> list[dict]:
     """Kill the run `--kills` times, then let it finish; return what each kill hit.
 
     Most kills fall within the time that half of the training takes, counted from its start or
-    resume; one in eight falls earlier. A run that finishes before the kills are used up must be
-    equal too; a new one takes the rest.
+    resume; one in eight may fall earlier, and one in four waits for a save. A run that finishes
+    before the kills are used up must be equal too; a new one takes the rest.
     """
     generator = random.Random(options.seed)
     deadline = time.monotonic() + 60 * options.minutes
@@ -192,13 +208,16 @@ def kill_and_resume(options: argparse.Namespace, data: Path, seconds: float) -> 
             moment = time.monotonic() + generator.uniform(0.0, 0.5 * seconds)
         while time.monotonic() < moment and None in ranks.poll():
             time.sleep(0.002)
+        if generator.random() < 1 / 4:
+            wait_for_save(ranks)
+            time.sleep(generator.uniform(0.0, 0.02))
         if None not in ranks.poll():
             if any(ranks.poll()):
                 raise SystemExit(f"a resumed run failed with statuses {ranks.poll()}")
             start_over(options)
             continue
-        writing = any((options.out / "killed" / "checkpoints").glob(".writing-*"))
         ranks.kill()
+        writing = saving(ranks)
         kills.append({"step": newest_step(options.out / "killed"), "while_saving": writing})
         print(f"kill {len(kills)}: {kills[-1]}", flush=True)
     status = finish(Ranks(options, data, "killed"))
