@@ -86,7 +86,7 @@ def plots_of(run: RunData) -> list[Plot]:
         (
             "loss_scale",
             "Loss scale and skipped steps",
-            bool(run.names("optim/loss_scale") or run.names("optim/skipped_steps")),
+            _scale_moves(run),
             lambda axes: _scale(axes, run),
         ),
         (
@@ -320,8 +320,8 @@ def _losses(axes: Axes, run: RunData, names: list[str]) -> None:
     if everything and min(everything) > 0:
         axes.set_yscale("log")
     axes.set_ylabel("loss")
-    axes.legend(ncols=2)
     _time_axis(axes, run)
+    axes.figure.legend(loc="outside lower center", ncols=3)
 
 
 def _smooth(values: list[float]) -> list[float]:
@@ -356,8 +356,14 @@ def _lines(axes: Axes, run: RunData, names: list[str], unit: str, log: bool = Fa
     if log and positive:
         axes.set_yscale("log")
     axes.set_ylabel(unit)
-    axes.legend(ncols=2)
     _time_axis(axes, run)
+    axes.figure.legend(loc="outside lower center", ncols=3)
+
+
+def _scale_moves(run: RunData) -> bool:
+    """Whether there is a loss scale to draw (without fp16 it is 1 for ever) or a skipped step."""
+    scale, skipped = (run.series(f"optim/{name}")[1] for name in ("loss_scale", "skipped_steps"))
+    return any(value != 1 for value in scale) or any(skipped)
 
 
 def _scale(axes: Axes, run: RunData) -> None:

@@ -95,14 +95,15 @@ ul { padding-left: 1.2rem; } li { margin: .35rem 0; max-width: 85ch; }
 </tbody></table></div>
 {% if s.scores %}
 <h2>Decoding{% if summaries|length > 1 %} of {{ s.name }}{% endif %}</h2>
-<div class="wide"><table>
+<div class="wide"><table class="stack">
 <thead><tr><th></th><th>model</th><th>95 % interval</th><th>on noise</th><th>shuffled</th></tr>
 </thead>
 <tbody>
 {% for row in s.scores %}
-<tr><td>{{ row.label }}</td><td class="number">{{ row.value }}</td>
-<td class="number">{{ row.interval }}</td><td class="number">{{ row.noise }}</td>
-<td class="number">{{ row.shuffled }}</td></tr>
+<tr><td>{{ row.label }}</td><td class="number" data-label="model">{{ row.value }}</td>
+<td class="number" data-label="95 % interval">{{ row.interval }}</td>
+<td class="number" data-label="on noise">{{ row.noise }}</td>
+<td class="number" data-label="shuffled">{{ row.shuffled }}</td></tr>
 {% endfor %}
 </tbody></table></div>
 {% endif %}
