@@ -66,12 +66,14 @@ class ReconstructionMonitor:
         self.best_db: float | None = None
         self._ring: Tensor | None = None
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
+        self._distances: dict[str, float] = {}
 
     def update(self, context: StepContext) -> None:
         """Add the last micro-batch of one applied step. Collective: every rank must call."""
         if context.phase != self.phase:
             self.phase, self.best_db, self._ring, self._last = context.phase, None, None, None
             self.calls = self.seen = 0
+            self._distances = {}
         if context.reconstruction is None or context.target is None:
             return
         self.calls += 1
@@ -112,8 +114,7 @@ class ReconstructionMonitor:
         if math.isfinite(snr):
             self.best_db = snr if self.best_db is None else max(self.best_db, snr)
             found["snr_drop_db"] = self.best_db - snr
-        if self._last is not None:
-            found.update(self._spectral_distances(*self._last))
+        found.update(self._last_distances())
         return {f"reconstruction/{name}": value for name, value in found.items()}
 
     def sample(self) -> dict[str, Any] | None:
@@ -130,7 +131,8 @@ class ReconstructionMonitor:
         """Return the window, the same on all ranks."""
         ring = None if self._ring is None else pack(self._ring)
         names = ("phase", "calls", "seen", "best_db")
-        return {**{name: getattr(self, name) for name in names}, "ring": ring}
+        values = {name: getattr(self, name) for name in names}
+        return {**values, "ring": ring, "distances": self._last_distances()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a window; one of another length starts anew."""
@@ -140,6 +142,13 @@ class ReconstructionMonitor:
         for name in ("phase", "calls", "seen", "best_db"):
             setattr(self, name, state[name])
         self._ring = ring
+        self._distances = dict(state.get("distances", {}))
+
+    def _last_distances(self) -> dict[str, float]:
+        """Spectral distances of the last measured micro-batch, also of one before a resume."""
+        if self._last is not None:
+            self._distances = self._spectral_distances(*self._last)
+        return self._distances
 
     def _spectral_distances(self, output: Tensor, target: Tensor, mask: Tensor) -> dict[str, float]:
         few = (output[:_SPECTRAL_TRIALS], target[:_SPECTRAL_TRIALS], mask[:_SPECTRAL_TRIALS])

@@ -152,3 +152,15 @@ def test_resume_keeps_the_rhythm_of_measurements(stop):
     second = ReconstructionMonitor(50.0, window=9, every=3)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert run(second, contexts[stop:]).metrics() == straight.metrics()
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_log_step_between_measurements_says_the_same_after_a_resume(stop):
+    contexts = [batch(n) for n in range(stop + 1)]
+    straight = run(ReconstructionMonitor(50.0, window=9, every=5), contexts)
+    first = run(ReconstructionMonitor(50.0, window=9, every=5), contexts[:stop])
+    second = ReconstructionMonitor(50.0, window=9, every=5)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    resumed = run(second, contexts[stop:]).metrics()
+    assert resumed == straight.metrics()
+    assert any("spectral" in name for name in resumed)
