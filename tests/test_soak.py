@@ -1,0 +1,54 @@
+"""The comparison at the end of `make soak` sees every kind of difference."""
+
+import importlib.util
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+
+@pytest.fixture
+def soak(repository, monkeypatch):
+    spec = importlib.util.spec_from_file_location("soak", repository / "scripts" / "soak.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "transcripts", lambda folder: (folder / "said").read_text())
+    return module
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for name in ("alone", "killed"):
+        step = tmp_path / name / "checkpoints" / "step-00000009"
+        best = tmp_path / name / "checkpoints" / "best"
+        step.mkdir(parents=True)
+        best.mkdir()
+        for file in (step / "weights", step / "moments", best / "model"):
+            save_file({"a": np.array([0.0, 1.0])}, file.with_suffix(".safetensors"))
+        record = {"step": 1, "loss/total": 2.0, "time/step_s": 1.0 if name == "alone" else 2.0}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        (tmp_path / name / "said").write_text("hello")
+    return tmp_path / "alone", tmp_path / "killed"
+
+
+def test_equal_runs_may_differ_in_time(soak, runs):
+    assert soak.compare(*runs) == []
+
+
+@pytest.mark.parametrize("name", ["step-00000009/weights", "step-00000009/moments", "best/model"])
+def test_one_bit(soak, runs, name):
+    save_file({"a": np.array([-0.0, 1.0])}, runs[1] / "checkpoints" / f"{name}.safetensors")
+    assert soak.compare(*runs) == [f"checkpoints/{name}.safetensors differs"]
+
+
+def test_a_loss_a_word_and_a_lost_checkpoint(soak, runs):
+    (runs[1] / "metrics.jsonl").write_text('{"step": 1, "loss/total": 2.0000000000000004}\n')
+    (runs[1] / "said").write_text("hallo")
+    shutil.rmtree(runs[1] / "checkpoints" / "best")
+    assert soak.compare(*runs) == [
+        "checkpoints/best/model.safetensors differs",
+        "metrics.jsonl differs",
+        "decoded text differs",
+    ]
