@@ -1,6 +1,8 @@
 """How training goes: shares and trends of the losses, gradient norms, memory, utilization."""
 
 import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,21 +12,22 @@ from b2t.monitor.context import StepContext
 from b2t.monitor.state import pack, unpack
 
 PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-    "RTX A6000": 154.8e12,
-    "RTX A5500": 136.4e12,
-    "RTX A5000": 111.1e12,
-    "V100": 125e12,
-    "T4": 65e12,
+    r"H200": 989e12,
+    r"H100 80GB HBM3": 989e12,
+    r"H100 PCIe": 756e12,
+    r"A100\b.*": 312e12,
+    r"L40S": 362e12,
+    r"RTX 4090": 165.2e12,
+    r"RTX 3090": 71e12,
+    r"RTX A6000": 154.8e12,
+    r"RTX A5500": 136.4e12,
+    r"RTX A5000": 111.1e12,
+    r"V100-SXM2.*": 125e12,
+    r"T4": 65e12,
 }
-"""Dense 16-bit tensor-core operations per second by part of the device's name (vendor's data
-sheets, without sparsity). A device that is not listed has no MFU."""
+"""Dense 16-bit tensor-core operations per second, accumulated in float32, by pattern of the whole
+name behind NVIDIA, Tesla or GeForce (vendor's data sheets, without sparsity). Laptop and other
+variants have other peaks: a device that is not listed has no MFU."""
 
 
 class TrainingMonitor:
@@ -45,9 +48,9 @@ class TrainingMonitor:
     Args:
         window: applied steps looked back on.
         smoothing: decay of the exponential mean.
-        flops_per_frame: operations of forward and backward per latent frame, see
-            `training_flops`; None leaves out MFU.
-        recomputed: extra operations through activation checkpointing, as a fraction of those.
+        flops_per_frame: operations of forward and backward per latent frame in 16 bit, one number
+            or one for each phase by name; None leaves out MFU.
+        recomputed: operations executed beyond those, as a fraction of them, in the same form.
         device: device whose memory and peak count.
         world: number of ranks, all with the same device.
     """
@@ -57,8 +60,8 @@ class TrainingMonitor:
         *,
         window: int = 100,
         smoothing: float = 0.98,
-        flops_per_frame: float | None = None,
-        recomputed: float = 0.0,
+        flops_per_frame: float | Mapping[str, float] | None = None,
+        recomputed: float | Mapping[str, float] = 0.0,
         device: torch.device | str = "cpu",
         world: int = 1,
     ) -> None:
@@ -179,34 +182,24 @@ class TrainingMonitor:
             return {}
         found = {"throughput/steps_per_s": len(self._seconds) / seconds}
         peak = peak_flops(self.device)
-        if self.flops_per_frame and self._frames and peak:
+        per_frame = self._of_phase(self.flops_per_frame)
+        if per_frame and self._frames and peak:
             frames = sum(float(frames) for frames in self._frames)
-            mfu = self.flops_per_frame * frames / (seconds * peak * self.world)
+            mfu = per_frame * frames / (seconds * peak * self.world)
             found["throughput/mfu"] = mfu
-            found["throughput/hfu"] = mfu * (1 + self.recomputed)
+            found["throughput/hfu"] = mfu * (1 + (self._of_phase(self.recomputed) or 0.0))
         return found
 
-
-def training_flops(parameters: int, attended: int = 0, width: int = 0, layers: int = 0) -> float:
-    """Operations of forward and backward per frame of a transformer.
-
-    6·parameters + 12·layers·width·attended, as in Chowdhery et al. 2022 (PaLM), appendix B.
-
-    Args:
-        parameters: those that every frame passes through; embeddings looked up do not count.
-        attended: frames that a frame attends to.
-        width: of the transformer.
-        layers: of the transformer.
-    """
-    return 6.0 * parameters + 12.0 * layers * width * attended
+    def _of_phase(self, value: float | Mapping[str, float] | None) -> float | None:
+        return value.get(self.phase or "") if isinstance(value, Mapping) else value
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Peak 16-bit operations per second of a known GPU, else None."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    name = re.sub(r"^((NVIDIA|Tesla|GeForce) )+", "", torch.cuda.get_device_name(device))
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.fullmatch(part, name)), None)
 
 
 def _slopes(course: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ and clipping; the optimizer and its schedule are set per phase in the configurat
 """
 
 import difflib
+import importlib.util
 import json
 import re
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ def load_ds_config(path: str | Path) -> DeepSpeedFile:
     raw = _read(path)
     for key in raw:
         _check_key(key, path)
+    _check_tensorboard(raw, path)
     micro_batch = _positive_int(raw, "train_micro_batch_size_per_gpu", path)
     accumulation = _positive_int(raw, "gradient_accumulation_steps", path)
     clipping = raw.get("gradient_clipping")
@@ -137,6 +139,16 @@ def _check_key(key: str, path: Path) -> None:
     close = difflib.get_close_matches(key, _KNOWN_KEYS, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else f"known keys: {sorted(_KNOWN_KEYS)}"
     raise UserError(f"{path}: {key}: unknown key (DeepSpeed would ignore it); {hint}")
+
+
+def _check_tensorboard(raw: dict[str, Any], path: Path) -> None:
+    section = raw.get("tensorboard", {})
+    on = isinstance(section, dict) and section.get("enabled")
+    if on and importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            f"{path}: tensorboard.enabled: the package tensorboard is not installed; "
+            "`pip install tensorboard`, or use csv_monitor"
+        )
 
 
 def _positive_int(raw: dict[str, Any], key: str, path: Path) -> int:

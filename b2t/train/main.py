@@ -130,8 +130,10 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
     """Join the ranks, build, fit; return the exit status."""
     import torch
 
+    from b2t.monitor.training import peak_flops
     from b2t.train.build import build
     from b2t.train.callbacks import Callback
+    from b2t.train.flops import flops_of_phases
     from b2t.train.monitoring import Watch, build_monitors
     from b2t.train.ranks import WaitedTooLong, join, leave, timed_out
     from b2t.train.signals import EXIT_STOPPED, StopSignals
@@ -151,7 +153,9 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
         require_same_everywhere(ranks, config, ds_file)
         ds_file = keep_global_batch(ds_file, config.run.dir, ranks.world)
         materials = build(config)
-        monitors = build_monitors(config.monitor, materials, ranks)
+        known = peak_flops(ranks.device) is not None and ds_file.precision != "fp32"
+        flops = flops_of_phases(config, materials, ds_file.accumulation) if known else None
+        monitors = build_monitors(config.monitor, materials, ranks, flops)
         callbacks: list[Callback] = [Watch(monitors)]
         if ranks.is_main:
             callbacks += main_callbacks(config, monitors)

@@ -1,5 +1,6 @@
 """Monitors and alerts as hooks of the trainer."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from b2t.config import MonitorConfig
@@ -13,6 +14,7 @@ from b2t.monitor.reconstruction import ReconstructionMonitor
 from b2t.monitor.rules import RULE_SETS
 from b2t.monitor.training import TrainingMonitor
 from b2t.train.callbacks import Callback
+from b2t.train.flops import StepFlops
 
 
 def alert_rules(config: MonitorConfig) -> list[AlertRule]:
@@ -32,14 +34,22 @@ def alert_rules(config: MonitorConfig) -> list[AlertRule]:
     return [rule for name, rule in rules.items() if name not in config.disabled_rules]
 
 
-def build_monitors(config: MonitorConfig, materials: Any, ranks: Any) -> Monitors:
-    """Make the monitors that fit a model."""
+def build_monitors(
+    config: MonitorConfig, materials: Any, ranks: Any, flops: Mapping[str, StepFlops] | None = None
+) -> Monitors:
+    """Make the monitors that fit a model; ``flops`` of each phase add MFU and HFU."""
     quantizer = materials.model.quantizer
     if not config.enabled:
         found: dict[str, Monitor] = {"codebook": CodebookMonitor(config.window)}
         return Monitors(found if quantizer is not None else {}, ())
     found = {
-        "training": TrainingMonitor(window=config.window, device=ranks.device, world=ranks.world),
+        "training": TrainingMonitor(
+            window=config.window,
+            flops_per_frame={name: step.per_frame for name, step in (flops or {}).items()},
+            recomputed={name: step.recomputed for name, step in (flops or {}).items()},
+            device=ranks.device,
+            world=ranks.world,
+        ),
         "reconstruction": ReconstructionMonitor(materials.info.sampling_rate, window=config.window),
     }
     rules = alert_rules(config)

@@ -6,7 +6,7 @@ import torch
 
 from b2t.monitor import training
 from b2t.monitor.context import StepContext
-from b2t.monitor.training import TrainingMonitor, peak_flops, training_flops
+from b2t.monitor.training import TrainingMonitor, peak_flops
 
 WEIGHTS = {"reconstruction": 0.5, "commitment": 0.2, "diversity": 0.0}
 
@@ -71,9 +71,12 @@ def test_pace_is_over_the_window():
 
 def test_mfu_only_on_a_known_device(monkeypatch):
     contexts = [context(n, step_time_s=0.5, frames=1000.0) for n in range(4)]
-    flops = training_flops(10_000_000, attended=100, width=512, layers=6)
-    assert flops == 6e7 + 12 * 6 * 512 * 100
-    options = {"flops_per_frame": flops, "recomputed": 1 / 3, "world": 2}
+    flops = 1e8
+    options = {
+        "flops_per_frame": {"p": flops, "q": 7.0},
+        "recomputed": {"p": 1 / 3, "q": 0.0},
+        "world": 2,
+    }
     unknown = run(TrainingMonitor(**options), contexts).metrics()
     assert not [name for name in unknown if "fu" in name.split("/")[-1]]
     monkeypatch.setattr(training, "peak_flops", lambda device: 1e12)
@@ -87,7 +90,14 @@ def test_peaks_are_matched_to_the_most_specific_name(monkeypatch):
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
         ("NVIDIA RTX A5500", 136.4e12),
+        ("NVIDIA RTX A5500 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090", 71e12),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("Tesla T4", 65e12),
+        ("NVIDIA T400 4GB", None),
+        ("NVIDIA H100 NVL", None),
         ("NVIDIA A10G", None),
         ("GeForce GTX 1080", None),
     ):

@@ -170,3 +170,15 @@ def test_a_folder_and_binary_content_are_clear_errors(tmp_path):
     file.write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(UserError, match="not a valid JSON file"):
         load_ds_config(file)
+
+
+def test_monitors_of_deepspeed(write, monkeypatch):
+    assert load_ds_config(write({**VALID, "csv_monitor": {"enabled": True}})).raw["csv_monitor"][
+        "enabled"
+    ]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        load_ds_config(write({**VALID, "tensorboard": {"enabled": True}}))
+    load_ds_config(write({**VALID, "tensorboard": {"enabled": False}}))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    load_ds_config(write({**VALID, "tensorboard": {"enabled": True}}))
