@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 
 import pytest
 import torch
@@ -11,23 +10,9 @@ from torch import nn
 from b2t.config import OptimConfig, PhaseConfig
 from b2t.train.ds_config import load_ds_config
 from b2t.train.engine import PhaseEngine, initial_masters
-from b2t.train.ranks import join, leave
 from b2t.train.schedule import lr_factor
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank():
-    """A process group of one, whose traces are removed."""
-    environment = dict(os.environ)
-    os.environ["B2T_THREADS"] = "1"
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        os.environ.pop(name, None)
-    threads = torch.get_num_threads()
-    yield join()
-    leave()
-    torch.set_num_threads(threads)
-    os.environ.clear()
-    os.environ.update(environment)
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 class Toy(nn.Module):

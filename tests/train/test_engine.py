@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 
 import pytest
 import torch
@@ -12,8 +11,9 @@ from torch.nn import functional as F
 from b2t.config import OptimConfig, PhaseConfig
 from b2t.train.ds_config import load_ds_config
 from b2t.train.engine import PhaseEngine, initial_masters, parameter_groups
-from b2t.train.ranks import join, leave
 from b2t.train.schedule import lr_factor
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 OPTIM = OptimConfig(weight_decay=0.1)
 ALL = ["adapter", "encoder", "quantizer", "signal_decoder", "phoneme_head", "text_decoder"]
@@ -41,21 +41,6 @@ class Toy(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.signal_decoder(torch.tanh(self.encoder(self.adapter(x))))
         return F.mse_loss(y.float(), x.float().sin())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank():
-    """A process group of one, whose traces are removed."""
-    environment = dict(os.environ)
-    os.environ["B2T_THREADS"] = "1"
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        os.environ.pop(name, None)
-    threads = torch.get_num_threads()
-    yield join()
-    leave()
-    torch.set_num_threads(threads)
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 @pytest.fixture(params=["fp32", "bf16", "fp16"])

@@ -1,7 +1,6 @@
 """The running average of weights, against one computed by hand from the masters."""
 
 import json
-import os
 
 import pytest
 import torch
@@ -10,8 +9,9 @@ from torch import nn
 from b2t.config import OptimConfig, PhaseConfig
 from b2t.train.ds_config import load_ds_config
 from b2t.train.engine import PhaseEngine, initial_masters
-from b2t.train.ranks import join, leave
 from b2t.train.weight_ema import WeightEma
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 DECAY = 0.5
 
@@ -28,21 +28,6 @@ class Toy(nn.Module):
     def forward(self, x):
         code = self.quantizer.codebooks(x).sum()
         return self.signal_decoder(torch.tanh(self.encoder(x))).float().square().mean() + code
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank():
-    """A process group of one, whose traces are removed."""
-    environment = dict(os.environ)
-    os.environ["B2T_THREADS"] = "1"
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        os.environ.pop(name, None)
-    threads = torch.get_num_threads()
-    yield join()
-    leave()
-    torch.set_num_threads(threads)
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 @pytest.fixture(params=["fp32", "bf16"])
