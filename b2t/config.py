@@ -171,7 +171,7 @@ class QuantizerConfig(Section):
     """One codebook for all layers."""
     revival: bool = True
     """Replace codes that fall out of use; a phase can switch it off."""
-    revival_threshold: NonNegative = 0.1
+    revival_threshold: NonNegative = 0.3
     """A code is dead below this fraction of uniform use."""
     revival_every: PositiveInt = 5
     """Applied steps between revivals."""

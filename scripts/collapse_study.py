@@ -11,7 +11,7 @@ vqp``; ``--on validation`` for any condition). Without it, runs train on all tra
 measured on held-out ones. Times are processor time of one thread.
 
 Conditions: full, the recipe; no-X, one of its features off; with-X, an option that it does not use;
-slow-decay, running averages at 0.98; early-revival, of codes under 0.3 × uniform use; naive, a
+slow-decay, running averages at 0.98; late-revival, of codes under 0.1 × uniform use; naive, a
 codebook loss on uniform codes within ±1/K (van den Oord et al. 2017, as commonly written) and
 naive-ema, running averages with decay 0.99 on wider uniform codes, both straight through and
 nothing else; vqp, vector-quantize-pytorch at its defaults, and vqp-best, at the best of its search;
@@ -312,7 +312,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no-ema": {"update_rule": "gradient"},
     "no-commitment": {"commitment": 0.0},
     "slow-decay": {"decay": 0.98},
-    "early-revival": {"revival_threshold": 0.3},
+    "late-revival": {"revival_threshold": 0.1},
     "with-regularizers": {"diversity": 0.1, "perplexity": 0.05},
     "with-constant-temperature": {
         "diversity": 0.1,
@@ -347,12 +347,14 @@ PEER_BEST: dict[str, Any] = {
 }
 
 # As many settings each, chosen among on validation epochs.
-_SLOW = {"decay": 0.98, "revival_until": 0.7}
+_SLOW = {"decay": 0.98, "revival_until": 0.7, "revival_threshold": 0.1}
 SEARCH_OURS: list[dict[str, Any]] = [
     _SLOW,
     _SLOW | {"commitment": 0.5},
     _SLOW | {"commitment": 0.1},
-    {"decay": 0.95, "revival_until": 0.7},
+    _SLOW | {"decay": 0.95},
+    {"revival_threshold": 0.1},
+    {},
 ]
 _STARTED = {"kmeans_init": True, "decay": 0.95}
 SEARCH_PEER: list[dict[str, Any]] = [

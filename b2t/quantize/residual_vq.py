@@ -124,7 +124,7 @@ class ResidualVQ(nn.Module):
         kmeans_init: bool = True,
         kmeans_iters: int = 10,
         revival: str | bool | None = "split",
-        revival_threshold: float = 0.1,
+        revival_threshold: float = 0.3,
         revival_every: int = 5,
         revival_max_share: float = 0.1,
         revival_until: float = 0.9,
