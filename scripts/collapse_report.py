@@ -179,9 +179,15 @@ def _panel(axis: Any, groups: dict[str, Group], colours: dict[str, Any]) -> None
     axis.legend(fontsize=7)
 
 
+def _place(key: tuple[str, str]) -> tuple[str, int]:
+    """By recording, then by codes of a layer."""
+    return key[0], int(key[1].split("x")[1])
+
+
 def write_report(lines: list[dict[str, Any]], docs: Path) -> None:
     """Put the table between its markers in RESULTS.md, and the figure beside it."""
-    found = groups_of(lines, "held")
+    groups = groups_of(lines, "held")
+    found = {key: groups[key] for key in sorted(groups, key=_place)}
     parts = []
     for (data, size), groups in found.items():
         order = [name for name in MAIN if name in groups]

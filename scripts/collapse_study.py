@@ -353,8 +353,9 @@ SEARCH_OURS: list[dict[str, Any]] = [
     _SLOW | {"commitment": 0.5},
     _SLOW | {"commitment": 0.1},
     _SLOW | {"decay": 0.95},
+    {"revival_threshold": 0.2},
+    {"revival_threshold": 0.2, "revival_every": 10},
     {"revival_threshold": 0.1},
-    {},
 ]
 _STARTED = {"kmeans_init": True, "decay": 0.95}
 SEARCH_PEER: list[dict[str, Any]] = [
