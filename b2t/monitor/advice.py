@@ -10,7 +10,7 @@ from b2t.monitor.health import TABLE
 from b2t.monitor.run_data import RunData
 
 FRAMES_PER_CODE = 20
-"""Training frames that a code needs to be placed well (this project's collapse study)."""
+"""Training frames per code to aim for: what the collapse study gives its largest codebooks."""
 
 
 @dataclass(frozen=True)
