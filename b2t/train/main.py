@@ -89,8 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.help_config:
-            print_keys()
-            return 0
+            return print_keys()
         ds_file = load_ds_config(arguments.deepspeed_config or default_ds_config())
         if arguments.print_config:
             if rank == 0:
@@ -119,11 +118,14 @@ def default_ds_config() -> Path:
     return Path(__file__).resolve().parents[2] / "ds_configs" / name
 
 
-def print_keys() -> None:
-    """Print every configuration key, its default and its meaning."""
-    for key, default, text in describe():
-        print(f"{key} (default {default})\n    {text}")
-    print(f"components: {', '.join(COMPONENTS)}")
+def print_keys() -> int:
+    """Print every configuration key, its default and its meaning; return the exit status."""
+    lines = [f"{key} (default {default})\n    {text}" for key, default, text in describe()]
+    try:
+        print(*lines, f"components: {', '.join(COMPONENTS)}", sep="\n", flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from b2t.config import COMPONENTS, Config, PhaseConfig
-from b2t.data.batches import Batch, BatchPlan, TrialRows, collate, train_batches
+from b2t.data.batches import Batch, BatchPlan, train_batches
 from b2t.data.trials import signal_lengths
 from b2t.errors import UserError
 from b2t.log import logger
@@ -24,6 +22,7 @@ from b2t.monitor.context import StepContext
 from b2t.train.build import Materials
 from b2t.train.callbacks import Callback, versions
 from b2t.train.checkpoint import BEST, Checkpoint, CheckpointStore
+from b2t.train.codebook_start import start_codebooks
 from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.engine import PhaseEngine, initial_masters, read_master, write_master
 from b2t.train.export import export_model
@@ -431,50 +430,15 @@ class Trainer:
         if self.progress.step < due:
             return
         self.ranks.place = "starting the codebooks"
-        self.model.eval()
-        # All latents offered are used, so that the start does not depend on how ranks share them.
-        report = quantizer.initialize(
-            self._latents(),
-            progress=self.ranks.is_main and self.config.log.progress and sys.stderr.isatty(),
-            frames_per_code=2 * start.frames_per_code,
-        )
-        self.model.train()
-        log.info(
-            "codebooks started by k-means++ on %s frames in %.1f s; codes found per layer: %s",
-            f"{report.frames:,}",
-            report.seconds,
-            ", ".join(f"{found} of {quantizer.codebook_size}" for found in report.seeded),
+        start_codebooks(
+            self.model,
+            self.engine.dtype,
+            self.materials,
+            self.config,
+            self.ranks,
+            lengths=self.plan.lengths,
         )
         self._clock = time.perf_counter()
-
-    @torch.no_grad()
-    def _latents(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield latents of training trials for k-means: an order of its own, each rank its share.
-
-        Trials are encoded one by one, so that their latents do not depend on what they are
-        batched with, and the codebooks not on the number of ranks.
-        """
-        rows = TrialRows(
-            self.materials.train,
-            None,
-            self.materials.info.sessions,
-            self.materials.augment,
-            seed=self.config.run.seed,
-            phase=len(self.config.phases),
-        )
-        for row in self._codebook_rows()[self.ranks.rank :: self.ranks.world]:
-            batch = collate([rows.example(0, int(row))]).to(self.ranks.device, self.engine.dtype)
-            yield self.model.latents(batch.signal, batch.signal_mask, batch.session)
-
-    def _codebook_rows(self) -> np.ndarray:
-        """Trials, in random order, that hold enough frames to start the codebooks."""
-        wanted = (
-            self.config.codebook_start.frames_per_code * self.config.model.quantizer.codebook_size
-        )
-        generator = np.random.default_rng([self.config.run.seed, 0xC0DE])
-        order = generator.permutation(len(self.plan.lengths))
-        frames = np.cumsum(self.plan.lengths[order] // self.config.model.encoder.patch_stride)
-        return order[: int(np.searchsorted(frames, wanted)) + 1]
 
     def _log(self) -> None:
         record = self.window.metrics()

@@ -1,0 +1,86 @@
+"""The start of the codebooks: latents of training trials, the same for any number of ranks."""
+
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from b2t.config import Config
+from b2t.data.batches import TrialRows, collate
+from b2t.log import logger
+from b2t.model.brain_to_text import BrainToText
+from b2t.train.build import Materials
+from b2t.train.ranks import Ranks
+
+
+def start_codebooks(
+    model: BrainToText,
+    dtype: torch.dtype,
+    materials: Materials,
+    config: Config,
+    ranks: Ranks,
+    lengths: np.ndarray,
+) -> None:
+    """Start the quantizer by k-means++ on latents of training trials. Collective.
+
+    Args:
+        model: whose quantizer has not started; left in training mode.
+        dtype: of the engine's weights.
+        materials: training trials and their augmentation.
+        config: the seed, how many frames per code, whether to show progress.
+        ranks: each encodes its share of the trials.
+        lengths: time bins of each training trial, [rows].
+    """
+    quantizer, section = model.quantizer, config.codebook_start
+    assert quantizer is not None
+    wanted = section.frames_per_code * quantizer.codebook_size
+    trials = enough_trials(lengths // config.model.encoder.patch_stride, wanted, config.run.seed)
+    model.eval()
+    # All latents offered are used, so that the start does not depend on how ranks share them.
+    report = quantizer.initialize(
+        _latents(model, dtype, materials, config, ranks, trials[ranks.rank :: ranks.world]),
+        progress=ranks.is_main and config.log.progress and sys.stderr.isatty(),
+        frames_per_code=2 * section.frames_per_code,
+    )
+    model.train()
+    logger(__name__).info(
+        "codebooks started by k-means++ on %s frames in %.1f s; codes found per layer: %s",
+        f"{report.frames:,}",
+        report.seconds,
+        ", ".join(f"{found} of {quantizer.codebook_size}" for found in report.seeded),
+    )
+
+
+def enough_trials(frames: np.ndarray, wanted: float, seed: int) -> np.ndarray:
+    """Return trials in random order that hold at least ``wanted`` of their ``frames`` [rows]."""
+    order = np.random.default_rng([seed, 0xC0DE]).permutation(len(frames))
+    return order[: int(np.searchsorted(np.cumsum(frames[order]), wanted)) + 1]
+
+
+@torch.no_grad()
+def _latents(
+    model: BrainToText,
+    dtype: torch.dtype,
+    materials: Materials,
+    config: Config,
+    ranks: Ranks,
+    trials: np.ndarray,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield latents [1, P, D] and masks [1, P] of trials.
+
+    Trials are encoded one by one, so that their latents do not depend on what they are batched
+    with, and the codebooks not on the number of ranks.
+    """
+    rows = TrialRows(
+        materials.train,
+        None,
+        materials.info.sessions,
+        materials.augment,
+        seed=config.run.seed,
+        phase=len(config.phases),
+    )
+    for row in trials:
+        batch = collate([rows.example(0, int(row))]).to(ranks.device, dtype)
+        yield model.latents(batch.signal, batch.signal_mask, batch.session)
