@@ -22,6 +22,7 @@ NEEDED = {
     "b2t/quantize/revival.py:revive_layer": "the same",
     "b2t/quantize/revival.py:dead_codes": "the same",
     "b2t/quantize/revival.py:_split": "the same",
+    "b2t/quantize/revival.py:_directions": "the same",
     "b2t/model/text_decoder.py:forward": "transformers looks whether the mask hides anything",
     "b2t/train/engine.py:step": "DeepSpeed looks for overflow and clips",
 }
