@@ -121,6 +121,7 @@ def join(timeout_s: float = 1800.0) -> Ranks:
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_port()
         )
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_operator_cache()))
+    _prefer_own_tools()
     import deepspeed
 
     quiet_libraries()
@@ -162,6 +163,18 @@ def _operator_cache() -> Path:
     """
     environment = hashlib.blake2b(sys.prefix.encode(), digest_size=6).hexdigest()
     return Path.home() / ".cache" / "torch_extensions" / f"b2t-{environment}"
+
+
+def _prefer_own_tools() -> None:
+    """Let DeepSpeed find this environment's ninja first, activated or not.
+
+    Two versions of ninja do not trust each other's log: they would compile the same operators in
+    turn, a minute or more at each start.
+    """
+    own = str(Path(sys.executable).parent)
+    found = os.environ.get("PATH", os.defpath)
+    if found.split(os.pathsep)[0] != own:
+        os.environ["PATH"] = f"{own}{os.pathsep}{found}"
 
 
 def _port() -> str:
