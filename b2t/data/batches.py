@@ -5,6 +5,7 @@ rows until the split divides by the world size, and deals rows to ranks in an or
 with it, so that neither a resume at a position nor "one rank sees what two ranks see" can hold.
 """
 
+import hashlib
 import signal as signals
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,7 @@ class Batch:
         phoneme_lengths: [B] int64, 0 = no phonemes.
         rows: ids ``session/block/trial``.
         texts: the sentences, None where a row has none.
+        row_ids: [B] int64, hashes of ``rows``: what the rows are, where a device needs to know.
     """
 
     signal: torch.Tensor
@@ -53,7 +55,13 @@ class Batch:
     phoneme_lengths: torch.Tensor
     rows: list[str]
     texts: list[str | None]
+    row_ids: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     _counts: dict[str, float] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.row_ids) != len(self.rows):
+            digests = [hashlib.blake2b(row.encode(), digest_size=8).digest() for row in self.rows]
+            self.row_ids = torch.from_numpy(np.frombuffer(b"".join(digests), "<i8").copy())
 
     def __len__(self) -> int:
         return len(self.rows)

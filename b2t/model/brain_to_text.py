@@ -24,6 +24,7 @@ from b2t.model.text_decoder import (
     small_config,
 )
 from b2t.quantize import QuantizerStats, ResidualVQ, SoftUsage
+from b2t.quantize.frame_hash import frame_ids
 
 if TYPE_CHECKING:
     from b2t.data.batches import Batch
@@ -202,6 +203,7 @@ class BrainToText(PreTrainedModel):
         losses: Collection[str] = (),
         usage: SoftUsage | None = None,
         micro_batches: int = 1,
+        row_ids: Tensor | None = None,
     ) -> Encoded:
         """Encode and quantize.
 
@@ -213,6 +215,7 @@ class BrainToText(PreTrainedModel):
             losses: losses of the quantizer to compute.
             usage: see `forward`.
             micro_batches: see `forward`.
+            row_ids: [B] int64, what the rows are; the quantizer draws frames by them.
         """
         latents, mask = self.latents(signal, signal_mask, session)
         if self.quantizer is None:
@@ -224,6 +227,7 @@ class BrainToText(PreTrainedModel):
             losses=tuple(losses),
             usage=usage,
             micro_batches=micro_batches,
+            ids=None if row_ids is None else frame_ids(row_ids, latents.shape[1]),
         )
         return Encoded(latents, out.quantized, out.codes, mask, dict(out.losses), out.stats)
 
@@ -263,6 +267,7 @@ class BrainToText(PreTrainedModel):
             losses=[name for name in QUANTIZER_LOSSES if name in weights],
             usage=usage,
             micro_batches=micro_batches,
+            row_ids=batch.row_ids,
         )
         reconstruction = phoneme_logits = text_logits = None
         losses, metrics = {}, {"frames": encoded.frame_mask.sum()}

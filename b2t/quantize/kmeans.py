@@ -20,27 +20,30 @@ class FrameReservoir:
     the rank that brought them.
     """
 
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed = size, seed
+    def __init__(self, size: int) -> None:
+        self.size = size
         self.offered = 0
         self._frames: list[Tensor] = []
+        self._hashes: list[Tensor] = []
 
-    def add(self, frames: Tensor) -> None:
-        """Offer ``frames`` [n, D] float32."""
+    def add(self, frames: Tensor, hashes: Tensor) -> None:
+        """Offer ``frames`` [n, D] float32 with their ``hashes`` [n] int64."""
         self.offered += frames.shape[0]
         self._frames.append(frames)
+        self._hashes.append(hashes)
         if sum(f.shape[0] for f in self._frames) > 2 * self.size:
-            self._frames = [self.kept()]
+            kept = self.kept()
+            self._frames, self._hashes = [kept[0]], [kept[1]]
 
-    def kept(self) -> Tensor:
-        """At most ``size`` frames, in the order of their hashes."""
-        return canonical(torch.cat(self._frames), self.size, self.seed)
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """At most ``size`` frames and their hashes, in the order of the hashes."""
+        return canonical(torch.cat(self._frames), torch.cat(self._hashes), self.size)
 
 
-def canonical(frames: Tensor, size: int, seed: int) -> Tensor:
-    """The ``size`` frames of lowest hash, in its order."""
-    order = torch.argsort(frame_hash(frames, seed, 0), stable=True)
-    return frames[order[:size]]
+def canonical(frames: Tensor, hashes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The ``size`` frames of lowest hash and their hashes, in its order."""
+    order = torch.argsort(hashes, stable=True)[:size]
+    return frames[order], hashes[order]
 
 
 def _squared_distances(x: Tensor, x_norm: Tensor, centers: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from b2t.errors import UserError
 from b2t.quantize.codebook import Codebooks, Read, Write, default_decay
-from b2t.quantize.frame_hash import frame_hash, signed64
+from b2t.quantize.frame_hash import frame_hash, identity_hash, signed64
 from b2t.quantize.gradients import pass_gradient, squared_codebook, squared_commitment
 from b2t.quantize.layers import Layers, Walk
 from b2t.quantize.regularizers import diversity_loss, global_usage, perplexity_loss
@@ -248,6 +248,7 @@ class ResidualVQ(nn.Module):
         group: ProcessGroup | None = None,
         usage: SoftUsage | None = None,
         micro_batches: int = 1,
+        ids: Tensor | None = None,
     ) -> RVQOutput:
         """Quantize latents.
 
@@ -264,12 +265,14 @@ class ResidualVQ(nn.Module):
             usage: soft usage of the whole step (see `soft_usage`); the two regularisers are then
                 exact over micro-batches too.
             micro_batches: forwards of this step on each rank; needed with ``usage``.
+            ids: [B, P] int64, what each frame is (`b2t.quantize.frame_hash.frame_ids`): what is
+                drawn at random then depends on no rounding. None draws by the frames' values.
         """
         rows, latents, nonfinite = self._valid_latents(x, mask)
         if not self.initialized:
             return self._pass_through(x, rows, latents, nonfinite, losses)
         layers = self._layers(self.codebooks.value(self.codebook_gradient_scale))
-        hashes, keep = self._draw(latents)
+        hashes, keep = self._draw(latents, rows, ids)
         walk = layers.walk(
             latents.detach(),
             self._active_layers(),
@@ -342,15 +345,22 @@ class ResidualVQ(nn.Module):
             terms["codebook"] = zero.clone()
         return RVQOutput(self._output(latents, rows, x), codes, terms, stats)
 
-    def _draw(self, latents: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _draw(
+        self, latents: Tensor, rows: Tensor, ids: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Random numbers [N] of the frames and the rows of the revival pool, where needed."""
         revives = self.training and self._revives_next()
         if not (revives or (self.training and self.stochastic_sample_codes)):
             return None, None
-        seed, step = int(self.codebooks.seed), int(self.codebooks.updates)
-        hashes = frame_hash(latents.detach(), seed, step)
+        hashes = self._hashes(latents, rows, ids, int(self.codebooks.updates))
         keep = torch.argsort(hashes, stable=True)[: self._pool_size] if revives else None
         return hashes, keep
+
+    def _hashes(self, latents: Tensor, rows: Tensor, ids: Tensor | None, step: int) -> Tensor:
+        seed = int(self.codebooks.seed)
+        if ids is None:
+            return frame_hash(latents.detach(), seed, step)
+        return identity_hash(ids.reshape(-1)[rows], seed, step)
 
     @property
     def _pool_size(self) -> int:
@@ -425,7 +435,9 @@ class ResidualVQ(nn.Module):
         return {name: of[name](mean[: walk.layers]) for name in wanted}
 
     @torch.no_grad()
-    def soft_usage(self, x: Tensor, mask: Tensor | None = None) -> SoftUsage:
+    def soft_usage(
+        self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None
+    ) -> SoftUsage:
         """Soft assignments of one micro-batch, for regularisers exact over accumulation.
 
         Before the first backward of a step, sum this over the step's micro-batches, ``all_reduce``
@@ -433,12 +445,12 @@ class ResidualVQ(nn.Module):
         be those of the forward: replay the encoder's dropout from the same random state. Before the
         codebooks have started it is all zeros, and forward makes no use of it.
         """
-        _, latents, _ = self._valid_latents(x, mask)
+        rows, latents, _ = self._valid_latents(x, mask)
         frames = torch.zeros(self.num_quantizers, dtype=torch.int64, device=latents.device)
         if not self.initialized:
             return SoftUsage(latents.new_zeros(self.num_quantizers, self.codebook_size), frames)
         layers = self._layers(self.codebooks.value())
-        hashes = self._draw(latents)[0] if self.stochastic_sample_codes else None
+        hashes = self._draw(latents, rows, ids)[0] if self.stochastic_sample_codes else None
         walk = layers.walk(latents, self._active_layers(), hashes=hashes)
         frames[: walk.layers] = latents.shape[0]
         return SoftUsage(layers.soft_sums(latents, walk), frames)
@@ -583,7 +595,7 @@ class ResidualVQ(nn.Module):
     @torch.no_grad()
     def initialize(
         self,
-        frames: Iterable[tuple[Tensor, Tensor | None]],
+        frames: Iterable[tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]],
         group: ProcessGroup | None = None,
         progress: bool = True,
         frames_per_code: float = 16.0,
@@ -596,7 +608,8 @@ class ResidualVQ(nn.Module):
         stopped in between goes on with the next layer.
 
         Args:
-            frames: (x [B, P, dim], mask [B, P] or None) pairs, drawn until enough.
+            frames: (x [B, P, dim], mask [B, P] or None), drawn until enough; a third element,
+                ids [B, P], does what it does in `forward`.
             group: ranks that start together.
             progress: show a progress bar on the first rank.
             frames_per_code: frames to gather over all ranks, per code.
@@ -615,14 +628,16 @@ class ResidualVQ(nn.Module):
         return report
 
     def _latents_of(
-        self, frames: Iterable[tuple[Tensor, Tensor | None]]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+        self,
+        frames: Iterable[tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]],
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         device = self.codebooks.embed.device
-        for x, mask in frames:
-            _, latents, bad = self._valid_latents(
+        for x, mask, *given in frames:
+            rows, latents, bad = self._valid_latents(
                 x.to(device), None if mask is None else mask.to(device)
             )
-            yield latents, bad
+            ids = given[0].to(device) if given else None
+            yield latents, self._hashes(latents, rows, ids, 0), bad
 
     # ---- on disk
 

@@ -27,7 +27,7 @@ from b2t.quantize.statistics import InitReport
 
 
 def gather_frames(
-    latents: Iterable[tuple[Tensor, Tensor]],
+    latents: Iterable[tuple[Tensor, Tensor, Tensor]],
     wanted: int,
     books: Codebooks,
     group: ProcessGroup | None,
@@ -36,8 +36,8 @@ def gather_frames(
     """Frames [N ≤ wanted, D] of all ranks, the same on each, and how many were left out for NaN.
 
     Args:
-        latents: this rank's (frames [n, D], number of frames left out []) pairs, drawn until it has
-            its share.
+        latents: this rank's (frames [n, D], their hashes [n], number of frames left out []), drawn
+            until it has its share.
         wanted: frames over all ranks.
         books: for seed, width and device.
         group: ranks that start together.
@@ -46,26 +46,27 @@ def gather_frames(
     Raises:
         UserError: no frame on any rank.
     """
-    seed, embed = int(books.seed), books.embed
+    embed = books.embed
     share = -(-wanted // world_size(group))
-    reservoir = FrameReservoir(share, seed)
-    reservoir.add(embed.new_zeros(0, embed.shape[2]))
+    reservoir = FrameReservoir(share)
+    none = torch.zeros(0, dtype=torch.int64, device=embed.device)
+    reservoir.add(embed.new_zeros(0, embed.shape[2]), none)
     nonfinite = torch.zeros((), dtype=torch.int64, device=embed.device)
     with _bar(share, "frames for k-means++", " frames", show and rank(group) == 0) as bar:
-        for frames, bad in latents:
-            reservoir.add(frames)
+        for frames, hashes, bad in latents:
+            reservoir.add(frames, hashes)
             nonfinite += bad
             bar.update(min(frames.shape[0], share - bar.n))
             if reservoir.offered >= share:
                 break
-    gathered = all_gather_rows(reservoir.kept(), group)
+    gathered, hashes = (all_gather_rows(kept, group) for kept in reservoir.kept())
     (nonfinite,) = all_reduce_sum([nonfinite], group)
     if gathered.shape[0] == 0:
         raise UserError(
             "codebook start: no rank brought a valid latent frame; every frame was masked or not "
             f"finite ({int(nonfinite)} held NaN or infinity). Check the data and the learning rate."
         )
-    return canonical(gathered, wanted, seed), int(nonfinite)
+    return canonical(gathered, hashes, wanted)[0], int(nonfinite)
 
 
 def start_codebooks(

@@ -11,6 +11,7 @@ from b2t.config import Config
 from b2t.data.batches import TrialRows, collate
 from b2t.log import logger
 from b2t.model.brain_to_text import BrainToText
+from b2t.quantize.frame_hash import frame_ids
 from b2t.train.build import Materials
 from b2t.train.ranks import Ranks
 
@@ -67,8 +68,8 @@ def _latents(
     config: Config,
     ranks: Ranks,
     trials: np.ndarray,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield latents [1, P, D] and masks [1, P] of trials.
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield latents [1, P, D], masks [1, P] and identities [1, P] of the frames of trials.
 
     Trials are encoded one by one, so that their latents do not depend on what they are batched
     with, and the codebooks not on the number of ranks.
@@ -83,4 +84,5 @@ def _latents(
     )
     for row in trials:
         batch = collate([rows.example(0, int(row))]).to(ranks.device, dtype)
-        yield model.latents(batch.signal, batch.signal_mask, batch.session)
+        latents, mask = model.latents(batch.signal, batch.signal_mask, batch.session)
+        yield latents, mask, frame_ids(batch.row_ids, latents.shape[1])

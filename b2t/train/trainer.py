@@ -19,6 +19,7 @@ from b2t.errors import UserError
 from b2t.log import logger
 from b2t.monitor.alerts import Alert
 from b2t.monitor.context import StepContext
+from b2t.quantize.frame_hash import frame_ids
 from b2t.train.build import Materials
 from b2t.train.callbacks import Callback, versions
 from b2t.train.checkpoint import BEST, Checkpoint, CheckpointStore
@@ -316,7 +317,8 @@ class Trainer:
         for number, batch in enumerate(batches):
             self._seed(number)
             latents, mask = self.model.latents(batch.signal, batch.signal_mask, batch.session)
-            total = total + quantizer.soft_usage(latents, mask)
+            ids = frame_ids(batch.row_ids, latents.shape[1])
+            total = total + quantizer.soft_usage(latents, mask, ids)
         return total.all_reduce()  # type: ignore[attr-defined]  # a sum of SoftUsage
 
     def _set_clocks(self) -> None:

@@ -181,6 +181,14 @@ def test_counts_are_those_of_the_rows_and_survive_a_move():
     assert moved.signal_mask.dtype == torch.bool and moved.tokens.dtype == torch.int64
 
 
+def test_row_ids_are_the_rows_own_and_move_with_the_batch():
+    few, many = (next(eval_batches(trials(), Bytes(), SESSIONS, batch_size=n)) for n in (5, 24))
+    ids = dict(zip(many.rows, many.row_ids.tolist(), strict=True))
+    assert many.row_ids.dtype == torch.int64 and len(set(ids.values())) == 24
+    assert few.row_ids.tolist() == [ids[row] for row in few.rows]
+    assert many.to("meta").row_ids.is_meta
+
+
 def test_rows_without_text_are_ignored_by_the_loss():
     batch = next(eval_batches(trials(text=False), Bytes(), SESSIONS, batch_size=4))
     assert batch.tokens.shape == (4, 1) and (batch.tokens == -100).all()

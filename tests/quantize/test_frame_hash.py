@@ -1,6 +1,14 @@
 import torch
 
-from b2t.quantize.frame_hash import _gumbel, frame_gumbel, frame_hash, mix, signed64
+from b2t.quantize.frame_hash import (
+    _gumbel,
+    frame_gumbel,
+    frame_hash,
+    frame_ids,
+    identity_hash,
+    mix,
+    signed64,
+)
 
 
 def splitmix_finalizer(value):
@@ -25,6 +33,21 @@ def test_a_hash_belongs_to_the_frame_the_seed_and_the_step():
     for other in (frame_hash(x, 2, 2), frame_hash(x, 1, 3)):
         assert not (other == hashes).any()
     assert abs(float((hashes < 0).double().mean()) - 0.5) < 0.02
+
+
+def test_identities_are_those_of_trial_and_place():
+    trials = mix(torch.arange(200))
+    ids = frame_ids(trials, 50)
+    assert ids.shape == (200, 50) and ids.unique().numel() == 10_000
+    assert torch.equal(frame_ids(trials[7:9], 50), ids[7:9])
+    assert torch.equal(frame_ids(trials, 30), ids[:, :30])  # padding changes nothing
+    flat = ids.flatten()
+    hashes = identity_hash(flat, 1, 2)
+    assert hashes.unique().numel() == 10_000
+    assert abs(float((hashes < 0).double().mean()) - 0.5) < 0.02
+    drawn = set(hashes.argsort()[:500].tolist())
+    for other in (identity_hash(flat, 2, 2), identity_hash(flat, 1, 3)):
+        assert len(drawn & set(other.argsort()[:500].tolist())) < 60  # 25 by chance
 
 
 def test_gumbel_noise_has_its_moments_and_differs_by_layer():

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from b2t.quantize import ResidualVQ
+from b2t.quantize.frame_hash import frame_ids
 from b2t.quantize.revival import dead_codes, parents_of
 
 
@@ -160,3 +161,49 @@ def test_a_step_without_any_frame_can_still_be_a_revival_step():
     empty = quantizer(batch_of(clusters()), torch.zeros(1, 1024, dtype=torch.bool))
     quantizer.update(empty.stats)
     assert torch.isfinite(quantizer.codebooks.embed).all()
+
+
+def rounded_apart(x):
+    """The same frames, each value half a unit in the last place away."""
+    return torch.nextafter(x, torch.full_like(x, 1e9))
+
+
+@pytest.mark.parametrize("mode", ["split", "frames"])
+def test_with_identities_rounding_changes_nothing_that_is_drawn(mode):
+    x = batch_of(clusters())
+    ids = frame_ids(torch.tensor([5]), x.shape[1])
+
+    def revived(x, **given):
+        quantizer = collapsed(clusters(), mode, revival_every=1, decay=0.0)
+        quantizer.update(quantizer(x, losses=(), **given).stats)
+        return quantizer.codebooks.embed
+
+    torch.testing.assert_close(revived(rounded_apart(x), ids=ids), revived(x, ids=ids))
+    far = (revived(rounded_apart(x)) - revived(x)).abs().amax()
+    assert far > 0.01  # drawn by value: other frames
+
+
+def test_identities_follow_their_frames_through_the_mask():
+    x = batch_of(clusters()).view(8, -1, 16)
+    ids = frame_ids(torch.arange(8), x.shape[1])
+    mask = torch.rand(x.shape[:2], generator=generator(3)) > 0.3
+    options = {"revival_every": 1, "decay": 0.0}
+    masked, dense = (collapsed(clusters(), "frames", **options) for _ in range(2))
+    masked.update(masked(x, mask, losses=(), ids=ids).stats)
+    dense.update(dense(x[mask], losses=(), ids=ids[mask]).stats)
+    assert torch.equal(masked.codebooks.embed, dense.codebooks.embed)
+
+
+def test_a_start_with_identities_draws_the_same_frames_after_rounding():
+    x = batch_of(clusters(), per=32).view(64, 32, 16)
+    ids = frame_ids(torch.arange(64), 32)
+
+    def started(x, *given):
+        quantizer = ResidualVQ(16, 32, 2)
+        parts = zip(x.split(16), [None] * 4, *(g.split(16) for g in given), strict=True)
+        quantizer.initialize(parts, progress=False, frames_per_code=16)
+        return quantizer.codebooks.embed
+
+    apart = (started(rounded_apart(x), ids) - started(x, ids)).norm(dim=-1)
+    by_value = (started(rounded_apart(x)) - started(x)).norm(dim=-1)
+    assert (apart[0] < 1e-3).all() and (by_value[0] > 0.1).any()
