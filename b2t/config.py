@@ -160,7 +160,7 @@ class QuantizerConfig(Section):
     update_rule: Literal["ema", "gradient"] = "ema"
     """How codes move: averages of their frames, or a codebook loss through the optimizer."""
     decay: Rate = 0.98
-    """Decay of the running averages (0.97 at 256 and 1024 codes, 0.98 at 8192)."""
+    """Decay of the running averages; 0.95 suits fewer than 256 codes, 0.98 more."""
     use_cosine_sim: bool = False
     """Nearest by angle instead of distance."""
     rotation_trick: bool = True

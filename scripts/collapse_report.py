@@ -11,7 +11,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BEGIN, END = "<!-- collapse study: begin -->", "<!-- collapse study: end -->"
-MAIN = ("full", "naive", "naive-ema", "vqp", "vqp-best", "faiss", "none")
+NAIVES = ("naive", "naive-normal", "naive-ema")
+MAIN = ("full", *NAIVES, "vqp", "vqp-best", "faiss", "none")
 SNRS = {"snr_pooled_db": "pooled", "snr_median_db": "median", "snr_train_db": "train"}
 # Worst layer's utilization, perplexity / K mean and worst layer, dB over naive.
 TARGETS = {
@@ -110,9 +111,11 @@ def verdicts(size: str, groups: dict[str, Group]) -> str:
             "{:+.3f}",
         ),
     ]
-    if "naive" in groups:
-        gain = full["snr_pooled_db"] - float(groups["naive"]["snr_pooled_db"].mean())
-        checks.append((f"pooled SNR over naive ≥ +{over} dB", gain - over, "{:+.2f} dB"))
+    for naive in (name for name in NAIVES if name in groups):
+        for key in ("snr_pooled_db", "snr_median_db"):
+            gain = full[key] - float(groups[naive][key].mean())
+            text = f"{SNRS[key]} SNR over {naive} ≥ +{over} dB"
+            checks.append((text, gain - over, "{:+.2f} dB"))
     others = [name for name in ("vqp", "vqp-best", "faiss", "naive-ema") if name in groups]
     for key, label in SNRS.items() if others else ():
         best = max(others, key=lambda name: float(groups[name][key].mean()))
@@ -127,21 +130,22 @@ def verdicts(size: str, groups: dict[str, Group]) -> str:
 
 
 def search_table(lines: list[dict[str, Any]]) -> str:
-    """The settings tried on validation epochs."""
-    rows = [
-        "| setting | used, worst (%) | perplexity / K | SNR pooled (dB) | median |",
-        "|---|---|---|---|---|",
-    ]
-    for line in lines:
-        plan, found = line["plan"], scalars(line["result"])
-        if plan["on"] == "validation":
-            rows.append(
-                f"| {plan['size']} {plan['condition']} | {100 * found['utilization']:.1f} "
-                f"| {found['perplexity']:.3f} "
-                + "".join(f"| {found[key]:.2f} " for key in ("snr_pooled_db", "snr_median_db"))
-                + "|"
-            )
-    return "\n".join(rows)
+    """The settings tried on validation epochs, of each search the best mean SNR first."""
+    keys = ("utilization", "perplexity", *SNRS)
+    parts = []
+    for (data, size), groups in sorted(groups_of(lines, "validation").items(), key=_place_of):
+        rows = [
+            f"| {data}, {size} | seeds | used, worst | perplexity / K | SNR pooled | median "
+            "| train | mean |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        scores = {name: float(np.mean([g[k].mean() for k in SNRS])) for name, g in groups.items()}
+        for name in sorted(groups, key=lambda name: (name.split()[0], -scores[name])):
+            group = groups[name]
+            cells = [f"{group[key].mean():.3f}" for key in keys] + [f"{scores[name]:.3f}"]
+            rows.append(f"| {name} | {len(group['cosine'])} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
 
 
 def figure(found: dict[tuple[str, str], dict[str, Group]], path: Path) -> None:
@@ -184,6 +188,10 @@ def _place(key: tuple[str, str]) -> tuple[str, int]:
     return key[0], int(key[1].split("x")[1])
 
 
+def _place_of(item: tuple[tuple[str, str], dict[str, Group]]) -> tuple[str, int]:
+    return _place(item[0])
+
+
 def write_report(lines: list[dict[str, Any]], docs: Path) -> None:
     """Put the table between its markers in RESULTS.md, and the figure beside it."""
     groups = groups_of(lines, "held")
@@ -198,7 +206,7 @@ def write_report(lines: list[dict[str, Any]], docs: Path) -> None:
     if found:
         figure(found, docs / "collapse_study.png")
         parts.insert(0, "![SNR over use of the codes](collapse_study.png)")
-    parts.append("### Settings tried on validation epochs (one seed)\n\n" + search_table(lines))
+    parts.append("### Settings tried on validation epochs\n\n" + search_table(lines))
     body = "\n\n".join(part for part in parts if part)
     path = docs / "RESULTS.md"
     text = path.read_text() if path.exists() else f"# Results\n\n{BEGIN}\n{END}\n"

@@ -11,9 +11,10 @@ vqp``; ``--on validation`` for any condition). Without it, runs train on all tra
 measured on held-out ones. Times are processor time of one thread.
 
 Conditions: full, the recipe; no-X, one of its features off; with-X, an option that it does not use;
-slow-decay, running averages at 0.98; late-revival, of codes under 0.1 × uniform use; naive, a
-codebook loss on uniform codes within ±1/K (van den Oord et al. 2017, as commonly written) and
-naive-ema, running averages with decay 0.99 on wider uniform codes, both straight through and
+fast-decay, running averages at 0.95; more-commitment, at 0.25; late-revival, of codes under 0.1 ×
+uniform use; naive, a codebook loss on uniform codes within ±1/K (van den Oord et al. 2017, as
+commonly written), naive-normal, running averages with decay 0.99 on codes as nn.Embedding draws
+them, and naive-ema, the same on uniform codes of Kaiming's bound, all three straight through and
 nothing else; vqp, vector-quantize-pytorch at its defaults, and vqp-best, at the best of its search;
 faiss, residual k-means on the finished latents of none; none, no quantizer.
 """
@@ -25,7 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,11 +209,15 @@ class Ours(NoQuantizer):
         }
         self.pass_through = options.pop("pass_through")
         self.frames_per_code = options.pop("frames_per_code")
-        narrow = options.pop("narrow_start", False)
+        narrow, normal = (options.pop(f"{name}_start", False) for name in ("narrow", "normal"))
         self.vq = ResidualVQ(LATENT, size[1], size[0], seed=seed, **options)
+        books = self.vq.codebooks
         if narrow:
-            self.vq.codebooks.embed.uniform_(-1 / size[1], 1 / size[1])
-            self.vq.codebooks.push()
+            books.embed.uniform_(-1 / size[1], 1 / size[1])
+        if normal:
+            books.embed.normal_()
+            books.ema_sum.copy_(books.embed)
+        books.push()
         self.stats: Any = None
         self.quantizing = self.pass_through == 0 and self.vq.initialized
 
@@ -293,13 +298,18 @@ def nearest(x: Tensor, book: Tensor) -> Tensor:
 # ---- conditions
 
 
-RECIPE: dict[str, Any] = {
+# Where the search began.
+BEFORE: dict[str, Any] = {
     "pass_through": 0.03,
     "frames_per_code": 16,
     "commitment": 0.25,
     "diversity": 0.0,
     "perplexity": 0.0,
+    "decay": 0.97,
 }
+
+# Best mean of the three SNRs on validation epochs; a decay of 0.98 is the quantizer's default.
+RECIPE: dict[str, Any] = BEFORE | {"commitment": 0.1, "decay": 0.98}
 
 # Each switches one feature of the recipe off (no-) or on (with-).
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -311,7 +321,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no-rotation": {"rotation_trick": False},
     "no-ema": {"update_rule": "gradient"},
     "no-commitment": {"commitment": 0.0},
-    "slow-decay": {"decay": 0.98},
+    "fast-decay": {"decay": 0.95},
+    "more-commitment": {"commitment": 0.25},
     "late-revival": {"revival_threshold": 0.1},
     "with-regularizers": {"diversity": 0.1, "perplexity": 0.05},
     "with-constant-temperature": {
@@ -356,6 +367,11 @@ SEARCH_OURS: list[dict[str, Any]] = [
     {"revival_threshold": 0.2},
     {"revival_threshold": 0.2, "revival_every": 10},
     {"revival_threshold": 0.1},
+    {"decay": 0.98},
+    {"commitment": 0.1},
+    {"decay": 0.98, "commitment": 0.1},
+    {"decay": 0.98, "commitment": 0.05},
+    {"decay": 0.98, "commitment": 0.1, "revival_until": 0.7},
 ]
 _STARTED = {"kmeans_init": True, "decay": 0.95}
 SEARCH_PEER: list[dict[str, Any]] = [
@@ -366,6 +382,11 @@ SEARCH_PEER: list[dict[str, Any]] = [
     _STARTED | {"commitment_weight": 0.1},
     _STARTED | {"commitment_weight": 0.1, "rotation_trick": False},
     _STARTED | {"commitment_weight": 0.25, "threshold_ema_dead_code": 0.2},
+    PEER_BEST | {"commitment_weight": 0.05},
+    PEER_BEST | {"decay": 0.98},
+    PEER_BEST | {"decay": 0.98, "commitment_weight": 0.05},
+    PEER_BEST | {"decay": 0.9},
+    PEER_BEST | {"threshold_ema_dead_code": 0.1},
 ]
 
 
@@ -384,6 +405,8 @@ def options_of(condition: str) -> tuple[str, dict[str, Any]]:
     if condition == "naive":
         gradient = {"update_rule": "gradient", "codebook_gradient_scale": 1.0}
         return "ours", NAIVE | gradient | {"narrow_start": True}
+    if condition == "naive-normal":
+        return "ours", NAIVE | {"decay": 0.99, "normal_start": True}
     if condition == "naive-ema":
         return "ours", NAIVE | {"decay": 0.99}
     if condition == "full":
@@ -391,7 +414,8 @@ def options_of(condition: str) -> tuple[str, dict[str, Any]]:
     return "ours", RECIPE | ABLATIONS[condition]
 
 
-CONDITIONS = ("full", *ABLATIONS, "naive", "naive-ema", "vqp", "vqp-best", "faiss", "none")
+NAIVES = ("naive", "naive-normal", "naive-ema")
+CONDITIONS = ("full", *ABLATIONS, *NAIVES, "vqp", "vqp-best", "faiss", "none")
 
 
 # ---- one run
@@ -640,26 +664,44 @@ def plans(args: argparse.Namespace) -> Iterator[Plan]:
     for seed in range(args.seeds):
         for data in args.data:
             for size in args.sizes:
-                codes = int(size.split("x")[1])
-                steps, frames = BUDGET.get(codes, BUDGET[1024])
-                common = (seed, args.on, args.steps or steps, args.frames or frames)
-                for name, kind, options in _chosen(args):
-                    if kind == "ours":
-                        options = options | BY_CODES.get(codes, {})
-                    yield Plan(data, size, name, *common, kind, options)
+                for name in searched(args.search) if args.search else args.conditions:
+                    plan = plan_of(data, size, name, seed, args.on)
+                    yield replace(
+                        plan, steps=args.steps or plan.steps, frames=args.frames or plan.frames
+                    )
 
 
-def _chosen(args: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    if args.search:
-        ours = args.search == "ours"
-        for change in SEARCH_OURS if ours else SEARCH_PEER:
-            name = f"{args.search} " + (
-                " ".join(f"{k}={v}" for k, v in change.items()) or "default"
-            )
-            yield name, "ours" if ours else "peer", (RECIPE | change if ours else change)
-        return
-    for name in args.conditions:
-        yield name, *options_of(name)
+def plan_of(data: str, size: str, condition: str, seed: int, on: str) -> Plan:
+    """The run of a condition, or of a searched setting, as defined now."""
+    codes = int(size.split("x")[1])
+    steps, frames = BUDGET.get(codes, BUDGET[1024])
+    settings = searched("ours") | searched("vqp")
+    kind, options = settings.get(condition) or options_of(condition)
+    if kind == "ours":
+        options = options | BY_CODES.get(codes, {})
+    return Plan(data, size, condition, seed, on, steps, frames, kind, options)
+
+
+def searched(search: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Kind and options of the settings of a search, by name."""
+    ours = search == "ours"
+    return {
+        f"{search} " + " ".join(f"{k}={v}" for k, v in change.items()): (
+            ("ours", BEFORE | change) if ours else ("peer", change)
+        )
+        for change in (SEARCH_OURS if ours else SEARCH_PEER)
+    }
+
+
+def as_defined_now(line: dict[str, Any]) -> bool:
+    """Whether a finished run is one that this file would make today."""
+    plan = line["plan"]
+    names = ("data", "size", "condition", "seed", "on")
+    try:
+        now = plan_of(*(plan[name] for name in names))
+    except KeyError:  # a condition of the past
+        return False
+    return json.loads(now.key) == plan
 
 
 def load_lines(path: Path) -> list[dict[str, Any]]:
@@ -731,7 +773,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.report:
         from collapse_report import write_report
 
-        write_report(load_lines(args.out), ROOT / "docs")
+        write_report([line for line in load_lines(args.out) if as_defined_now(line)], ROOT / "docs")
     else:
         perform(args)
     return 0

@@ -20,9 +20,7 @@ _CLOCKS = ("seed", "updates", "initialized", "temperature", "progress")
 
 def default_decay(codebook_size: int) -> float:
     """Decay of the running averages: more codes see each code's frames less often."""
-    if codebook_size < 256:
-        return 0.95
-    return 0.97 if codebook_size <= 2048 else 0.98
+    return 0.95 if codebook_size < 256 else 0.98
 
 
 class Codebooks(nn.Module):

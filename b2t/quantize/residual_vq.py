@@ -74,8 +74,8 @@ class ResidualVQ(nn.Module):
         shared_codebook: one codebook for all layers.
         update_rule: ``ema``, codes are running averages of their frames; ``gradient``, codes are a
             parameter moved by the optimizer on the loss ``codebook``.
-        decay: of the running averages, per update; by default 0.95 below 256 codes, 0.97 up to
-            2048, 0.98 above.
+        decay: of the running averages, per update; by default 0.95 below 256 codes, else
+            0.98.
         eps: pseudo-frames of the Laplace smoothing.
         codebook_gradient_scale: factor on every gradient into the codebooks (gradient rule).
         use_cosine_sim: latents are normalized, codes are unit vectors found by angle; each layer

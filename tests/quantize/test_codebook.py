@@ -157,4 +157,4 @@ def test_clocks_stay_on_the_host_and_everything_else_moves():
 
 
 def test_the_default_decay_follows_the_number_of_codes():
-    assert [default_decay(K) for K in (64, 256, 1024, 8192)] == [0.95, 0.97, 0.97, 0.98]
+    assert [default_decay(K) for K in (64, 256, 1024, 8192)] == [0.95, 0.98, 0.98, 0.98]
