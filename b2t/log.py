@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import suppress
 
 _ROOT = "b2t"
 _said: set[str] = set()
@@ -31,7 +32,9 @@ class _TqdmHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(self.format(record), file=sys.stderr)
+        # A log on a full disk, or a terminal that is gone, must not end a training run.
+        with suppress(OSError):
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 def logger(name: str = _ROOT) -> logging.Logger:

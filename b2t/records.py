@@ -1,5 +1,6 @@
 """Files that survive a crash: text replaced whole, and JSON lines that a kill cannot spoil."""
 
+import errno
 import json
 import math
 import os
@@ -26,19 +27,39 @@ class JsonlSink:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        torn = _ends_within_a_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
-        if torn:
-            self._file.write("\n")
+        self._torn = _ends_within_a_line(self.path)
+        # Unbuffered: what a full disk did not take must not wait to be written later, in part.
+        self._file = self.path.open("ab", buffering=0)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record."""
-        self._file.write(encode(record) + "\n")
-        self._file.flush()
+        """Append one record.
+
+        Raises:
+            OSError: it could not be written, and nothing of it is left in the file.
+        """
+        line = f"{encode(record)}\n".encode()
+        if self._torn:
+            line = b"\n" + line
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        except OSError:
+            self._cut(size)
+            raise
+        self._torn = False
 
     def close(self) -> None:
         """Close the file; further writes are errors."""
         self._file.close()
+
+    def _cut(self, size: int) -> None:
+        """Take back what was written of a line."""
+        try:
+            self._file.truncate(size)
+        except OSError:
+            self._torn = True
 
 
 def write_atomically(path: Path, text: str) -> None:
