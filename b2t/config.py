@@ -386,7 +386,7 @@ class CheckpointConfig(Section):
     every: PositiveInt = 500
     """Applied steps between checkpoints; one more is written at the end of each phase."""
     keep: PositiveInt = 2
-    """Number of most recent checkpoints kept, besides the best model."""
+    """Number of most recent checkpoints kept, besides the best model and the end of each phase."""
     best_metric: str = "val/loss"
     """Validation metric that chooses `checkpoints/best`."""
     best_mode: Literal["min", "max"] = "min"

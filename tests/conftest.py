@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,21 @@ def tiny_trials(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trials") / "data"
     DatasetDict(splits).save_to_disk(str(folder))
     return folder
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Mounts a small tmpfs with options of ``mount``; skips where that is not allowed."""
+    folder = tmp_path / "disk"
+
+    def mount(options: str) -> Path:
+        folder.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"a small tmpfs cannot be mounted here: {done.stderr.strip()}")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", str(folder)], check=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,16 @@ from b2t.quantize.layers import Layers
 from b2t.quantize.statistics import InitReport
 
 
+class NoFiniteFrames(UserError):  # noqa: N818  # reads as what happened
+    """No rank has a latent frame that is finite, so that no codebook can start.
+
+    Attributes:
+        batches: whoever brings the latents may put here what they were made of.
+    """
+
+    batches: Sequence[Any] = ()
+
+
 def gather_frames(
     latents: Iterable[tuple[Tensor, Tensor, Tensor]],
     wanted: int,
@@ -44,7 +55,8 @@ def gather_frames(
         show: a progress bar.
 
     Raises:
-        UserError: no frame on any rank.
+        NoFiniteFrames: every real frame of every rank holds NaN or infinity.
+        UserError: every frame of every rank is masked.
     """
     embed = books.embed
     share = -(-wanted // world_size(group))
@@ -62,9 +74,13 @@ def gather_frames(
     gathered, hashes = (all_gather_rows(kept, group) for kept in reservoir.kept())
     (nonfinite,) = all_reduce_sum([nonfinite], group)
     if gathered.shape[0] == 0:
+        if int(nonfinite):
+            raise NoFiniteFrames(
+                f"the codebooks cannot start: NaN or infinity in all {int(nonfinite)} latent frames"
+            )
         raise UserError(
-            "codebook start: no rank brought a valid latent frame; every frame was masked or not "
-            f"finite ({int(nonfinite)} held NaN or infinity). Check the data and the learning rate."
+            "the codebooks cannot start: no rank brought a latent frame that is not masked; check "
+            "the lengths of the trials"
         )
     return canonical(gathered, hashes, wanted)[0], int(nonfinite)
 

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from b2t.config import PhaseConfig
+from b2t.errors import UserError
 from b2t.log import logger
 from b2t.monitor.alerts import Alert
 from b2t.monitor.report import try_write_report
@@ -141,11 +142,18 @@ class MetricsFile(Callback):
         self.path = folder / "metrics.jsonl"
         self._sink: JsonlSink | None = None
         self._started = time.time()
+        self._lost = 0
 
     def on_start(self, trainer: Trainer) -> None:
         """Drop records that a resumed run writes again, and open the file."""
-        rewind(self.path, trainer.progress.step)
-        self._sink = JsonlSink(self.path)
+        try:
+            rewind(self.path, trainer.progress.step)
+            self._sink = JsonlSink(self.path)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); free some space, or choose "
+                "another run.dir"
+            ) from None
         self._started = time.time() - trainer.progress.seconds
 
     def on_log(self, trainer: Trainer, record: dict[str, float]) -> None:
@@ -172,7 +180,24 @@ class MetricsFile(Callback):
             "phase": trainer.phase.name,
             "time_s": round(time.time() - self._started, 3),
         }
-        self._sink.write({**head, **values})
+        lost = {"lost_records": self._lost} if self._lost else {}
+        try:
+            self._sink.write({**head, **lost, **values})
+        except OSError as error:
+            if not self._lost:
+                logger(__name__).error(
+                    "%s cannot be written (%s): training goes on, and records are lost until "
+                    "there is room",
+                    self.path,
+                    error.strerror,
+                )
+            self._lost += 1
+            return
+        if lost:
+            logger(__name__).warning(
+                "%s is written again: %d records were lost", self.path, self._lost
+            )
+            self._lost = 0
 
 
 class RunFiles(Callback):

@@ -31,6 +31,8 @@ from b2t.errors import UserError
 from b2t.log import logger
 
 LATEST = "latest"
+KEEP = "keep"
+"""Name of an empty file in checkpoints that are never removed."""
 BEST = "best"
 _PREFIX = "step-"
 _PARTIAL = ".writing-"
@@ -53,7 +55,7 @@ class CheckpointStore:
 
     Args:
         folder: where checkpoints live.
-        keep: most recent checkpoints that are kept.
+        keep: most recent checkpoints that are kept, besides those that hold a file `keep`.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -66,14 +68,22 @@ class CheckpointStore:
         numbers = [path.name.removeprefix(_PREFIX) for path in found if path.is_dir()]
         return sorted(int(number) for number in numbers if _STEP.fullmatch(number))
 
-    def save(self, step: int, checkpoint: Checkpoint) -> Path | None:
-        """Write a checkpoint; on a full disk say so, keep the older ones and return None."""
+    def save(self, step: int, checkpoint: Checkpoint, milestone: bool = False) -> Path | None:
+        """Write a checkpoint; on a full disk say so, keep the older ones and return None.
+
+        Args:
+            step: applied steps of the run.
+            checkpoint: what to write.
+            milestone: never to be removed, as the end of a phase.
+        """
         target = self.folder / f"{_PREFIX}{step:08d}"
         partial = self.folder / f"{_PARTIAL}{target.name}"
         replaced = self.folder / f"{_REPLACED}{target.name}"
         try:
             self._clear_unfinished()
             partial.mkdir(parents=True)
+            if milestone:
+                (partial / KEEP).touch()
             _write(partial, checkpoint)
             if target.exists():
                 target.rename(replaced)
@@ -93,9 +103,14 @@ class CheckpointStore:
                 self.folder,
             )
             return None
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.folder / f"{_PREFIX}{old:08d}", ignore_errors=True)
+        self._remove_old()
         return target
+
+    def _remove_old(self) -> None:
+        folders = [self.folder / f"{_PREFIX}{step:08d}" for step in self.steps()]
+        passing = [folder for folder in folders if not (folder / KEEP).exists()]
+        for old in passing[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def _clear_unfinished(self) -> None:
         """Remove what a killed process left half written."""

@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from b2t.config import Config
-from b2t.data.batches import TrialRows, collate
+from b2t.data.batches import Batch, TrialRows, collate
 from b2t.log import logger
 from b2t.model.brain_to_text import BrainToText
 from b2t.quantize.frame_hash import frame_ids
+from b2t.quantize.start import NoFiniteFrames
 from b2t.train.build import Materials
 from b2t.train.ranks import Ranks
+
+_KEPT = 16
+"""Trials of each rank that are kept for a diagnosis."""
 
 
 def start_codebooks(
@@ -33,6 +37,9 @@ def start_codebooks(
         config: the seed, how many frames per code, whether to show progress.
         ranks: each encodes its share of the trials.
         lengths: time bins of each training trial, [rows].
+
+    Raises:
+        NoFiniteFrames: on all ranks; with the first trials of this one.
     """
     quantizer, section = model.quantizer, config.codebook_start
     assert quantizer is not None
@@ -40,12 +47,23 @@ def start_codebooks(
     trials = enough_trials(lengths // config.model.encoder.patch_stride, wanted, config.run.seed)
     model.eval()
     # All latents offered are used, so that the start does not depend on how ranks share them.
-    report = quantizer.initialize(
-        _latents(model, dtype, materials, config, ranks, trials[ranks.rank :: ranks.world]),
-        progress=ranks.is_main and config.log.progress and sys.stderr.isatty(),
-        frames_per_code=2 * section.frames_per_code,
-    )
-    model.train()
+    used: list[Batch] = []
+    mine = trials[ranks.rank :: ranks.world]
+    try:
+        report = quantizer.initialize(
+            _latents(model, dtype, materials, config, ranks, mine, used),
+            progress=ranks.is_main and config.log.progress and sys.stderr.isatty(),
+            frames_per_code=2 * section.frames_per_code,
+        )
+    except NoFiniteFrames as problem:
+        problem.batches = used
+        raise
+    finally:
+        model.train()
+    if report.nonfinite:
+        logger(__name__).warning(
+            "%s latent frames held NaN or infinity and were left out", f"{report.nonfinite:,}"
+        )
     logger(__name__).info(
         "codebooks started by k-means++ on %s frames in %.1f s; codes found per layer: %s",
         f"{report.frames:,}",
@@ -68,11 +86,12 @@ def _latents(
     config: Config,
     ranks: Ranks,
     trials: np.ndarray,
+    used: list[Batch],
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield latents [1, P, D], masks [1, P] and identities [1, P] of the frames of trials.
 
     Trials are encoded one by one, so that their latents do not depend on what they are batched
-    with, and the codebooks not on the number of ranks.
+    with, and the codebooks not on the number of ranks. ``used`` receives the first few.
     """
     rows = TrialRows(
         materials.train,
@@ -84,5 +103,7 @@ def _latents(
     )
     for row in trials:
         batch = collate([rows.example(0, int(row))]).to(ranks.device, dtype)
+        if len(used) < _KEPT:
+            used.append(batch)
         latents, mask = model.latents(batch.signal, batch.signal_mask, batch.session)
         yield latents, mask, frame_ids(batch.row_ids, latents.shape[1])

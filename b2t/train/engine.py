@@ -63,6 +63,10 @@ class PhaseEngine:
         ds_file: the checked DeepSpeed file.
         masters: exact float32 weights by name; read at construction, written by
             `collect_masters`.
+
+    Attributes:
+        overflowed: components whose gradients, of this rank's share, were not finite in the last
+            step that was skipped.
     """
 
     def __init__(
@@ -90,6 +94,8 @@ class PhaseEngine:
             dist_init_required=False,
         )
         self._norms = GradientNorms(self._engine.optimizer, [group["name"] for group in groups])
+        self.overflowed: list[str] = []
+        self._watch_overflows([group["name"].split("/")[0] for group in groups])
         self.write_masters(masters)
 
     def _optimizer(self, groups: list[dict], optim: OptimConfig) -> torch.optim.Optimizer:
@@ -212,6 +218,39 @@ class PhaseEngine:
         for parameter in self.model.parameters():
             parameter.grad = None
         del self._engine
+
+    def _watch_overflows(self, components: list[str]) -> None:
+        """Note whose gradients overflow, and never give up for it: how long is the trainer's say.
+
+        DeepSpeed raises where the loss scale cannot fall further, and drops the gradients.
+        """
+        zero = self._engine.optimizer
+        if hasattr(getattr(zero, "loss_scaler", None), "raise_error_at_min_scale"):
+            zero.loss_scaler.raise_error_at_min_scale = False
+        if not hasattr(zero, "_update_scale"):
+            return
+        update = zero._update_scale
+
+        def noted(has_overflow: bool = False) -> None:
+            if has_overflow:
+                found = {
+                    component
+                    for number, component in enumerate(components)
+                    for gradient in self._gradients(number)
+                    if not bool(torch.isfinite(gradient).all())
+                }
+                self.overflowed = sorted(found)
+            update(has_overflow)
+
+        zero._update_scale = noted
+
+    def _gradients(self, group: int) -> list[Tensor]:
+        """Return the gradients of a parameter group that this rank holds, reduced over ranks."""
+        zero = self._engine.optimizer
+        if self.ds_file.offload:
+            gradient = zero.single_partition_of_fp32_groups[group].grad
+            return [] if gradient is None else [gradient]
+        return [g for g in zero.averaged_gradients.get(group) or [] if g is not None]
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.model.named_parameters():

@@ -12,6 +12,7 @@ import yaml
 from b2t.config import COMPONENTS, Config, describe, load_config, preset_names
 from b2t.errors import UserError
 from b2t.log import configure, logger, quiet_libraries
+from b2t.records import write_atomically
 from b2t.train.ds_config import DeepSpeedFile, load_ds_config
 
 EXIT_USER_ERROR = 2
@@ -139,7 +140,7 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
     from b2t.train.monitoring import Watch, build_monitors
     from b2t.train.ranks import WaitedTooLong, join, leave, timed_out
     from b2t.train.signals import EXIT_STOPPED, StopSignals
-    from b2t.train.startup import check_start, require_same_everywhere
+    from b2t.train.startup import check_start, require_folder, require_same_everywhere
     from b2t.train.trainer import Stopped, Trainer, TrainingFailed
     from b2t.train.world_size import keep_global_batch
 
@@ -153,6 +154,7 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
     training = False
     try:
         require_same_everywhere(ranks, config, ds_file)
+        require_folder(ranks, config.run.dir)
         ds_file = keep_global_batch(ds_file, config.run.dir, ranks.world)
         materials = build(config)
         known = peak_flops(ranks.device) is not None and ds_file.precision != "fp32"
@@ -252,6 +254,7 @@ def prepare_run(trainer: Any, resume: str) -> bool:
     folder = config.run.dir
     if ranks.is_main:
         trainer.store.recover()
+    ranks.place = "reading the checkpoint"
     ranks.barrier()
     checkpoint = trainer.store.load()
     if checkpoint is not None:
@@ -274,7 +277,7 @@ def prepare_run(trainer: Any, resume: str) -> bool:
     if ranks.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(config.to_yaml(), "utf-8")
+            write_atomically(folder / "config.yaml", config.to_yaml())
             trainer.store.folder.mkdir(exist_ok=True)
         except OSError as problem:
             error = f"run.dir={folder}: cannot be written ({problem}); choose another run.dir"

@@ -4,7 +4,8 @@ import hashlib
 import json
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,20 +38,36 @@ def check_start(trainer: "Trainer") -> None:
         UserError: on all ranks alike, but for a dry batch that one rank has no memory for.
     """
     config, ranks = trainer.config, trainer.ranks
+    size = checkpoint_bytes(trainer.model, config.optim.weight_ema is not None)
+    wanted = config.checkpoint.keep + 1 + len(config.phases)
+    _on_main(ranks, lambda: require_disk(config.run.dir, size, wanted))
+    phases = config.phases[trainer.progress.phase :]
+    log.info("%s", describe_memory(trainer.model, phases, trainer.ds_file, ranks.world))
+    if config.stability.dry_batch:
+        ranks.place = "trying the longest trials"
+        dry_batches(trainer, phases)
+
+
+def require_folder(ranks: Ranks, folder: Path) -> None:
+    """Refuse a run folder that rank 0 cannot write, before anything is read or built.
+
+    Raises:
+        UserError: on all ranks alike.
+    """
+    _on_main(ranks, lambda: require_writable(folder))
+
+
+def _on_main(ranks: Ranks, check: Callable[[], None]) -> None:
+    """Let rank 0 check, and raise its error on all ranks."""
     error = None
     if ranks.is_main:
         try:
-            size = checkpoint_bytes(trainer.model, config.optim.weight_ema is not None)
-            require_disk(config.run.dir, size, config.checkpoint.keep + 1)
+            check()
         except UserError as problem:
             error = str(problem)
     error = ranks.from_main(error)
     if error:
         raise UserError(error)
-    phases = config.phases[trainer.progress.phase :]
-    log.info("%s", describe_memory(trainer.model, phases, trainer.ds_file, ranks.world))
-    if config.stability.dry_batch:
-        dry_batches(trainer, phases)
 
 
 # ---- the same everywhere
@@ -122,6 +139,26 @@ def checkpoint_bytes(model: nn.Module, averaged: bool = False) -> int:
     return (16 if averaged else 12) * weights + sum(
         b.numel() * b.element_size() for b in model.buffers()
     )
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse a run folder that cannot be made or written; nothing is left behind.
+
+    Raises:
+        UserError: a read-only disk, missing rights, a file in its place.
+    """
+    place = folder
+    while not (place.exists() or place.is_symlink()) and place != place.parent:
+        place = place.parent
+    try:
+        tempfile.TemporaryDirectory(prefix=".b2t-", dir=place).cleanup()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if not place.is_dir():
+            reason = f"{place} is not a folder"
+        raise UserError(
+            f"run.dir={folder}: cannot be written ({reason}); choose another run.dir"
+        ) from None
 
 
 def require_disk(folder: Path, size: int, wanted: int) -> None:

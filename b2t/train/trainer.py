@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,14 +18,16 @@ from b2t.config import COMPONENTS, Config, PhaseConfig
 from b2t.data.batches import Batch, BatchPlan, train_batches
 from b2t.data.trials import signal_lengths
 from b2t.errors import UserError
-from b2t.log import logger
+from b2t.log import log_once, logger
 from b2t.monitor.alerts import Alert
 from b2t.monitor.context import StepContext
 from b2t.quantize.frame_hash import frame_ids
+from b2t.quantize.start import NoFiniteFrames
 from b2t.train.build import Materials
 from b2t.train.callbacks import Callback, versions
 from b2t.train.checkpoint import BEST, Checkpoint, CheckpointStore
 from b2t.train.codebook_start import start_codebooks
+from b2t.train.diagnosis import diagnose
 from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.engine import PhaseEngine, initial_masters, read_master, write_master
 from b2t.train.export import export_model
@@ -155,8 +159,11 @@ class Trainer:
         return step_s * (self.config.total_steps - self.progress.step)
 
     def _train_phase(self) -> None:
-        self._build_engine()
+        restored, self._restored = self._restored, None
+        self._build_engine(restored)
         self.window = Window(self.ranks)
+        if restored is not None:
+            self.window.load_state(restored.state.get("window"))
         batches = self._batches()
         try:
             while self.progress.phase_step < self.phase.steps and not self._stopping_early():
@@ -172,8 +179,9 @@ class Trainer:
         phase = self.config.phases[number]
         self.progress.enter_phase(number, self.config.checkpoint.best_mode, phase.early_stopping)
 
-    def _build_engine(self) -> None:
+    def _build_engine(self, restored: Checkpoint | None) -> None:
         phase = self.phase
+        self.ranks.place = f"building the engine of phase {phase.name}"
         trained = [name for name in phase.trainable if getattr(self.model, name) is not None]
         frozen = [name for name in self.components() if name not in trained]
         self.model.freeze(frozen)
@@ -189,7 +197,6 @@ class Trainer:
         ):
             # In any precision the engine's float32 master is where the optimizer moves the codes.
             self.model.quantizer.attach_master(read_master, write_master)
-        restored, self._restored = self._restored, None
         if restored is not None and restored.state["engine"] is not None:
             self.engine.load_state(restored.moments, restored.state["engine"])
         decay = self.config.optim.weight_ema
@@ -248,14 +255,18 @@ class Trainer:
         weights = self.phase.losses.model_dump()
         batches = [b.to(self.ranks.device, self.engine.dtype) for b in micro_batches]
         usage = self._usage_of_step(batches)
+        forward = partial(
+            self._forward,
+            counts=counts,
+            weights=weights,
+            usage=usage,
+            micro_batches=len(batches),
+        )
         stats: Any = None
         for number, batch in enumerate(batches):
-            self._seed(number)
-            output = self.engine(
-                batch, counts=counts, weights=weights, usage=usage, micro_batches=len(batches)
-            )
+            output = forward(number, batch)
             self.engine.backward(output.loss)
-            applied = self._engine_step()
+            applied = self.engine.step()
             self.window.add(output, self.ds_file.accumulation)
             if output.stats is not None:
                 stats = output.stats if stats is None else stats + output.stats
@@ -263,9 +274,13 @@ class Trainer:
         if applied:
             self._after_applied(stats, output, batch, weights, totals, data_s)
         else:
-            self._after_skipped(micro_batches)
+            self._after_skipped(batches, forward)
         if totals["stop"]:
             self._save_and_leave()
+
+    def _forward(self, number: int, batch: Batch, **inputs: Any) -> Any:
+        self._seed(number)
+        return self.engine(batch, **inputs)
 
     def _totals(self, micro_batches: list[Batch], problem: str | None) -> dict[str, float]:
         """Sums over micro-batches and ranks of what losses are averaged over, and of stop flags.
@@ -286,6 +301,7 @@ class Trainer:
         totals = dict(zip(local, self.ranks.sum(list(local.values())), strict=True))
         if totals["problem"]:
             raise UserError(next(p for p in self.ranks.gather(problem) if p is not None))
+        self.ranks.place = f"in step {self.progress.step + 1} of phase {self.phase.name}"
         return totals
 
     def _shares(self) -> int:
@@ -326,18 +342,6 @@ class Trainer:
         if quantizer is not None:
             quantizer.set_progress(self.progress.step / self.config.total_steps)
             quantizer.revival_enabled = self.phase.revival
-
-    def _engine_step(self) -> bool:
-        try:
-            return self.engine.step()
-        except Exception as error:
-            if "loss scale already at minimum" not in str(error):
-                raise
-            raise TrainingFailed(
-                f"step {self.progress.step}: gradients overflow at the smallest loss scale "
-                f"({self.engine.loss_scale:g}): lower phases.{self.progress.phase}.lr, or train in "
-                "bf16 (ds_configs/zero2_bf16.json) on GPUs that have it"
-            ) from None
 
     def _after_applied(
         self,
@@ -393,30 +397,35 @@ class Trainer:
         if progress.step % self.config.checkpoint.every == 0 and not last:
             self.save()
 
-    def _after_skipped(self, micro_batches: list[Batch]) -> None:
+    def _after_skipped(
+        self, batches: Sequence[Batch], forward: Callable[[int, Batch], Any]
+    ) -> None:
         """Count a skipped step; nothing else moves. Too many in a row end the run."""
         progress = self.progress
         progress.skipped += 1
         progress.consecutive_skips += 1
         if progress.consecutive_skips >= self.config.stability.max_consecutive_skips:
-            self.raise_alert(self._why_skipped(micro_batches))
+            self.raise_alert(self._why_skipped(batches, forward))
             progress.consecutive_skips = 0
         self.window.drop_step()
         self._leave_if_critical()
 
-    def _why_skipped(self, micro_batches: list[Batch]) -> Alert:
+    def _why_skipped(self, batches: Sequence[Batch], forward: Callable[[int, Batch], Any]) -> Alert:
         """Diagnose the last of too many skipped steps. Collective."""
         progress = self.progress
-        losses = {name for share in self.ranks.gather(self.window.not_finite()) for name in share}
-        rows = [row for batch in micro_batches for row in batch.rows]
-        rows = [row for share in self.ranks.gather(rows) for row in share]
-        shown = ", ".join(rows[:8]) + (" …" if len(rows) > 8 else "")
-        what = f"{', '.join(sorted(losses))}: not finite" if losses else "gradients not finite"
+        self.ranks.place = f"looking for what is not finite in step {progress.step + 1}"
+        losses = self.window.not_finite()
+        gradients = self.engine.overflowed
+        finding = diagnose(self.model, batches, forward, losses, gradients, self.ranks)
+        in_losses = any(self.ranks.gather(bool(losses)))
+        scale = ""
+        if self.ds_file.precision == "fp16":
+            scale = f" at loss scale {self.engine.loss_scale:g}"
         return Alert(
             severity="critical",
-            rule="loss-not-finite" if losses else "gradients-not-finite",
-            message=f"{progress.consecutive_skips} optimizer steps in a row were skipped "
-            f"({what}); the last batch held {shown}",
+            rule="loss-not-finite" if in_losses else "gradients-not-finite",
+            message=f"{progress.consecutive_skips} optimizer steps in a row were skipped{scale}: "
+            f"{finding.what or 'gradients not finite'}; trials: {finding.trials}",
             cause="a learning rate too high, overflow in half precision, or broken trials",
             remedy=f"look at these trials (b2t inspect), lower phases.{progress.phase}.lr, or "
             "train in bf16",
@@ -432,18 +441,51 @@ class Trainer:
         if self.progress.step < due:
             return
         self.ranks.place = "starting the codebooks"
-        start_codebooks(
-            self.model,
-            self.engine.dtype,
-            self.materials,
-            self.config,
-            self.ranks,
-            lengths=self.plan.lengths,
-        )
+        try:
+            start_codebooks(
+                self.model,
+                self.engine.dtype,
+                self.materials,
+                self.config,
+                self.ranks,
+                lengths=self.plan.lengths,
+            )
+        except NoFiniteFrames as problem:
+            self.raise_alert(self._why_not_started(problem))
+            self._leave_if_critical()
         self._clock = time.perf_counter()
+
+    def _why_not_started(self, problem: NoFiniteFrames) -> Alert:
+        """Diagnose codebooks that no latent frame can start. Collective."""
+        finding = diagnose(
+            self.model,
+            problem.batches,
+            lambda _, batch: self.model.latents(batch.signal, batch.signal_mask, batch.session),
+            (),
+            (),
+            self.ranks,
+        )
+        return Alert(
+            severity="critical",
+            rule="codebook-start",
+            message=f"{problem} ({finding.what or 'none in a second look'}); "
+            f"trials: {finding.trials}",
+            cause="a learning rate too high before the codebooks' start, overflow in half "
+            "precision, or broken trials",
+            remedy=f"look at these trials (b2t inspect), lower phases.{self.progress.phase}.lr, or "
+            "train in bf16",
+            step=self.progress.step,
+        )
 
     def _log(self) -> None:
         record = self.window.metrics()
+        if record["codebook/nonfinite_frames"]:
+            log_once(
+                "nonfinite-frames",
+                f"step {self.progress.step}: {record['codebook/nonfinite_frames']:.0f} latent "
+                "frames held NaN or infinity and were left out of losses and codebooks "
+                "(codebook/nonfinite_frames counts them)",
+            )
         record["optim/skipped_steps"] = float(self.progress.skipped)
         record["optim/loss_scale"] = self.engine.loss_scale
         record["optim/grad_norm"] = self.engine.grad_norm()
@@ -488,8 +530,10 @@ class Trainer:
 
     def _end_phase(self) -> None:
         self._validate()
+        self.ranks.place = f"decoding after phase {self.phase.name}"
         with self._averaged():
             decode_after_phase(self)
+        self.ranks.place = f"ending phase {self.phase.name}"
         self._hook("on_phase_end", self.phase)
         self.engine.collect_masters()
         self._collect_averages()
@@ -498,6 +542,7 @@ class Trainer:
         if self.progress.finished:
             self.save()
             self.engine.close()
+            self.ranks.place = "finishing"
             return
         self.engine.close()
         self._enter_phase(following)
@@ -524,18 +569,23 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""
+        self.ranks.place = f"saving after step {self.progress.step}"
         moments, numbers = self.engine.state()
         self._collect_averages()
-        self._write_checkpoint(self.engine.collect_masters(), moments, numbers)
+        self._write_checkpoint(self.engine.collect_masters(), moments, numbers, self.window.state())
 
     def save_between_phases(self) -> None:
         """Write a checkpoint of the start of a phase, whose optimizer is new."""
-        self._write_checkpoint(self.masters, {}, None)
+        self.ranks.place = f"saving before phase {self.phase.name}"
+        self._write_checkpoint(self.masters, {}, None, None)
 
     def _write_checkpoint(
-        self, masters: dict[str, Tensor], moments: dict[str, Tensor], engine: Any
+        self,
+        masters: dict[str, Tensor],
+        moments: dict[str, Tensor],
+        engine: dict[str, Any] | None,
+        window: dict[str, Any] | None,
     ) -> None:
-        self.ranks.place = f"saving after step {self.progress.step}"
         if self.ranks.is_main:
             buffers = dict(self.model.named_buffers())
             numbers, tensors = self._callback_states()
@@ -543,6 +593,7 @@ class Trainer:
             state = {
                 "progress": self.progress.to_dict(),
                 "engine": engine,
+                "window": window,
                 "callbacks": numbers,
                 "config": self.config.model_dump(mode="json"),
                 "deepspeed": self.ds_file.raw,
@@ -554,6 +605,7 @@ class Trainer:
             path = self.store.save(
                 self.progress.step,
                 Checkpoint({**masters, **buffers}, {**moments, **averages, **tensors}, state),
+                milestone=self.progress.finished or engine is None,
             )
             if path is not None:
                 log.info("checkpoint %s", path)
@@ -591,4 +643,8 @@ class Trainer:
 
     def _hook(self, name: str, *arguments: Any) -> None:
         for callback in self.callbacks:
-            getattr(callback, name)(self, *arguments)
+            try:
+                getattr(callback, name)(self, *arguments)
+            except OSError as error:  # a full disk must not end the run
+                kind = type(callback).__name__
+                log_once(f"{kind}-{name}", f"{kind}: {error}; training goes on", logging.ERROR)

@@ -1,6 +1,7 @@
 """Metrics between two log steps, summed on the device and read once."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from b2t.train.ranks import Ranks
 
+_COUNTERS = ("steps", "frames", "bins", "padded", "seconds", "data_s", "revived", "nonfinite")
 _POOLED = ("squared_error", "signal_power", "bins", "tokens", "tokens_correct")
 
 
@@ -30,6 +32,7 @@ class Window:
         self._steps = 0
         self._frames = self._bins = self._padded = self._seconds = self._data_s = 0.0
         self._revived = 0.0
+        self._nonfinite: Tensor | float = 0.0
 
     @torch.no_grad()
     def add(self, output: Any, accumulation: int) -> None:
@@ -66,7 +69,9 @@ class Window:
         self._padded += totals["padded"]
         self._seconds += step_s
         self._data_s += data_s
-        self._revived += sum(report.revived) if report is not None else 0
+        if report is not None:
+            self._revived += sum(report.revived)
+            self._nonfinite = self._nonfinite + report.nonfinite
 
     def _share_losses(self) -> None:
         """Make the step's losses global means, in one reduction that nothing waits for."""
@@ -77,6 +82,42 @@ class Window:
             losses /= self.ranks.world
         self._step.update(dict(zip(names, losses, strict=True)))
         self.last_losses = {name.removeprefix("loss/"): self._step[name] for name in names}
+
+    def state(self) -> dict[str, Any]:
+        """Return the window as JSON values, for a run that stops between two records. Collective.
+
+        Sums are those of each rank, so that a resume adds them up in the same order.
+        """
+        names = sorted(self._sums)
+        local = [float(self._sums[name]) for name in names]
+        return {
+            "names": names,
+            "sums": self.ranks.gather(local),
+            **{name: float(getattr(self, f"_{name}")) for name in _COUNTERS},
+        }
+
+    def load_state(self, state: dict[str, Any] | None) -> None:
+        """Continue from what `state` returned, on any number of ranks; None starts afresh."""
+        if state is None:
+            return
+        for name in _COUNTERS:
+            setattr(self, f"_{name}", state[name])
+        shares = state["sums"]
+        if len(shares) == self.ranks.world:
+            mine = shares[self.ranks.rank]
+        else:
+            columns = zip(*shares, strict=True)
+            pairs = zip(state["names"], columns, strict=True)
+            mine = [self._taken_over(name, values) for name, values in pairs]
+        for name, value in zip(state["names"], mine, strict=True):
+            dtype = torch.float32 if name.startswith("loss/") else torch.float64
+            self._sums[name] = torch.tensor(value, dtype=dtype, device=self.ranks.device)
+
+    def _taken_over(self, name: str, values: Sequence[float]) -> float:
+        """One rank's sum in place of those of another number of ranks; all have the same losses."""
+        if name.startswith("loss/"):
+            return values[0]
+        return math.fsum(values) if self.ranks.is_main else 0.0
 
     def metrics(self) -> dict[str, float]:
         """Return means over steps and ranks, and start a new window. Collective."""
@@ -97,5 +138,6 @@ class Window:
         record["throughput/frames_per_s"] = self._frames / seconds
         record["throughput/padding_fraction"] = 1 - self._bins / max(self._padded, 1.0)
         record["codebook/revived"] = float(self._revived)
+        record["codebook/nonfinite_frames"] = float(self._nonfinite)
         self._start()
         return record

@@ -7,6 +7,7 @@ from b2t.errors import UserError
 from b2t.quantize import ResidualVQ
 from b2t.quantize.frame_hash import frame_hash
 from b2t.quantize.kmeans import FrameReservoir, _lloyd, kmeans, seed_centers
+from b2t.quantize.start import NoFiniteFrames
 
 
 def generator(seed=0):
@@ -186,8 +187,14 @@ def test_fewer_frames_than_codes_start_all_layers_and_are_said(N, caplog, monkey
 
 
 def test_no_valid_frame_at_all_is_an_error():
-    with pytest.raises(UserError, match="no rank brought a valid latent frame"):
+    with pytest.raises(NoFiniteFrames, match="NaN or infinity in all 9 latent frames"):
         initialize(torch.full((1, 9, 4), float("nan")))
+    quantizer, _ = initialize(torch.zeros(1, 1, 4))
+    quantizer.codebooks.initialized.fill_(0)
+    masked = (torch.zeros(1, 9, 4), torch.zeros(1, 9, dtype=torch.bool))
+    with pytest.raises(UserError, match="not masked; check the lengths") as caught:
+        quantizer.initialize([masked], progress=False)
+    assert not isinstance(caught.value, NoFiniteFrames)
 
 
 def test_an_interrupted_start_goes_on_with_the_next_layer():

@@ -84,6 +84,16 @@ def test_only_the_newest_are_kept(tmp_path):
     assert store.load().state["seed"] == 100
 
 
+def test_milestones_are_kept_besides(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in range(1, 8):
+        store.save(step, make(step), milestone=step in (2, 5))
+    assert store.steps() == [2, 5, 6, 7]
+    assert find_problem(tmp_path / "step-00000002") is None
+    store.save(2, make(9))
+    assert store.steps() == [5, 6, 7], "written anew, it is one like others"
+
+
 def test_the_same_step_again_replaces(tmp_path):
     store = CheckpointStore(tmp_path, keep=1)
     store.save(5, make(1))
