@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 
 import numpy as np
@@ -52,3 +53,40 @@ def test_a_loss_a_word_and_a_lost_checkpoint(soak, runs):
         "metrics.jsonl differs",
         "decoded text differs",
     ]
+
+
+@pytest.mark.parametrize(
+    ("visited", "place"),
+    [
+        ([], "start"),
+        (["starting", "reading the checkpoint"], "start"),
+        (["trying the longest trials", "building the engine of phase joint"], "start"),
+        (["starting the codebooks"], "k-means"),
+        (["opening step 3 of phase joint", "in step 3 of phase joint"], "step of phase joint"),
+        (["opening step 3 of phase codebook"], "step of phase codebook"),
+        (["saving after step 4"], "save"),
+        (["validating after step 9"], "validation"),
+        (["decoding after phase tokenizer"], "decoding"),
+        (["ending phase tokenizer"], "phase change"),
+        (["ending phase tokenizer", "saving before phase codebook"], "phase change"),
+        (
+            ["ending phase tokenizer", "saving before phase x", "building the engine of phase x"],
+            "phase change",
+        ),
+        (["saving after step 60", "finishing"], "save"),
+    ],
+)
+def test_places_are_told_apart(soak, visited, place):
+    assert soak.place_of(visited) == place
+    assert place in soak.PLACES
+
+
+def test_every_place_that_the_trainer_names_is_known(soak, repository):
+    """A new place in the code must not count as the start."""
+    sources = "".join(p.read_text() for p in (repository / "b2t" / "train").glob("*.py"))
+    named = re.findall(r'place = f?"([a-z ]+)', sources)
+    assert len(named) >= 10
+    known = ("starting", "reading the checkpoint", "trying the longest trials", "looking for what")
+    for place in named:
+        found = soak.place_of([place.strip()])
+        assert found != "start" or place.startswith((*known, "building the engine")), place
