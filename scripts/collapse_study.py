@@ -352,8 +352,8 @@ NAIVE: dict[str, Any] = {
 # Best mean of the three SNRs on validation epochs.
 PEER_BEST: dict[str, Any] = {
     "kmeans_init": True,
-    "decay": 0.95,
-    "commitment_weight": 0.1,
+    "decay": 0.98,
+    "commitment_weight": 0.05,
     "rotation_trick": False,
 }
 
@@ -374,19 +374,20 @@ SEARCH_OURS: list[dict[str, Any]] = [
     {"decay": 0.98, "commitment": 0.1, "revival_until": 0.7},
 ]
 _STARTED = {"kmeans_init": True, "decay": 0.95}
+_STRAIGHT = _STARTED | {"commitment_weight": 0.1, "rotation_trick": False}
 SEARCH_PEER: list[dict[str, Any]] = [
     {"kmeans_init": True},
     {"kmeans_init": True, "threshold_ema_dead_code": 2},
     _STARTED | {"rotation_trick": False},
     _STARTED | {"commitment_weight": 0.25},
     _STARTED | {"commitment_weight": 0.1},
-    _STARTED | {"commitment_weight": 0.1, "rotation_trick": False},
+    _STRAIGHT,
     _STARTED | {"commitment_weight": 0.25, "threshold_ema_dead_code": 0.2},
-    PEER_BEST | {"commitment_weight": 0.05},
-    PEER_BEST | {"decay": 0.98},
-    PEER_BEST | {"decay": 0.98, "commitment_weight": 0.05},
-    PEER_BEST | {"decay": 0.9},
-    PEER_BEST | {"threshold_ema_dead_code": 0.1},
+    _STRAIGHT | {"commitment_weight": 0.05},
+    _STRAIGHT | {"decay": 0.98},
+    _STRAIGHT | {"decay": 0.98, "commitment_weight": 0.05},
+    _STRAIGHT | {"decay": 0.9},
+    _STRAIGHT | {"threshold_ema_dead_code": 0.1},
 ]
 
 
