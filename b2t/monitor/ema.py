@@ -24,7 +24,9 @@ class EMAMonitor:
         `ema/code_variance/q`: variance over codes, averaged over dimensions;
             `ema/code_variance_min` the smallest: below 1e-6 the codes are all alike.
         `ema/effective_rank/q`: exp of the entropy of the normalised singular values of the centred
-            codebook (Roy and Vetterli 2007); at most min(K, D).
+            codebook (Roy and Vetterli 2007); at most min(K, D). It changes slowly and costs more
+            than all else: after the first reading each looks at the next codebook only, so that a
+            value is at most as many readings old as there are codebooks.
         `ema/revived_per_step`: codes revived per update, all layers, over the last ``window``
             updates; `ema/revived_fraction` over all codes; `ema/revived/q` by layer.
         `ema/warm`: 1 once the start weighs less than 5 % in the averages.
@@ -57,6 +59,9 @@ class EMAMonitor:
         self._revived: deque[list[int]] = deque(maxlen=window)
         self._before: Tensor | None = None
         self._movement: Tensor | None = None
+        self._ranks: Tensor | None = None
+        self._next = 0
+        self._ranked_at = 0
 
     def update(self, context: StepContext) -> None:
         """Take in one applied step; only steps that moved the codebooks count."""
@@ -78,7 +83,7 @@ class EMAMonitor:
         per_layer = {
             **_cluster_sizes(self.quantizer.codebooks.ema_count, self.tiny),
             "code_variance": self._codes.var(dim=1, correction=0).mean(-1),
-            "effective_rank": effective_rank(self._codes),
+            "effective_rank": self._effective_ranks(),
         }
         if self._movement is not None:
             per_layer["movement"] = self._movement
@@ -96,7 +101,14 @@ class EMAMonitor:
     def state_dict(self) -> dict[str, Any]:
         """Return what the codebooks themselves do not hold."""
         movement = None if self._movement is None else pack(self._movement)
-        return {"updates": self.updates, "revived": list(self._revived), "movement": movement}
+        return {
+            "updates": self.updates,
+            "revived": list(self._revived),
+            "movement": movement,
+            "ranks": None if self._ranks is None else pack(self._ranks),
+            "next": self._next,
+            "ranked_at": self._ranked_at,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on; call after the codebooks were restored, which the next movement starts from."""
@@ -104,12 +116,27 @@ class EMAMonitor:
         self._revived.clear()
         self._revived.extend(state["revived"])
         self._movement = None if state["movement"] is None else unpack(state["movement"])
+        ranks = state.get("ranks")
+        self._ranks = None if ranks is None else unpack(ranks)
+        self._next, self._ranked_at = state.get("next", 0), state.get("ranked_at", 0)
         due = self.updates % self.every == self.every - 1 or self.every == 1
         self._before = self._codes.clone() if due and self.updates else None
 
     @property
     def _codes(self) -> Tensor:
         return self.quantizer.codebooks.embed.detach()
+
+    def _effective_ranks(self) -> Tensor:
+        """Effective rank of each codebook, one of them measured anew since the last update."""
+        codes = self._codes
+        if self._ranks is None or len(self._ranks) != len(codes):
+            self._ranks, self._next = effective_rank(codes), 0
+        elif self._ranked_at != self.updates:
+            ranks = self._ranks.to(codes.device, copy=True)
+            ranks[self._next] = effective_rank(codes[self._next : self._next + 1])[0]
+            self._ranks, self._next = ranks, (self._next + 1) % len(codes)
+        self._ranked_at = self.updates
+        return self._ranks
 
     def _revivals(self) -> dict[str, float]:
         means = [sum(layer) / len(self._revived) for layer in zip(*self._revived, strict=True)]

@@ -65,12 +65,14 @@ class ReconstructionMonitor:
         self.seen = 0
         self.best_db: float | None = None
         self._ring: Tensor | None = None
+        self._pending: tuple[Tensor, dist.Work | None] | None = None
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
         self._distances: dict[str, float] = {}
 
     def update(self, context: StepContext) -> None:
         """Add the last micro-batch of one applied step. Collective: every rank must call."""
         if context.phase != self.phase:
+            self._settle()
             self.phase, self.best_db, self._ring, self._last = context.phase, None, None, None
             self.calls = self.seen = 0
             self._distances = {}
@@ -86,9 +88,20 @@ class ReconstructionMonitor:
             context.target.detach().to(output.device, non_blocking=True),
             context.signal_mask.to(output.device, non_blocking=True),
         )
-        sums = _sums(*self._last)
+        self._settle()
+        sums, work = _sums(*self._last), None
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums, group=self.group)
+            # Nobody waits for the other ranks here: the sums are asked for at the next measurement.
+            work = dist.all_reduce(sums, group=self.group, async_op=True)
+        self._pending = sums, work
+
+    def _settle(self) -> None:
+        """Put the sums of the last measured step into the window."""
+        if self._pending is None:
+            return
+        (sums, work), self._pending = self._pending, None
+        if work is not None:
+            work.wait()
         if self._ring is None:
             self._ring = sums.new_zeros(self.slots, len(_SUMS))
         elif self._ring.device != sums.device:
@@ -98,6 +111,7 @@ class ReconstructionMonitor:
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of the class docstring; empty before the first reconstruction."""
+        self._settle()
         if self._ring is None:
             return {}
         total = dict(zip(_SUMS, self._ring.sum(0).tolist(), strict=True))
@@ -129,6 +143,7 @@ class ReconstructionMonitor:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the window, the same on all ranks."""
+        self._settle()
         ring = None if self._ring is None else pack(self._ring)
         names = ("phase", "calls", "seen", "best_db")
         values = {name: getattr(self, name) for name in names}
@@ -184,16 +199,19 @@ def spectral_distance_db(
         [bands] float64; NaN where no trial has a frequency in the band or no channel has power.
     """
     powers = output.new_zeros(2, len(bands), output.shape[-1], dtype=torch.float64)
+    edges = torch.tensor(bands, dtype=torch.float64, device=output.device)
     for row in range(len(mask)):
         keep = mask[row]
-        both = torch.stack([output[row, keep], target[row, keep]]).double()
+        both = torch.stack([output[row, keep], target[row, keep]]).float()
         if both.shape[1] < 2:
             continue
-        power = torch.fft.rfft(both - both.mean(1, keepdim=True), dim=1).abs().square()
-        frequency = torch.fft.rfftfreq(both.shape[1], 1 / sampling_rate).to(power)
-        for band, (low, high) in enumerate(bands):
-            inside = (frequency >= low) & (frequency < high) & (frequency > 0)
-            powers[:, band] += (power * inside[:, None]).sum(1)
+        spectrum = torch.view_as_real(torch.fft.rfft(both - both.mean(1, keepdim=True), dim=1))
+        power = spectrum.square_().sum(-1)
+        frequency = torch.fft.rfftfreq(
+            both.shape[1], 1 / sampling_rate, dtype=torch.float64, device=output.device
+        )
+        inside = (frequency >= edges[:, :1]) & (frequency < edges[:, 1:]) & (frequency > 0)
+        powers += inside.to(power) @ power
     distance = 10 * (powers[0] / powers[1]).log10().abs()
     return distance.masked_fill(~distance.isfinite(), torch.nan).nanmean(-1).cpu()
 
@@ -206,13 +224,14 @@ def _sums(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     apart = ~(mask[:, 1:] & mask[:, :-1])
     step_o = (o[:, 1:] - o[:, :-1]).masked_fill_(apart.unsqueeze(-1), 0.0)
     step_t = (t[:, 1:] - t[:, :-1]).masked_fill_(apart.unsqueeze(-1), 0.0)
-    error = o - t
-    products = [(error, error), (t, t), (o, o), (o, t)]
     steps = [(step_t, step_t), (step_o, step_o), (step_o, step_t)]
+    products = [(t, t), (o, o), (o, t)]
     dots, step_dots = (
         [torch.dot(a.flatten(), b.flatten()).double() for a, b in pairs]
         for pairs in (products, steps)
     )
+    error = o.sub_(t).flatten()
+    dots = [torch.dot(error, error).double(), *dots]
     count = mask.sum().double() * target.shape[-1]
     moved = (~apart).sum().double() * target.shape[-1]
     return torch.stack([count, *dots, moved, *step_dots])

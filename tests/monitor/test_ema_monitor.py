@@ -123,10 +123,28 @@ def test_warm_follows_the_decay():
 @pytest.mark.parametrize("stop", range(0, 11))
 def test_resume_goes_on_exactly(stop):
     q = quantizer()
-    straight = run(EMAMonitor(q, every=3, window=4), q, range(1, 12))
+    straight = EMAMonitor(q, every=3, window=4)
+    run(straight, q, range(1, stop + 1)).metrics()
     again = quantizer()
     first = run(EMAMonitor(again, every=3, window=4), again, range(1, stop + 1))
     second = EMAMonitor(again, every=3, window=4)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert second.metrics() == first.metrics()
-    assert run(second, again, range(stop + 1, 12)).metrics() == straight.metrics()
+    third = EMAMonitor(again, every=3, window=4)
+    third.load_state_dict(json.loads(json.dumps(second.state_dict())))
+    assert run(straight, q, range(stop + 1, 12)).metrics() == (
+        run(third, again, range(stop + 1, 12)).metrics()
+    )
+
+
+def test_each_reading_measures_the_rank_of_the_next_codebook():
+    q = quantizer()
+    monitor = run(EMAMonitor(q), q, [1])
+    monitor.metrics()
+    known = effective_rank(q.codebooks.embed).tolist()
+    for number, turn in ((2, 0), (3, 1), (4, 0)):
+        run(monitor, q, [number])
+        known[turn] = effective_rank(q.codebooks.embed)[turn].item()
+        for _ in range(2):  # reading again without an update changes nothing
+            found = monitor.metrics()
+            assert [found[f"ema/effective_rank/{layer}"] for layer in range(L)] == known
