@@ -1,11 +1,12 @@
-"""What the monitors cost: steps with them and steps without, in turn, in one training run.
+"""What the monitors cost: every batch trained on twice, once with them and once without.
 
     python scripts/bench_monitors.py --data data/demo/prepared
     deepspeed --num_accelerators 2 scripts/bench_monitors.py --data data/demo/prepared
 
-Alternating within one run lets both kinds of steps meet the same machine, data and weights. The
-median of the paired differences is compared with the median step without monitors. Nothing is
-written unless --json names a file.
+Both steps of a pair meet the same machine and the same batch; a coin says which comes first. What
+monitors do only now and then is in the mean of a block of pairs, long enough to hold all of it; the
+median over blocks keeps the machine's own disturbances out. On CPUs processor time is measured too,
+which other jobs on the machine hardly touch. Nothing is written unless --json names a file.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from b2t.config import load_config
 from b2t.log import quiet_libraries
@@ -29,6 +31,9 @@ from b2t.train.monitoring import build_monitors
 from b2t.train.ranks import join, leave
 from b2t.train.trainer import Trainer
 
+BLOCK = 10
+"""Pairs in which every monitor has done all that it does only now and then."""
+
 
 def arguments() -> argparse.Namespace:
     """Options of this script."""
@@ -38,8 +43,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="prepared dataset")
     parser.add_argument("--config", default="demo", help="preset or YAML file (default: demo)")
     parser.add_argument("--deepspeed_config", help="DeepSpeed file (default: as train_ds.py)")
-    parser.add_argument("--steps", type=int, default=200, help="timed steps (default: 200)")
-    parser.add_argument("--warmup", type=int, default=20, help="untimed steps (default: 20)")
+    parser.add_argument("--pairs", type=int, default=200, help="timed pairs (default: 200)")
+    parser.add_argument("--warmup", type=int, default=10, help="untimed pairs (default: 10)")
     parser.add_argument(
         "--log-every",
         type=int,
@@ -53,13 +58,13 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Train with monitors on in every other step; print the cost."""
+    """Train with monitors on in one step of each pair; print the cost."""
     options = arguments()
     quiet_libraries()
     name_accelerator()
     ranks = join()
     with tempfile.TemporaryDirectory() as scratch:
-        steps = options.warmup + options.steps
+        steps = 2 * (options.warmup + options.pairs)
         config = load_config(
             options.config,
             [
@@ -81,7 +86,7 @@ def main() -> int:
         trainer = Trainer(config, ds_file, materials, ranks, [clock])
         clock.watch(trainer)
         trainer.fit()
-    found = cost(np.array(clock.on), np.array(clock.off), clock.read_s, options)
+    found = cost(clock, options)
     if ranks.is_main:
         print_cost(found, ranks)
         if options.json:
@@ -90,73 +95,112 @@ def main() -> int:
     return 0
 
 
-class Clock(Callback):
-    """Times whole steps, the monitors on in every other, and the readings apart from them."""
+class Stopwatch:
+    """Seconds on the wall, and of the processor in this process, since it was started."""
 
-    def __init__(self, monitors: Any, log_every: int, device: Any) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._wait()
+        self._wall, self._busy = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        """Return (wall, processor) seconds, all work on the device done."""
+        self._wait()
+        return time.perf_counter() - self._wall, time.process_time() - self._busy
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+class Clock(Callback):
+    """Times whole steps, with monitors and without, and the readings apart from them."""
+
+    def __init__(self, monitors: Any, log_every: int, device: torch.device) -> None:
         self.monitors, self.log_every, self.device = monitors, log_every, device
-        self.on: list[float] = []
-        self.off: list[float] = []
-        self.read_s: list[float] = []
+        self.watching = False
+        self.updates = 0
+        self.steps: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+        self.reads: list[tuple[float, float]] = []
+        # The same on all ranks, so that they watch the same steps.
+        self._coin = np.random.default_rng(0)
 
     def watch(self, trainer: Any) -> None:
         """Time the steps of this trainer."""
         step = trainer._step
 
-        def timed(*args: Any) -> None:
-            self._wait()
-            started = time.perf_counter()
-            step(*args)
-            self._wait()
-            seconds = time.perf_counter() - started
-            (self.on if trainer.progress.step % 2 else self.off).append(seconds)
-            if trainer.progress.step % self.log_every == 0:
-                started = time.perf_counter()
-                self.monitors.check(trainer.progress.step, self.monitors.metrics())
-                self.read_s.append(time.perf_counter() - started)
+        def pair(*arguments: Any) -> None:
+            first = bool(self._coin.integers(2))
+            for self.watching in (first, not first):
+                stopwatch = Stopwatch(self.device)
+                step(*arguments)
+                self.steps[self.watching].append(stopwatch.read())
+            if self.updates % self.log_every == 0:
+                self._read(trainer.progress.step)
 
-        trainer._step = timed
+        trainer._step = pair
 
     def on_step(self, trainer: Any, context: Any) -> None:
-        """Update the monitors in odd steps."""
-        if trainer.progress.step % 2:
+        """Update the monitors in one step of each pair."""
+        if self.watching:
             self.monitors.update(context)
+            self.updates += 1
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def _read(self, step: int) -> None:
+        # Ranks wait for one another at the next step anyway: that is no cost of the monitors.
+        if dist.is_initialized():
+            dist.barrier()
+        stopwatch = Stopwatch(self.device)
+        self.monitors.check(step, self.monitors.metrics())
+        self.reads.append(stopwatch.read())
 
 
-def cost(
-    on: np.ndarray, off: np.ndarray, reads: list[float], options: argparse.Namespace
-) -> dict[str, float]:
+def cost(clock: Clock, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Cost on the wall and, on CPUs, of the processor."""
+    kinds = ("wall", "processor") if clock.device.type == "cpu" else ("wall",)
+    return {
+        kind: _cost(
+            *(np.array(clock.steps[on][options.warmup :])[:, which] for on in (True, False)),
+            np.array(clock.reads[1:] or clock.reads)[:, which],
+            options.log_every,
+        )
+        for which, kind in enumerate(kinds)
+    }
+
+
+def _cost(on: np.ndarray, off: np.ndarray, reads: np.ndarray, every: int) -> dict[str, float]:
     """Seconds per step, and what the monitors add to it, readings included."""
-    skip = options.warmup // 2
-    pairs = min(len(on), len(off))
-    on, off = on[skip:pairs], off[skip:pairs]
-    plain = float(np.median(off))
-    update = float(np.median(on - off))
-    read = float(np.median(reads[1:] or reads or [0.0]))
+    whole = max(1, len(on) // BLOCK) * BLOCK
+    blocks = (on - off)[:whole].reshape(-1, min(BLOCK, len(on))).mean(1)
+    drawn = np.random.default_rng(0).choice(blocks, (2000, len(blocks)))
+    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    plain, read, update = (float(np.median(x)) for x in (off, reads, blocks))
     return {
         "pairs": float(len(on)),
         "step_s": plain,
         "update_s": update,
         "read_s": read,
-        "read_every": float(options.log_every),
-        "overhead": (update + read / options.log_every) / plain,
+        "read_every": float(every),
+        "overhead": (update + read / every) / plain,
+        "overhead_low": (float(low) + read / every) / plain,
+        "overhead_high": (float(high) + read / every) / plain,
     }
 
 
-def print_cost(found: dict[str, float], ranks: Any) -> None:
+def print_cost(costs: dict[str, dict[str, float]], ranks: Any) -> None:
     """Print the cost for people."""
-    print(
-        f"{ranks.world} rank(s) on {ranks.device.type}, {found['pairs']:.0f} pairs of steps\n"
-        f"step without monitors  {1e3 * found['step_s']:9.2f} ms\n"
-        f"update of the monitors {1e3 * found['update_s']:9.2f} ms in each step\n"
-        f"reading them           {1e3 * found['read_s']:9.2f} ms every "
-        f"{found['read_every']:.0f} steps\n"
-        f"together               {100 * found['overhead']:9.2f} % of a step"
-    )
+    pairs = next(iter(costs.values()))["pairs"]
+    print(f"{ranks.world} rank(s) on {ranks.device.type}, {pairs:.0f} pairs of steps")
+    for kind, found in costs.items():
+        print(
+            f"{kind} time\n"
+            f"  step without monitors  {1e3 * found['step_s']:9.2f} ms\n"
+            f"  update of the monitors {1e3 * found['update_s']:9.2f} ms in each step\n"
+            f"  reading them           {1e3 * found['read_s']:9.2f} ms every "
+            f"{found['read_every']:.0f} steps\n"
+            f"  together               {100 * found['overhead']:9.2f} % of a step (95 % interval "
+            f"{100 * found['overhead_low']:.2f} to {100 * found['overhead_high']:.2f} %)"
+        )
 
 
 if __name__ == "__main__":
