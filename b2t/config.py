@@ -161,6 +161,8 @@ class QuantizerConfig(Section):
     """How codes move: averages of their frames, or a codebook loss through the optimizer."""
     decay: Rate = 0.98
     """Decay of the running averages; 0.95 suits fewer than 256 codes, 0.98 more."""
+    eps: Positive = 1e-5
+    """Pseudo-frames added to the average count of each code (Laplace smoothing)."""
     use_cosine_sim: bool = False
     """Nearest by angle instead of distance."""
     rotation_trick: bool = True

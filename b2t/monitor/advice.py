@@ -1,16 +1,21 @@
-"""What to try next: the debugging guide applied to a run, and how many codes the data bear."""
+"""What to try next: the debugging guide applied to a run."""
 
 import math
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from b2t.monitor.health import TABLE
+from b2t.monitor.rules import COLLAPSED
 from b2t.monitor.run_data import RunData
 
-FRAMES_PER_CODE = 20
-"""Training frames per code to aim for: what the collapse study gives its largest codebooks."""
+_FEW_CODES = 2.0
+"""Perplexity of a layer below which all its frames are as good as on one code."""
+
+_SPIKE = 10.0
+"""Gradient norm from which gradients count as exploding."""
 
 
 @dataclass(frozen=True)
@@ -28,85 +33,66 @@ class Advice:
     remedy: str
 
 
-@dataclass(frozen=True)
-class Sizing:
-    """A curve of perplexity against codebook size.
-
-    perplexity(K) = K·S/(K + S): every code is used while K is far below S, and beyond S more codes
-    add little. The one parameter S is fitted by least squares in the logarithm.
-
-    Attributes:
-        saturation: S, in codes.
-        points: (K, perplexity) that it was fitted to.
-        suggestion: the largest power of two at which the curve still gives half of K.
-    """
-
-    saturation: float
-    points: tuple[tuple[int, float], ...]
-    suggestion: int
-
-    def perplexity(self, codes: float) -> float:
-        """Return the curve's perplexity with ``codes`` codes."""
-        return codes * self.saturation / (codes + self.saturation)
-
-
-def fit_sizing(points: Sequence[tuple[int, float]]) -> Sizing | None:
-    """Fit the curve to (K, perplexity); None without a usable point."""
-    usable = [(k, p) for k, p in points if k > 1 and math.isfinite(p) and 0 < p < k]
-    if not usable:
-        return None
-    from scipy.optimize import minimize_scalar
-
-    sizes = np.array([k for k, _ in usable], dtype=float)
-    logs = np.log([p for _, p in usable])
-
-    def misfit(log_s: float) -> float:
-        s = math.exp(log_s)
-        return float(np.square(np.log(sizes * s / (sizes + s)) - logs).sum())
-
-    found = minimize_scalar(misfit, bounds=(0.0, math.log(1e9)), method="bounded")
-    saturation = math.exp(float(found.x))
-    suggestion = 2 ** max(1, math.floor(math.log2(max(2.0, saturation))))
-    return Sizing(saturation, tuple(usable), suggestion)
-
-
-def sizing_points(runs: Sequence[RunData]) -> list[tuple[int, float]]:
-    """(K, perplexity of the least used layer) of each run, evaluated or while training."""
-    points = []
-    for run in runs:
-        perplexity = [p for p in run.evaluation.get("perplexity") or [] if p is not None]
-        size = run.evaluation.get("codebook_size")
-        if not (perplexity and size):
-            latest = run.latest()
-            perplexity = [v for n, v in latest.items() if n.startswith("codebook/perplexity/")]
-            size = run.config.get("model", {}).get("quantizer", {}).get("codebook_size")
-        if perplexity and size:
-            points.append((int(size), float(min(perplexity))))
-    return points
-
-
 def advise(run: RunData) -> list[Advice]:
-    """Apply the debugging guide to the most recent values; the most urgent first."""
+    """Apply the debugging guide to the most recent values; the most urgent first.
+
+    Configuration keys in a remedy are followed by what they are set to in this run.
+    """
     latest = run.latest()
-    found = [
-        Advice(
-            f"{row.label}: {row.show(latest[row.metric])} (healthy {row.span()})",
-            row.note,
-            row.remedy,
-        )
+    bad = [
+        row
         for row in sorted(TABLE, key=lambda row: not row.decides)
         if row.grade(latest.get(row.metric)) in ("concerning", "critical")
+        and (row.decides or not _stuck(run))
     ]
-    return found + _guide(run, latest)
+    codes = [row for row in bad if row.metric.startswith("codebook/")]
+    rows = [codes, *([row] for row in bad if row not in codes)]
+    found = _guide(run, latest)
+    found += [
+        Advice(
+            "; ".join(f"{r.label}: {r.show(latest[r.metric])} (healthy {r.span()})" for r in group),
+            group[0].note,
+            group[0].remedy,
+        )
+        for group in rows
+        if group
+    ]
+    return [Advice(a.symptom, a.cause, with_settings(a.remedy, run)) for a in found]
+
+
+def with_settings(text: str, run: RunData) -> str:
+    """Put the run's own value behind each configuration key; `phases.*` becomes its last phase."""
+    text = text.replace("phases.*.", f"phases.{_phase_number(run)}.")
+
+    def setting(match: re.Match[str]) -> str:
+        value = run.setting(match[0])
+        plain = isinstance(value, (bool, int, float, str))
+        return f"{match[0]} (now {_show(value)})" if plain else match[0]
+
+    return re.sub(r"[a-z_]+(?:\.[a-z_0-9]+)+(?!\S*=)", setting, text)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _phase_number(run: RunData) -> int:
+    names = [phase.get("name") for phase in run.config.get("phases") or []]
+    last = run.steps[-1].get("phase") if run.steps else None
+    return names.index(last) if last in names else 0
 
 
 def _guide(run: RunData, latest: dict[str, float]) -> list[Advice]:
-    found = []
+    found = _collapse(run, latest)
     ratio = latest.get("loss/vq_ratio", 0.0)
     if ratio > 2 and latest.get("loss/reconstruction", math.inf) < 0.3:
         found.append(
             Advice(
-                "high VQ loss, low reconstruction loss", "commitment too strong", "commitment 0.1"
+                "high VQ loss, low reconstruction loss",
+                "commitment too strong",
+                "phases.*.losses.commitment towards 0.1",
             )
         )
     if _stuck(run):
@@ -114,7 +100,8 @@ def _guide(run: RunData, latest: dict[str, float]) -> list[Advice]:
             Advice(
                 "the reconstruction loss has hardly moved since its first quarter",
                 "decoder too small, or signals that are mostly noise",
-                "more decoder layers or a wider latent; compare with model.quantizer.enabled=false",
+                "a larger model.signal_decoder.depth or model.encoder.dim; the same model with "
+                "model.quantizer.enabled=false shows how much the signals allow",
             )
         )
     wer, noise = run.evaluation.get("wer"), run.evaluation.get("wer_noise")
@@ -142,7 +129,40 @@ def _guide(run: RunData, latest: dict[str, float]) -> list[Advice]:
             Advice(
                 f"{skipped:.0f} optimizer steps were skipped",
                 "gradients overflow in half precision",
-                "bf16 where the GPU has it, or a lower learning rate",
+                "bf16 where the GPU has it, or a lower phases.*.lr",
+            )
+        )
+    return found
+
+
+def _collapse(run: RunData, latest: dict[str, float]) -> list[Advice]:
+    """What lies behind codes that are not used, and behind gradients that explode."""
+    found = []
+    layers = [v for name, v in latest.items() if name.startswith("codebook/perplexity/")]
+    low_use = latest.get("codebook/utilization_worst", 1.0) < 0.5
+    off = "phases.*.revival".replace("*", str(_phase_number(run)))
+    for key in (off, "model.quantizer.revival"):
+        if low_use and run.setting(key) is False:
+            found.append(
+                Advice("codes that fell out of use stay unused", f"{key} is off", f"{key}=true")
+            )
+    use = latest.get(COLLAPSED.metric, 1.0)
+    if layers and (min(layers) < _FEW_CODES or COLLAPSED.violated(use)):
+        found.append(
+            Advice(
+                f"the frames of a layer crowd on few codes (perplexity {min(layers):.1f})",
+                "learning rate too high: latents run away from the codes",
+                "lower phases.*.lr, or lengthen phases.*.warmup_steps",
+            )
+        )
+    spikes = [v for v in run.series("optim/grad_norm")[1] if v > _SPIKE]
+    if len(spikes) > 1:
+        found.append(
+            Advice(
+                f"gradient norms above {_SPIKE:g} in {len(spikes)} log steps, up to "
+                f"{max(spikes):.3g}",
+                "clipping not in force, or a learning rate too high",
+                "check gradient_clipping in the DeepSpeed file; lower phases.*.lr or accumulate",
             )
         )
     return found

@@ -13,16 +13,29 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from b2t.monitor.run_data import RunData
+from b2t.monitor.run_data import RunData, is_number
+from b2t.monitor.sizing import Sizing
 
 _INK, _LINE = "#010203", "#040506"
 """Stand-ins in the SVG for the page's text and line colours."""
 _PAPER_INK, _PAPER_LINE = "#1b1f24", "#c9ced6"
 
-COLOURS = ("#3b7dd8", "#e0862f", "#2f9e6e", "#c8553d", "#8a63c9", "#b59a2a", "#3aa6b9", "#c2679f")
-SEVERITY = {"critical": "#d1372c", "warning": "#d99014", "info": "#3b7dd8"}
+COLOURS = ("#3b7dd8", "#cb7119", "#2b9566", "#c8553d", "#8a63c9", "#9c8420", "#2b8fa1", "#c2679f")
+"""Each stands out from white and from the dark page by a contrast of 3 at least."""
+SEVERITY = {"critical": "#d1372c", "warning": "#c07b08", "info": "#3b7dd8"}
+_OWN_COLOUR = {
+    name: COLOURS[index]
+    for names in (
+        ("reconstruction", "commitment", "generation", "phoneme", "diversity", "perplexity"),
+        ("encoder", "adapter", "text_decoder", "phoneme_head", "quantizer", "signal_decoder"),
+    )
+    for index, name in enumerate(names)
+}
+"""Losses and components look the same in every figure of every run."""
 _MOST_LAYERS = 16
 _HEAT_COLUMNS = 256
+_LARGEST_DECADES = 5.0
+"""A logarithmic axis shows at most these below its largest value."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,7 @@ def plots_of(run: RunData) -> list[Plot]:
         ),
         (
             "perplexity",
-            "Perplexity, by layer",
+            "Perplexity, by layer" + _of_codes(run),
             bool(run.names("codebook/perplexity/")),
             lambda axes: _layers(axes, run, "codebook/perplexity/", 1.0, "codes"),
         ),
@@ -75,13 +88,13 @@ def plots_of(run: RunData) -> list[Plot]:
             "gradients",
             "Gradient norms before clipping",
             bool(run.names("optim/grad_norm")),
-            lambda axes: _lines(axes, run, run.names("optim/grad_norm"), "norm", log=True),
+            lambda axes: _gradients(axes, run),
         ),
         (
             "learning_rates",
             "Learning rates",
             bool(run.names("optim/lr/")),
-            lambda axes: _lines(axes, run, run.names("optim/lr/"), "learning rate"),
+            lambda axes: _learning_rates(axes, run),
         ),
         (
             "loss_scale",
@@ -109,7 +122,7 @@ def plots_of(run: RunData) -> list[Plot]:
         ),
         (
             "traces",
-            "Original and reconstruction",
+            "Original and reconstruction" + _trial_shown(run),
             bool(run.traces.get("trials")),
             lambda axes: _traces(axes, run.traces["trials"][0], run.traces["sampling_rate"]),
         ),
@@ -126,11 +139,11 @@ def plots_of(run: RunData) -> list[Plot]:
 COMPARED: tuple[tuple[str, str, str, bool], ...] = (
     ("loss/total", "Total loss", "loss", False),
     ("val/loss", "Validation loss", "loss", True),
-    ("codebook/utilization_worst", "Codes in use, worst layer", "fraction", False),
-    ("codebook/perplexity_fraction", "Perplexity over codes, mean of layers", "fraction", False),
+    ("codebook/utilization_worst", "Codes in use, worst layer", "%", False),
+    ("codebook/perplexity_fraction", "Perplexity over codes, mean of layers", "%", False),
     ("reconstruction/snr_db", "Reconstruction SNR", "dB", False),
-    ("val/wer", "Word error rate on validation trials", "fraction", True),
-    ("val/per", "Phoneme error rate on validation trials", "fraction", True),
+    ("val/wer", "Word error rate on validation trials", "%", True),
+    ("val/per", "Phoneme error rate on validation trials", "%", True),
     ("optim/grad_norm", "Gradient norm before clipping", "norm", False),
 )
 """Metric, title, unit, whether it comes from validations."""
@@ -185,19 +198,24 @@ def _drawn(
         "figure.facecolor": paper,
         "savefig.facecolor": paper,
         "legend.frameon": False,
-        "legend.fontsize": 8.5,
-        "font.size": 9.5,
-        "lines.linewidth": 1.4,
+        "legend.fontsize": 8,
+        "legend.handlelength": 1.3,
+        "legend.columnspacing": 1.2,
+        "font.size": 8.5,
+        "axes.labelsize": 8.5,
+        "lines.linewidth": 1.3,
         "svg.fonttype": "none",
         "svg.hashsalt": salt,
     }
     content = io.BytesIO()
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5.2, 3.1), layout="constrained")
+        figure = Figure(figsize=(4.2, 3.0), layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure.subplots())
         for axes in figure.axes:
             axes.spines[["top", "right"]].set_visible(False)
+        # Ticks change when the layout gives them room: the second layout sees what stays.
+        figure.draw_without_rendering()
         figure.savefig(
             content, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None
         )
@@ -229,10 +247,10 @@ def _time_axis(axes: Axes, run: RunData) -> None:
         axes.axvline(step, lw=0.7, ls=(0, (3, 3)), color=_ink(axes), alpha=0.5)
         axes.text(
             step,
-            1.01 + 0.055 * level,
+            1.01 + 0.06 * level,
             f" {name}",
             transform=top,
-            fontsize=7.5,
+            fontsize=7,
             va="bottom",
             alpha=0.8,
         )
@@ -250,25 +268,66 @@ def _ink(axes: Axes) -> Any:
 def _colour(index: int, many: int) -> Any:
     if many <= len(COLOURS):
         return COLOURS[index % len(COLOURS)]
-    return matplotlib.colormaps["turbo"]((index + 0.5) / many)
+    # From blue to magenta, the part of the map that stands out from light and from dark.
+    return matplotlib.colormaps["cool"](0.47 + 0.53 * index / (many - 1))
+
+
+def _own_colour(name: str, index: int, many: int) -> Any:
+    return _OWN_COLOUR.get(name) or _colour(index, many)
+
+
+def _course(run: RunData, name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of a metric of log steps, NaN where it was not measured in between.
+
+    A component that a phase freezes has no learning rate there: no line may cross the phase.
+    """
+    steps: list[float] = []
+    values: list[float] = []
+    for record in run.steps:
+        value = record.get(name, math.nan)
+        if is_number(value) and value == value:
+            steps.append(float(record["step"]))
+            values.append(float(value))
+        elif values and values[-1] == values[-1]:
+            steps.append(float(record["step"]))
+            values.append(math.nan)
+    return steps, values
 
 
 def _plot(axes: Axes, steps: list[float], values: list[float], **style: Any) -> None:
-    """A line; a single point is a dot, so that it can be seen."""
-    axes.plot(steps, values, marker="o" if len(steps) == 1 else None, ms=4, **style)
+    """A line; a point without neighbours is a dot, so that it can be seen."""
+    there = [False, *(value == value for value in values), False]
+    alone = [
+        i - 1 for i in range(1, len(there) - 1) if there[i] and not (there[i - 1] or there[i + 1])
+    ]
+    axes.plot(steps, values, marker="o" if alone else None, markevery=alone, ms=3.5, **style)
+
+
+def _legend(axes: Axes, columns: int = 3, title: str | None = None) -> None:
+    """Draw the legend below the axes, where it hides no line."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        axes.figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=min(columns, len(handles)),
+            title=title,
+            title_fontsize=8,
+        )
 
 
 def _layers(axes: Axes, run: RunData, prefix: str, factor: float, unit: str) -> None:
     names = run.names(prefix)
     names = names[:: math.ceil(len(names) / _MOST_LAYERS)]
     for index, name in enumerate(names):
-        steps, values = run.series(name)
+        steps, values = _course(run, name)
         colour = _colour(index, len(names))
         label = name.rsplit("/", 1)[-1]
         _plot(axes, steps, [factor * v for v in values], color=colour, label=label)
     axes.set_ylabel(unit)
     axes.set_ylim(bottom=0, top=105 if factor == 100.0 else None)
-    axes.legend(title="layer", ncols=4, loc="lower right", title_fontsize=8.5)
+    _legend(axes, 8, "layer")
     _time_axis(axes, run)
 
 
@@ -293,7 +352,8 @@ def _heatmap(axes: Axes, usage: list[list[int]]) -> None:
     axes.set_ylabel("quantizer layer")
     axes.set_yticks(range(0, len(counts), max(1, len(counts) // 8)))
     bar = axes.figure.colorbar(image, ax=axes, ticks=[-2, -1, 0, 1])
-    bar.ax.set_yticklabels(["≤ 1 %", "10 %", "uniform", "10 ×"])
+    bar.ax.set_yticklabels(["≤ 0.01", "0.1", "1", "≥ 10"])
+    bar.set_label("use over uniform use")
     bar.outline.set_visible(False)  # type: ignore[operator]  # a spine, whatever the stub says
 
 
@@ -309,19 +369,46 @@ def _correlation(axes: Axes, matrix: list[list[float]]) -> None:
 
 
 def _losses(axes: Axes, run: RunData, names: list[str]) -> None:
-    for index, name in enumerate(n for n in names if n != "loss/total"):
-        steps, values = run.series(name)
-        _plot(axes, steps, values, color=_colour(index, len(names)), label=name[5:], alpha=0.9)
+    parts = [name for name in names if name != "loss/total"]
+    for index, name in enumerate(parts):
+        steps, values = _course(run, name)
+        label = name.removeprefix("loss/")
+        colour = _own_colour(label, index, len(parts))
+        # Diversity and perplexity measure much the same: one may lie on the other.
+        style = {"ls": "--"} if label == "perplexity" else {}
+        values = [v or math.nan for v in values]
+        _plot(axes, steps, values, color=colour, label=label, **style)
     steps, values = run.series("loss/total")
     if steps:
-        axes.plot(steps, values, color=_ink(axes), alpha=0.3, lw=1)
-        _plot(axes, steps, _smooth(values), color=_ink(axes), lw=2, label="total, smoothed")
-    everything = [v for name in names for v in run.series(name)[1]]
-    if everything and min(everything) > 0:
-        axes.set_yscale("log")
-    axes.set_ylabel("loss")
+        axes.plot(steps, values, color=_ink(axes), alpha=0.35, lw=0.9, label="total")
+        smooth_steps, smooth = _smooth_by_phase(run, steps, values)
+        _plot(axes, smooth_steps, smooth, color=_ink(axes), lw=1.9, label="total, smoothed")
+    _log_scale(axes, [v for name in names for v in run.series(name)[1] if v])
+    axes.set_ylabel("loss, unweighted")
     _time_axis(axes, run)
-    axes.figure.legend(loc="outside lower center", ncols=3)
+    _legend(axes)
+
+
+def _log_scale(axes: Axes, values: list[float]) -> None:
+    """Logarithmic where nothing is negative, without the decades far below the largest value."""
+    if values and min(values) > 0:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=max(min(values) / 1.5, max(values) / 10**_LARGEST_DECADES))
+
+
+def _smooth_by_phase(
+    run: RunData, steps: list[float], values: list[float]
+) -> tuple[list[float], list[float]]:
+    """Running means that do not reach into another phase, apart by NaN."""
+    starts = [start for _, start in run.phases]
+    phases = np.searchsorted(starts, steps, side="left")
+    found_steps: list[float] = []
+    found: list[float] = []
+    for phase in np.unique(phases):
+        inside = [i for i, number in enumerate(phases) if number == phase]
+        found_steps += [*(steps[i] for i in inside), steps[inside[-1]]]
+        found += [*_smooth([values[i] for i in inside]), math.nan]
+    return found_steps, found
 
 
 def _smooth(values: list[float]) -> list[float]:
@@ -338,26 +425,58 @@ def _shares(axes: Axes, run: RunData) -> None:
     for name in names:
         known = dict(zip(*run.series(name), strict=True))
         rows.append([100 * known.get(step, 0.0) for step in steps])
-    colours = [_colour(i, len(names)) for i in range(len(names))]
     labels = [name.removeprefix("loss_share/") for name in names]
+    colours = [_own_colour(label, i, len(names)) for i, label in enumerate(labels)]
     axes.stackplot(steps, rows, labels=labels, colors=colours, alpha=0.85)
-    axes.set_ylabel("share of the total, %")
+    axes.set_ylabel("share of the weighted total, %")
     axes.set_ylim(0, 100)
     _time_axis(axes, run)
-    axes.figure.legend(loc="outside lower center", ncols=3)
+    _legend(axes)
 
 
-def _lines(axes: Axes, run: RunData, names: list[str], unit: str, log: bool = False) -> None:
+def _gradients(axes: Axes, run: RunData) -> None:
+    names = run.names("optim/grad_norm")
     for index, name in enumerate(names):
-        steps, values = run.series(name)
-        label = name.split("/", 2)[2] if name.count("/") > 1 else "all"
-        _plot(axes, steps, values, color=_colour(index, len(names)), label=label)
-    positive = all(v > 0 for name in names for v in run.series(name)[1])
-    if log and positive:
-        axes.set_yscale("log")
-    axes.set_ylabel(unit)
+        steps, values = _course(run, name)
+        label = name.removeprefix("optim/grad_norm").strip("/")
+        colour = _own_colour(label, index, len(names)) if label else _ink(axes)
+        _plot(axes, steps, values, color=colour, label=label or "all", lw=1.3 if label else 1.9)
+    _log_scale(axes, [v for name in names for v in run.series(name)[1] if v])
+    axes.set_ylabel("Euclidean norm")
     _time_axis(axes, run)
-    axes.figure.legend(loc="outside lower center", ncols=3)
+    _legend(axes)
+
+
+def _learning_rates(axes: Axes, run: RunData) -> None:
+    """One line for all components with the same course; later ones are thinner, so none hides."""
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for name in run.names("optim/lr/"):
+        steps, values = _course(run, name)
+        key = tuple(zip(steps, [None if v != v else v for v in values], strict=True))
+        alike.setdefault(key, []).append(name.removeprefix("optim/lr/"))
+    largest = max((v for course in alike for _, v in course if v), default=1.0)
+    power = math.floor(math.log10(largest))
+    widths = np.linspace(1.2 + 1.3 * (len(alike) > 1), 1.2, len(alike))
+    for index, (course, components) in enumerate(alike.items()):
+        steps = [step for step, _ in course]
+        values = [math.nan if value is None else value / 10.0**power for _, value in course]
+        label = ", ".join(components)
+        _plot(axes, steps, values, color=_colour(index, len(alike)), label=label, lw=widths[index])
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel(f"learning rate, $10^{{{power}}}$")
+    _time_axis(axes, run)
+    _legend(axes, 1)
+
+
+def _of_codes(run: RunData) -> str:
+    size = run.setting("model.quantizer.codebook_size")
+    return f" (of {size:,} codes)" if isinstance(size, int) else ""
+
+
+def _trial_shown(run: RunData) -> str:
+    trials = run.traces.get("trials")
+    row = trials[0].get("row") if trials else None
+    return f", trial {row}" if row else ""
 
 
 def _scale_moves(run: RunData) -> bool:
@@ -367,53 +486,54 @@ def _scale_moves(run: RunData) -> bool:
 
 
 def _scale(axes: Axes, run: RunData) -> None:
-    steps, values = run.series("optim/loss_scale")
+    steps, values = _course(run, "optim/loss_scale")
     if steps:
-        _plot(axes, steps, values, color=COLOURS[0], label="loss scale", drawstyle="steps-post")
+        style = {"color": COLOURS[0], "drawstyle": "steps-post"}
+        _plot(axes, steps, values, label="loss scale", **style)
         axes.set_yscale("log", base=2)
         axes.set_ylabel("loss scale")
     steps, values = run.series("optim/skipped_steps")
     if steps:
         other = axes.twinx()
-        _plot(other, steps, values, color=COLOURS[3], label="skipped steps")
-        other.set_ylabel("skipped steps, so far", color=COLOURS[3])
+        _plot(other, steps, values, color=COLOURS[3])
+        axes.plot([], [], color=COLOURS[3], label="skipped steps so far (right)")
+        other.set_ylabel("skipped steps")
         other.set_ylim(bottom=0, top=max(1.0, 1.1 * max(values)))
-    axes.yaxis.label.set_color(COLOURS[0])
     _time_axis(axes, run)
+    _legend(axes)
 
 
 def _snr(axes: Axes, run: RunData) -> None:
-    for index, (name, label, validation) in enumerate(
-        (
-            ("reconstruction/snr_db", "training", False),
-            ("val/snr_db", "validation", True),
-        )
-    ):
-        steps, values = run.series(name, validation)
-        if steps:
-            _plot(axes, steps, values, color=COLOURS[index], label=label)
+    steps, values = _course(run, "reconstruction/snr_db")
+    if steps:
+        _plot(axes, steps, values, color=COLOURS[0], label="training")
+    steps, values = run.series("val/snr_db", True)
+    if steps:
+        axes.plot(steps, values, "o-", ms=3.5, color=COLOURS[1], label="validation")
     axes.set_ylabel("SNR, dB")
-    axes.legend()
     _time_axis(axes, run)
+    _legend(axes)
 
 
 def _movement(axes: Axes, run: RunData) -> None:
-    steps, values = run.series("ema/movement")
-    lines = [("movement per update, % of the norm", steps, [100 * v for v in values], COLOURS[0])]
-    steps, values = run.series("ema/revived_per_step")
-    label = "codes revived per step"
+    steps, values = _course(run, "ema/movement")
+    lines = [("movement", "movement, % of norm", steps, [100 * v for v in values])]
+    steps, values = _course(run, "ema/revived_per_step")
+    unit = "codes revived per step"
     if not steps:
-        steps, values = run.series("codebook/revived")
-        label = "codes revived since the record before"
-    lines.append((label, steps, values, COLOURS[1]))
-    there = [line for line in lines if line[1]]
-    for one, (label, steps, values, colour) in zip((axes, axes.twinx()), there, strict=False):
+        steps, values = _course(run, "codebook/revived")
+        unit = "codes revived since last log"
+    lines.append(("revived", unit, steps, values))
+    there = [line for line in lines if line[2]]
+    right = axes.twinx() if len(there) > 1 else axes
+    for index, (label, unit, steps, values) in enumerate(there):
+        one, colour = (axes, right)[index], COLOURS[index]
         _plot(one, steps, values, color=colour)
-        one.set_ylabel(label, color=colour)
-        one.set_ylim(bottom=0, top=1.1 * max(values) or 1.0)
-    if len(there) < 2:
-        axes.figure.axes[-1].remove()
+        axes.plot([], [], color=colour, label=label + (" (right)" if one is not axes else ""))
+        one.set_ylabel(unit)
+        one.set_ylim(bottom=0, top=1.1 * float(np.nanmax(values)) or 1.0)
     _time_axis(axes, run)
+    _legend(axes)
 
 
 def _decoding(axes: Axes, run: RunData) -> None:
@@ -421,17 +541,18 @@ def _decoding(axes: Axes, run: RunData) -> None:
         steps, values = run.series(name, evaluations=True)
         if steps:
             percent = [100 * v for v in values]
-            axes.plot(steps, percent, "o-", color=COLOURS[index], label=name[4:].upper(), ms=4)
+            axes.plot(steps, percent, "o-", color=COLOURS[index], label=name[4:].upper(), ms=3.5)
     axes.set_ylabel("error rate, %")
     axes.set_ylim(bottom=0)
-    axes.legend()
     _time_axis(axes, run)
+    _legend(axes)
 
 
 def _traces(axes: Axes, trial: dict[str, Any], sampling_rate: float) -> None:
     spread = float(np.max([np.ptp(channel) for channel in trial["target"]] or [1.0])) or 1.0
-    for row, (channel, truth, output) in enumerate(
-        zip(trial["channels"], trial["target"], trial["reconstruction"], strict=True)
+    rows = len(trial["channels"])
+    for row, (truth, output) in enumerate(
+        zip(trial["target"], trial["reconstruction"], strict=True)
     ):
         seconds = np.arange(len(truth)) / sampling_rate
         shift = -row * spread
@@ -451,39 +572,69 @@ def _traces(axes: Axes, trial: dict[str, Any], sampling_rate: float) -> None:
             lw=1.4,
             label="reconstruction" if first else None,
         )
-        axes.text(0, shift + 0.25 * spread, f"channel {channel} ", fontsize=8, ha="right")
-    axes.set_yticks([])
-    axes.set_xlabel("seconds")
+    axes.set_yticks([-row * spread for row in range(rows)], trial["channels"])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylabel("channel")
+    axes.plot([1.01, 1.01], [0, -spread], color=_ink(axes), lw=1.5, clip_on=False,
+              transform=axes.get_yaxis_transform())  # fmt: skip
+    axes.text(1.02, -0.5 * spread, f"{spread:.2g} (as prepared)", rotation=90, fontsize=7.5,
+              va="center", transform=axes.get_yaxis_transform())  # fmt: skip
+    axes.set_xlabel("time, s")
     axes.margins(x=0.01)
-    axes.figure.legend(loc="outside upper right", ncols=2)
+    _legend(axes)
 
 
 def _spectra(axes: Axes, spectrum: dict[str, list[float]]) -> None:
     axes.plot(spectrum["hz"], spectrum["target"], color=_ink(axes), alpha=0.6, label="original")
     axes.plot(spectrum["hz"], spectrum["reconstruction"], color=COLOURS[1], label="reconstruction")
-    axes.set_xlabel("Hz")
-    axes.set_ylabel("power, dB per Hz")
+    axes.set_xlabel("frequency, Hz")
+    axes.set_ylabel("power density, dB per Hz")
     axes.grid(lw=0.5, alpha=0.6)
-    axes.legend()
+    _legend(axes)
+
+
+def sizing_plot(sizing: Sizing) -> Plot:
+    """Draw perplexity against codes: what was measured, the fitted curve, and use of all codes."""
+    return render("sizing", "Perplexity against codes", lambda axes: _sizing(axes, sizing))
+
+
+def _sizing(axes: Axes, sizing: Sizing) -> None:
+    sizes = sizing.sizes
+    reach = np.geomspace(sizes[0] / 4, 4 * max(sizes[-1], sizing.suggestion / 2), 100)
+    axes.plot(reach, reach, color=_ink(axes), alpha=0.5, lw=0.9, ls="--", label="all codes alike")
+    fitted = [sizing.perplexity(size) for size in reach]
+    axes.plot(reach, fitted, color=COLOURS[0], label="fitted curve")
+    axes.plot(*zip(*sizing.points, strict=True), "o", color=COLOURS[1], ms=5, label="measured")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlabel("codes K")
+    axes.set_ylabel("perplexity, least used layer")
+    axes.grid(lw=0.5, alpha=0.6)
+    _legend(axes)
 
 
 def _comparison(
     runs: Sequence[RunData], metric: str, unit: str, validation: bool
 ) -> Callable[[Axes], None]:
+    scale = 100 if unit == "%" else 1
+
     def draw(axes: Axes) -> None:
-        everything = []
+        everything: list[float] = []
         for index, run in enumerate(runs):
             steps, values = run.series(metric, validation)
+            values = [scale * value for value in values]
             everything += values
             if steps:
                 marker = "o" if validation or len(steps) == 1 else None
                 colour = _colour(index, len(runs))
                 axes.plot(steps, values, marker=marker, ms=4, color=colour, label=run.name)
-        if metric.startswith(("loss/", "optim/")) and min(everything) > 0:
-            axes.set_yscale("log")
+        if metric.startswith(("loss/", "optim/")):
+            _log_scale(axes, everything)
         axes.set_ylabel(unit)
         axes.set_xlabel("applied step")
         axes.grid(axis="y", lw=0.5, alpha=0.6)
-        axes.legend()
+        _legend(axes)
 
     return draw

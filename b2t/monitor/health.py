@@ -22,7 +22,8 @@ class HealthRow:
         unit: `%` shows a fraction as per cent.
         healthy: (low, high), ends included.
         concerning: (low, high); what lies outside is critical.
-        remedy: what to try where it is not healthy.
+        remedy: what to try where it is not healthy; names configuration keys, `phases.*` for the
+            phase at hand.
         note: what to know before judging.
         decides: whether the row enters the verdict; not where a good value depends on the
             recordings.
@@ -54,17 +55,33 @@ class HealthRow:
             return "–"
         if self.unit == "%":
             return f"{100 * value:.1f} %"
-        return f"{value:.3g} {self.unit}".strip()
+        shown = f"{value:.2f} dB" if self.unit == "dB" else f"{value:.3g} {self.unit}".strip()
+        return shown.replace("-", "−") if value < 0 else shown
 
-    def span(self) -> str:
-        """Return the healthy range with its unit."""
-        low, high = self.healthy
+    def span(self, grade: str = "healthy") -> str:
+        """Return the range of a grade with its unit; critical is what lies beyond concerning."""
+        low, high = self.healthy if grade == "healthy" else self.concerning
         if math.isinf(high):
-            return f"≥ {self.show(low)}"
-        return f"≤ {self.show(high)}" if low <= 1e-6 else f"{self.show(low)} – {self.show(high)}"
+            return f"≥ {self._bound(low)}"
+        if low == 0:
+            return f"≤ {self._bound(high)}"
+        return f"{low:g} – {self._bound(high)}".replace("e-0", "e-")
+
+    def _bound(self, value: float) -> str:
+        return f"{100 * value:.0f} %" if self.unit == "%" else f"{value:g} {self.unit}".strip()
 
 
 INFINITY = math.inf
+
+PERPLEXITY = HealthRow(
+    "codebook/perplexity_worst_fraction",
+    "perplexity over codes, worst layer",
+    "%",
+    (100 / 256, INFINITY),
+    (50 / 256, INFINITY),
+    "mode collapse: phases.*.revival, a higher model.quantizer.revival_threshold, fewer "
+    "codes; a lower model.quantizer.decay or larger model.quantizer.eps where codes cannot follow",
+)
 
 TABLE: tuple[HealthRow, ...] = (
     HealthRow(
@@ -73,23 +90,18 @@ TABLE: tuple[HealthRow, ...] = (
         "%",
         (0.60, INFINITY),
         (0.40, INFINITY),
-        "decay 0.9, a larger batch, revival on; fewer codes if the data are few",
+        "phases.*.revival, a higher model.quantizer.revival_threshold, a larger batch, "
+        "fewer codes if the data are few; model.quantizer.decay 0.9 where codes cannot follow",
     ),
-    HealthRow(
-        "codebook/perplexity_worst_fraction",
-        "perplexity over codes, worst layer",
-        "%",
-        (100 / 256, INFINITY),
-        (50 / 256, INFINITY),
-        "mode collapse: lower decay, larger eps, or fewer codes",
-    ),
+    PERPLEXITY,
     HealthRow(
         "codebook/dead",
         "dead codes",
         "%",
         (0.0, 0.20),
         (0.0, 0.40),
-        "revival on (revival_threshold 0.1), a larger batch, or fewer codes",
+        "phases.*.revival, a higher model.quantizer.revival_threshold, a larger batch, "
+        "or fewer codes",
     ),
     HealthRow(
         "reconstruction/snr_db",
@@ -97,7 +109,8 @@ TABLE: tuple[HealthRow, ...] = (
         "dB",
         (15.0, INFINITY),
         (10.0, INFINITY),
-        "more decoder layers or a wider latent; smaller patches; more quantizers",
+        "a larger model.signal_decoder.depth or model.encoder.dim, smaller "
+        "model.encoder.patch_size, more model.quantizer.num_quantizers",
         "the recordings' noise bounds it, so it does not enter the verdict: compare with the same "
         "model trained with model.quantizer.enabled=false",
         decides=False,
@@ -108,7 +121,7 @@ TABLE: tuple[HealthRow, ...] = (
         "",
         (0.0, 2.0),
         (0.0, 10.0),
-        "commitment 0.1; lower decay",
+        "phases.*.losses.commitment towards 0.1, or a lower model.quantizer.decay",
     ),
     HealthRow(
         "optim/grad_norm",
@@ -116,7 +129,8 @@ TABLE: tuple[HealthRow, ...] = (
         "",
         (1e-6, 5.0),
         (1e-6, 10.0),
-        "lower the learning rate, lengthen the warm-up, or accumulate; check gradient_clipping",
+        "lower phases.*.lr, lengthen phases.*.warmup_steps, or accumulate; check gradient_clipping "
+        "in the DeepSpeed file",
     ),
 )
 

@@ -11,15 +11,17 @@ from typing import Any
 import yaml
 
 from b2t.log import logger
-from b2t.monitor.advice import Advice, Sizing, advise, fit_sizing, sizing_points
-from b2t.monitor.figures import Plot, plots_of, plots_of_several
+from b2t.monitor.advice import Advice, advise, with_settings
+from b2t.monitor.figures import Plot, plots_of, plots_of_several, sizing_plot
 from b2t.monitor.health import TABLE, verdict
 from b2t.monitor.report_page import PAGE
 from b2t.monitor.run_data import RunData, load_run
+from b2t.monitor.sizing import Sizing, SizingPoints, fit_sizing, sizing_points
 from b2t.records import write_atomically
 
 HTML, JSON = "report.html", "report.json"
 _EXAMPLES = 12
+_SHOWN_ALERTS = 12
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class RunSummary:
         verdict: healthy, concerning, critical, or unknown before anything was measured.
         reasons: what decided.
         state: how far the run is.
+        simulated: whether its data are simulated.
         rows: the monitoring table: label, value, range, grade, remedy, note.
         scores: results of the evaluation: label, value, beside noise.
         alerts: most recent last.
@@ -60,21 +63,27 @@ def summarize(run: RunData) -> RunSummary:
             "value": row.show(latest.get(row.metric)),
             "number": latest.get(row.metric),
             "range": row.span(),
+            "concerning": row.span("concerning"),
             "grade": row.grade(latest.get(row.metric)),
-            "remedy": row.remedy,
+            "remedy": with_settings(row.remedy, run),
             "note": row.note,
             "decides": row.decides,
         }
         for row in TABLE
     ]
-    critical = [a for a in run.alerts if a.get("severity") == "critical"]
-    judged = "critical" if critical else verdict(latest) or "unknown"
-    reasons = [str(a.get("message")) for a in critical[-2:]]
-    reasons += [
+    failed = _failure(run)
+    last = run.steps[-1]["step"] if run.steps else 0
+    # A run that went on after a critical alert was resumed: the table judges it.
+    critical = [a for a in run.alerts if a.get("severity") == "critical" and a["step"] >= last]
+    judged = "critical" if critical or failed else verdict(latest) or "unknown"
+    reasons = [_told(critical[-1])] if critical else [failed] if failed else []
+    outside = [
         f"{row['label']} {row['value']}"
         for row in rows
         if row["decides"] and row["grade"] in ("concerning", "critical")
     ]
+    if outside:
+        reasons.append(f"Outside the healthy range: {'; '.join(outside)}.")
     return RunSummary(
         name=run.name,
         verdict=judged,
@@ -107,12 +116,15 @@ def write_report(folders: Sequence[str | Path], out: Path | None = None) -> Path
     out.mkdir(parents=True, exist_ok=True)
     plots = plots_of(runs[0]) if len(runs) == 1 else plots_of_several(runs)
     summaries = [summarize(run) for run in runs]
-    sizing = fit_sizing(sizing_points(runs))
+    points = sizing_points(runs)
+    sizing = fit_sizing(points.points)
+    if sizing is not None:
+        plots.append(sizing_plot(sizing))
     for stale in out.glob("*.png"):
         stale.unlink()
     for plot in plots:
         (out / f"{plot.name}.png").write_bytes(plot.png)
-    write_atomically(out / HTML, _page(runs, summaries, plots, sizing))
+    write_atomically(out / HTML, _page(runs, summaries, plots, sizing, points))
     write_atomically(out / JSON, _json(runs, summaries, sizing))
     return out / HTML
 
@@ -138,22 +150,63 @@ def _page(
     summaries: Sequence[RunSummary],
     plots: Sequence[Plot],
     sizing: Sizing | None,
+    points: SizingPoints,
 ) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    run = runs[0]
+    run, alone = runs[0], len(runs) == 1
     return environment.from_string(PAGE).render(
         title=" · ".join(summary.name for summary in summaries),
         summaries=summaries,
-        plots=plots,
-        examples=_examples(run) if len(runs) == 1 else [],
-        sizing=_sizing_rows(sizing),
+        sections=_sections(plots),
+        shown_alerts=_SHOWN_ALERTS,
+        differences=[] if alone else _differences(runs),
+        scores=_scores_side_by_side(summaries),
+        examples=_examples(run) if alone else [],
+        sizing=_sizing(sizing, points),
+        sizing_figure=next((plot for plot in plots if plot.name == "sizing"), None),
         config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
-        if len(runs) == 1 and run.config
+        if alone and run.config
         else "",
-        environment=_environment(run),
+        environment=_environment(run) if alone else [],
     )
+
+
+def _sections(plots: Sequence[Plot]) -> list[tuple[str, list[Plot]]]:
+    """Headings and their figures: courses first, then what was evaluated at the end."""
+    still = ("usage", "traces", "spectra", "sizing")
+    over_time = [plot for plot in plots if plot.name not in still]
+    at_end = [plot for plot in plots if plot.name in still[:-1]]
+    found = [("Over time", over_time), ("Codes and signals", at_end)]
+    return [(heading, figures) for heading, figures in found if figures]
+
+
+def _differences(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
+    """Configuration keys that are not the same in all runs, with each run's value."""
+    flat = [_flatten(run.config) for run in runs]
+    keys = sorted({key for one in flat for key in one} - {"run.dir"})
+    missing = "–"
+    rows = [(key, [str(one.get(key, missing)) for one in flat]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _scores_side_by_side(summaries: Sequence[RunSummary]) -> list[tuple[str, list[str]]]:
+    """Results of the evaluations by run, – where a run was not evaluated."""
+    by_run = [{row["label"]: row["value"] for row in one.scores} for one in summaries]
+    labels = dict.fromkeys(label for run in by_run for label in run)
+    return [(label, [run.get(label, "–") for run in by_run]) for label in labels]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = {str(index): item for index, item in enumerate(value)}
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        found.update(_flatten(item, f"{prefix}.{key}" if prefix else str(key)))
+    return found
 
 
 def _json(runs: Sequence[RunData], summaries: Sequence[RunSummary], sizing: Sizing | None) -> str:
@@ -167,25 +220,51 @@ def _json(runs: Sequence[RunData], summaries: Sequence[RunSummary], sizing: Sizi
     return json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def _told(alert: dict[str, Any]) -> str:
+    """Put an alert in sentences."""
+    text = f"{_sentence(alert.get('message', ''))} (step {alert['step']:,})."
+    if alert.get("cause"):
+        text += f" Likely cause: {alert['cause']}."
+    return f"{text} Try: {alert['remedy']}." if alert.get("remedy") else text
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _failure(run: RunData) -> str | None:
+    """Why the run ended, where it did not end as it should."""
+    state = str(run.status.get("state", ""))
+    kind, _, reason = state.partition(": ")
+    return _sentence(f"{kind}: {reason}.") if kind in ("failed", "crashed") else None
+
+
 def _state(run: RunData) -> str:
+    state = str(run.status.get("state", ""))
+    kind = state.partition(":")[0]
+    silent = f"nothing written for {duration(run.silent_s)}: killed or hung"
     if not run.steps:
-        return "nothing recorded yet"
+        ended = kind in ("failed", "crashed", "stopped on request")
+        how = kind if ended else silent if run.quiet else "under way"
+        return f"nothing recorded yet ({how})"
     last, total = run.steps[-1]["step"], run.total_steps
     phase = run.steps[-1].get("phase") or "?"
     time_s = run.steps[-1].get("time_s")
-    clock = f" after {_duration(time_s)}" if isinstance(time_s, (int, float)) else ""
-    if total is None:
-        return f"step {last:,} in phase {phase}{clock}"
-    if last >= total:
+    clock = f" after {duration(time_s)}" if isinstance(time_s, (int, float)) else ""
+    if kind == "finished" or (total is not None and last >= total):
         return f"finished: {last:,} steps{clock}"
-    state = run.status.get("state")
-    if not isinstance(state, str) or state == "running":
-        # A killed process leaves "running" behind.
-        state = "under way, or killed"
-    return f"step {last:,} of {total:,} in phase {phase}{clock}: {state}"
+    of_all = "" if total is None else f" of {total:,}"
+    # A killed process leaves "running" behind.
+    how = silent if run.quiet else "under way"
+    if kind in ("failed", "crashed"):
+        how = kind
+    elif kind == "stopped on request":
+        how = "stopped on request; the same command goes on"
+    return f"step {last:,}{of_all} in phase {phase}{clock}: {how}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return seconds as a person would say them."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -229,24 +308,46 @@ def _examples(run: RunData) -> list[dict[str, Any]]:
     return [spoken[i * len(spoken) // _EXAMPLES] for i in range(_EXAMPLES)]
 
 
-def _sizing_rows(sizing: Sizing | None) -> dict[str, Any] | None:
+def _sizing(sizing: Sizing | None, points: SizingPoints) -> dict[str, Any]:
+    """Say what runs tell about the number of codes."""
+    found: dict[str, Any] = {"text": [], "rows": [], "left_out": points.left_out}
     if sizing is None:
-        return None
-    around = sorted({k for k, _ in sizing.points} | {64, 256, 1024, 4096, 8192})
-    return {
-        "saturation": f"{sizing.saturation:,.0f}",
-        "suggestion": f"{sizing.suggestion:,}",
-        "points": len(sizing.points),
-        "rows": [
-            {
-                "codes": f"{k:,}",
-                "perplexity": f"{sizing.perplexity(k):,.0f}",
-                "share": f"{100 * sizing.perplexity(k) / k:.0f} %",
-                "measured": ", ".join(f"{p:,.0f}" for size, p in sizing.points if size == k),
-            }
-            for k in around
-        ],
-    }
+        return found
+    sizes = sizing.sizes
+    found["rows"] = [
+        {
+            "codes": f"{k:,}",
+            "perplexity": f"{sizing.perplexity(k):,.0f}",
+            "share": f"{100 * sizing.perplexity(k) / k:.0f} %",
+            "measured": ", ".join(f"{p:,.0f}" for size, p in sizing.points if size == k),
+        }
+        for k in sorted({sizes[0] // 2, *sizes, sizing.suggestion, 2 * sizes[-1]})
+    ]
+    curve = f"Perplexity of the least used layer against codes K, fitted to {len(sizes)} sizes"
+    if len(sizes) == 1:
+        curve = (
+            f"Perplexity of the least used layer against codes K. One size is measured: the curve "
+            f"takes for granted that {100 * sizing.efficiency:.0f} % of K is reached where nothing "
+            "limits it"
+        )
+    if sizing.saturation is None:
+        verdict_text = (
+            f"At {sizes[-1]:,} codes nothing limits it yet: the data bear that many at least. "
+            f"Next: {sizing.suggestion:,} codes."
+        )
+    else:
+        verdict_text = (
+            f"It levels off at {sizing.saturation:,.0f}. The data bear about "
+            f"{sizing.suggestion:,} codes: with more the least used layer falls below the healthy "
+            "range."
+        )
+    found["text"] = [f"{curve}. {verdict_text}"]
+    if len(sizes) < 3:
+        found["text"].append(
+            "Runs with other model.quantizer.codebook_size make this firmer: "
+            "b2t report RUN_A RUN_B RUN_C."
+        )
+    return found
 
 
 def _environment(run: RunData) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ PAGE = """\
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
-main { max-width: 1360px; margin: 0 auto; padding: 20px 16px 60px; }
+main { max-width: 1400px; margin: 0 auto; padding: 20px clamp(12px, 2.5vw, 32px) 60px; }
 h1 { font-size: 1.35rem; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 2.2rem 0 .7rem; }
 h3 { font-size: .95rem; margin: 0 0 .5rem; font-weight: 600; }
@@ -41,9 +41,11 @@ th, td { text-align: left; padding: .42rem .75rem; border-bottom: 1px solid var(
 tr:last-child td { border-bottom: 0; }
 th { font-weight: 600; color: var(--faint); font-size: .86rem; }
 td.number { white-space: nowrap; }
-td.grade { font-weight: 600; } td.faint { font-weight: 400; }
+td.grade { font-weight: 600; white-space: nowrap; } td.faint { font-weight: 400; }
+.verdict p:first-of-type { font-weight: 600; }
 .plots { display: grid; gap: 16px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 520px), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 380px), 1fr)); }
+.one { max-width: 560px; margin: .8rem 0; }
 figure { margin: 0; border: 1px solid var(--line); border-radius: 8px; background: var(--card);
   padding: .8rem .8rem .4rem; color: var(--ink); min-width: 0; }
 figure svg { display: block; width: 100%; height: auto; }
@@ -56,6 +58,12 @@ ul { padding-left: 1.2rem; } li { margin: .35rem 0; max-width: 85ch; }
   table.stack tr { display: block; border-bottom: 1px solid var(--line); padding: .5rem 0; }
   table.stack td { display: block; border: 0; padding: .1rem .75rem; }
   table.stack td:empty { display: none; }
+  table.health tr { display: flex; flex-wrap: wrap; justify-content: space-between; }
+  table.health td { flex: 1 1 100%; }
+  table.health td.label { flex: 1 1 60%; font-weight: 600; }
+  table.health td.grade { order: -1; flex: 0 0 auto; }
+  table.health td.label { order: -2; }
+  table.health td.number { flex: 0 1 auto; white-space: normal; }
   table.stack td[data-label]::before { content: attr(data-label) ": "; color: var(--faint);
     font-weight: 400; text-transform: none; }
 }
@@ -81,56 +89,88 @@ ul { padding-left: 1.2rem; } li { margin: .35rem 0; max-width: 85ch; }
 {% for reason in s.reasons %}<p>{{ reason }}</p>{% endfor %}
 {% for problem in s.problems %}<p class="faint">{{ problem }}</p>{% endfor %}
 </div>
-<div class="wide"><table class="stack">
-<thead><tr><th>metric</th><th>value</th><th>healthy</th><th>grade</th><th>remedy</th></tr></thead>
+{% if summaries|length == 1 %}
+<div class="wide"><table class="stack health">
+<thead><tr><th>metric</th><th>value</th><th>healthy</th><th>concerning</th><th>grade</th>
+<th>remedy</th></tr></thead>
 <tbody>
 {% for row in s.rows %}
-<tr><td>{{ row.label }}</td><td class="number" data-label="value">{{ row.value }}</td>
-<td class="number" data-label="healthy">{{ row.range }}</td>
+<tr><td class="label">{{ row.label }}</td>
+<td class="number" data-label="value">{{ row.value }}</td>
+<td class="number faint" data-label="healthy">{{ row.range }}</td>
+<td class="number faint" data-label="concerning">{{ row.concerning }}</td>
 <td class="grade {{ row.grade if row.grade and row.decides else 'faint' }}">
 {{ row.grade or 'not measured' }}</td>
-<td>{% if row.grade in ('concerning', 'critical') %}{{ row.remedy }}
-{% if row.note %}<span class="faint">({{ row.note }})</span>{% endif %}{% endif %}</td></tr>
+<td class="{{ 'remedy' if row.grade in ('concerning', 'critical') else 'faint' }}">
+{{ row.remedy }}
+{% if row.note and row.grade in ('concerning', 'critical') %}
+<span class="faint">({{ row.note }})</span>{% endif %}</td></tr>
 {% endfor %}
 </tbody></table></div>
-{% if s.scores %}
-<h2>Decoding{% if summaries|length > 1 %} of {{ s.name }}{% endif %}</h2>
+<p class="faint">Beyond concerning lies critical.</p>
+{% endif %}
+</section>
+{% endfor %}
+
+{% if summaries|length > 1 %}
+<h2>Side by side</h2>
+<div class="wide"><table class="stack">
+<thead><tr><th></th><th>healthy</th>
+{% for s in summaries %}<th>{{ s.name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in summaries[0].rows %}
+{% set number = loop.index0 %}
+<tr><td class="label">{{ row.label }}</td>
+<td class="number faint" data-label="healthy">{{ row.range }}</td>
+{% for s in summaries %}
+{% set own = s.rows[number] %}
+<td class="number {{ own.grade if own.grade and own.decides else '' }}"
+data-label="{{ s.name }}">{{ own.value }}</td>
+{% endfor %}</tr>
+{% endfor %}
+{% for label, values in scores %}
+<tr><td class="label">{{ label }}</td><td></td>
+{% for value in values %}
+<td class="number" data-label="{{ summaries[loop.index0].name }}">{{ value }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% endif %}
+
+{% if differences %}
+<h2>Settings that differ</h2>
+<div class="wide"><table class="stack">
+<thead><tr><th>key</th>{% for s in summaries %}<th>{{ s.name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for key, values in differences %}
+<tr><td class="label">{{ key }}</td>
+{% for value in values %}
+<td data-label="{{ summaries[loop.index0].name }}">{{ value }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% endif %}
+
+{% for s in summaries if s.scores and summaries|length == 1 %}
+<h2>Decoding</h2>
 <div class="wide"><table class="stack">
 <thead><tr><th></th><th>model</th><th>95 % interval</th><th>on noise</th><th>shuffled</th></tr>
 </thead>
 <tbody>
 {% for row in s.scores %}
-<tr><td>{{ row.label }}</td><td class="number" data-label="model">{{ row.value }}</td>
+<tr><td class="label">{{ row.label }}</td>
+<td class="number" data-label="model">{{ row.value }}</td>
 <td class="number" data-label="95 % interval">{{ row.interval }}</td>
 <td class="number" data-label="on noise">{{ row.noise }}</td>
 <td class="number" data-label="shuffled">{{ row.shuffled }}</td></tr>
 {% endfor %}
 </tbody></table></div>
-{% endif %}
-</section>
 {% endfor %}
 
-<h2>Over time</h2>
-{% if plots %}
-<p class="faint">Dashed lines: phases. Triangles: alerts
-(red critical, amber warning, blue info).</p>
-<div class="plots">
-{% for plot in plots %}
-<figure id="{{ plot.name }}"><h3>{{ plot.title }}</h3>
-{{ plot.svg|safe }}</figure>
-{% endfor %}
-</div>
-{% else %}
-<p>Nothing was recorded yet: figures appear after the first log step.</p>
-{% endif %}
-
-{% for s in summaries if s.alerts %}
-<h2>Alerts{% if summaries|length > 1 %} of {{ s.name }}{% endif %}</h2>
+{% macro alert_rows(alerts) %}
 <div class="wide"><table class="stack">
 <thead><tr><th>step</th><th>severity</th><th>what was seen</th><th>likely cause</th><th>try</th>
 </tr>
 </thead><tbody>
-{% for a in s.alerts %}
+{% for a in alerts %}
 <tr><td class="number" data-label="step">{{ a.step }}</td>
 <td class="grade {{ {'critical': 'critical', 'warning': 'concerning'}.get(a.severity, '') }}">
 {{ a.severity }}</td>
@@ -138,6 +178,32 @@ ul { padding-left: 1.2rem; } li { margin: .35rem 0; max-width: 85ch; }
 <td data-label="try">{{ a.get('remedy', '') }}</td></tr>
 {% endfor %}
 </tbody></table></div>
+{% endmacro %}
+{% for s in summaries if s.alerts %}
+<h2>Alerts{% if summaries|length > 1 %} of {{ s.name }}{% endif %}</h2>
+{% if s.alerts|length > shown_alerts %}
+<details><summary>{{ s.alerts|length - shown_alerts }} earlier alerts</summary>
+{{ alert_rows(s.alerts[:-shown_alerts]) }}</details>
+{% endif %}
+{{ alert_rows(s.alerts[-shown_alerts:]) }}
+{% endfor %}
+
+{% for heading, plots in sections %}
+<h2>{{ heading }}</h2>
+{% if heading == 'Over time' %}
+<p class="faint">{% if summaries|length == 1 %}Dashed lines: phases. Triangles: alerts (red
+critical, amber warning, blue info). A line is interrupted where a component is frozen or a loss not
+computed.{% else %}All runs on the same axes.{% endif %}</p>
+{% endif %}
+<div class="plots">
+{% for plot in plots %}
+<figure id="{{ plot.name }}"><h3>{{ plot.title }}</h3>
+{{ plot.svg|safe }}</figure>
+{% endfor %}
+</div>
+{% else %}
+<h2>Over time</h2>
+<p>Nothing was recorded yet: figures appear after the first log step.</p>
 {% endfor %}
 
 {% if examples %}
@@ -166,24 +232,27 @@ Try: {{ a.remedy }}.</li>
 <p>Nothing in the table asks for a change.</p>
 {% endif %}
 {% endfor %}
-{% if sizing %}
+{% if sizing.rows or sizing.left_out %}
 <h3>How many codes the data bear</h3>
-<p>Perplexity of the least used layer against codes K, as K·S/(K + S) with
-S = {{ sizing.saturation }} fitted to {{ sizing.points }}
-{{ 'run' if sizing.points == 1 else 'runs' }}: beyond about
-{{ sizing.suggestion }} codes fewer than half of the codes' capacity is used.
-{% if sizing.points < 3 %}
-Runs with other K make this firmer: b2t report RUN_A RUN_B RUN_C.{% endif %}</p>
-<div class="wide"><table>
-<thead><tr><th>codes</th><th>perplexity, fitted</th><th>of K</th><th>measured</th></tr></thead>
+{% for text in sizing.text %}<p>{{ text }}</p>{% endfor %}
+{% for run in sizing.left_out %}<p class="faint">Left out: {{ run }}.</p>{% endfor %}
+{% endif %}
+{% if sizing.rows %}
+<div class="plots">
+<figure id="sizing"><h3>{{ sizing_figure.title }}</h3>
+{{ sizing_figure.svg|safe }}</figure>
+<div><div class="wide"><table>
+<thead><tr><th>codes</th><th>perplexity, curve</th><th>of K</th><th>measured</th></tr></thead>
 <tbody>
 {% for row in sizing.rows %}
 <tr><td class="number">{{ row.codes }}</td><td class="number">{{ row.perplexity }}</td>
 <td class="number">{{ row.share }}</td><td class="number">{{ row.measured }}</td></tr>
 {% endfor %}
-</tbody></table></div>
+</tbody></table></div></div>
+</div>
 {% endif %}
 
+{% if config or environment %}
 <h2>Configuration and environment</h2>
 {% if config %}<details><summary>config.yaml</summary><pre>{{ config }}</pre></details>{% endif %}
 <div class="wide"><table><tbody>
@@ -191,6 +260,7 @@ Runs with other K make this firmer: b2t report RUN_A RUN_B RUN_C.{% endif %}</p>
 <tr><td class="faint">{{ name }}</td><td>{{ value }}</td></tr>
 {% endfor %}
 </tbody></table></div>
+{% endif %}
 </main>
 </body>
 </html>

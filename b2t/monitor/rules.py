@@ -8,6 +8,19 @@ ENOUGH_FRAMES = Condition(metric="codebook/frames_per_code", comparison=">", thr
 WARM = Condition(metric="ema/warm", comparison=">", threshold=0.5)
 """Just after their start codebooks still settle, and revivals are many."""
 
+COLLAPSED = AlertRule(
+    name="codebook-collapse",
+    metric="codebook/utilization_worst",
+    threshold=0.10,
+    severity="critical",
+    patience=3,
+    also=(ENOUGH_FRAMES, WARM),
+    message="a quantizer layer uses {percent} of its codes",
+    cause="codebook collapse: frames crowd on few codes, often a learning rate too high",
+    remedy="lower the learning rate or lengthen the warm-up; revival on; decay 0.9",
+)
+"""Few codes of a layer are used at all."""
+
 BUILT_IN: tuple[AlertRule, ...] = (
     AlertRule(
         name="loss-not-finite",
@@ -29,17 +42,7 @@ BUILT_IN: tuple[AlertRule, ...] = (
         "cut",
         remedy="check phases.*.trainable against phases.*.losses",
     ),
-    AlertRule(
-        name="codebook-collapse",
-        metric="codebook/utilization_worst",
-        threshold=0.10,
-        severity="critical",
-        patience=3,
-        also=(ENOUGH_FRAMES, WARM),
-        message="a quantizer layer uses {percent} of its codes",
-        cause="codebook collapse: frames crowd on few codes, often a learning rate too high",
-        remedy="lower the learning rate or lengthen the warm-up; revival on; decay 0.9",
-    ),
+    COLLAPSED,
     AlertRule(
         name="codebook-shrunk",
         metric="ema/code_variance_min",
@@ -69,7 +72,7 @@ BUILT_IN: tuple[AlertRule, ...] = (
         also=(ENOUGH_FRAMES, WARM),
         message="a quantizer layer uses {percent} of its codes",
         cause="revival too rare or too aggressive, or codes that move too slowly",
-        remedy="decay 0.9, or a larger batch",
+        remedy="revival on, a higher revival_threshold, a larger batch, or decay 0.9",
     ),
     AlertRule(
         name="low-perplexity",
@@ -79,7 +82,8 @@ BUILT_IN: tuple[AlertRule, ...] = (
         also=(ENOUGH_FRAMES, WARM),
         message="a layer's perplexity is {percent} of its codes",
         cause="mode collapse: a few codes take most frames",
-        remedy="lower decay, larger eps, or fewer codes (b2t report says how many the data bear)",
+        remedy="revival on, lower decay, larger eps, or fewer codes (b2t report says how many the "
+        "data bear)",
     ),
     AlertRule(
         name="vq-ratio",
@@ -103,7 +107,7 @@ BUILT_IN: tuple[AlertRule, ...] = (
         ),
         message="{value} codes are revived per step",
         cause="the revival threshold is too high for this data: codes die as fast as they come",
-        remedy="revival_threshold 0.05, revival_every 20, or fewer codes",
+        remedy="revival_threshold towards 0.1, revival_every 20, or fewer codes",
     ),
     AlertRule(
         name="gradient-spike",

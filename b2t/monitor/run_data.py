@@ -1,8 +1,10 @@
 """Everything a run folder says about a run, however the run ended."""
 
 import json
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ import yaml
 
 from b2t.errors import UserError
 from b2t.records import read_jsonl
+
+_PATIENCE_S = 300.0
+"""Shortest silence that is worth a remark: validation and decoding write nothing meanwhile."""
 
 _HEAD = ("step", "phase", "time_s", "non_finite")
 
@@ -31,6 +36,8 @@ class RunData:
         model: config of the best model so far.
         environment: what `environment.json` holds.
         status: what `status.json` holds: `state`, `step`, `time`.
+        silent_s: seconds since the run last wrote metrics (or, before the first, its
+            configuration).
         problems: what could not be read.
     """
 
@@ -46,6 +53,7 @@ class RunData:
     model: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)
+    silent_s: float = 0.0
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -77,8 +85,31 @@ class RunData:
     @property
     def simulated(self) -> bool:
         """Whether the run says that its data are simulated."""
-        said = (self.evaluation.get("simulated"), self.model.get("simulated_data"))
+        said = (
+            self.evaluation.get("simulated"),
+            self.model.get("simulated_data"),
+            self.environment.get("simulated_data"),
+        )
         return any(said)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether it has been silent for far longer than between its log steps."""
+        times = [r["time_s"] for r in self.steps[-20:] if is_number(r.get("time_s"))]
+        longest = max((b - a for a, b in pairwise(times)), default=0.0)
+        return self.silent_s > max(_PATIENCE_S, 5 * longest)
+
+    def setting(self, key: str) -> Any:
+        """Return the value of a dotted key of the configuration, None where it is not there."""
+        value: Any = self.config
+        for part in key.split("."):
+            if isinstance(value, list) and part.isdigit() and int(part) < len(value):
+                value = value[int(part)]
+            elif isinstance(value, dict):
+                value = value.get(part)
+            else:
+                return None
+        return value
 
     def latest(self, names: Iterable[str] | None = None) -> dict[str, float]:
         """Return the most recent value of every metric of the log steps (None: not finite)."""
@@ -131,6 +162,9 @@ def load_run(folder: str | Path) -> RunData:
     run.status = _mapping(_read(run, "status.json", json.loads))
     run.traces = _mapping(_read(run, "reconstruction.json", json.loads))
     run.usage = _table(_mapping(_read(run, "codebook_usage.json", json.loads)).get("counts"))
+    written = [folder / name for name in ("metrics.jsonl", "config.yaml")]
+    newest = next(path for path in written if path.exists())
+    run.silent_s = max(0.0, time.time() - newest.stat().st_mtime)
     predictions = read_jsonl(folder / "predictions.jsonl")
     run.predictions = predictions.records
     if predictions.malformed:

@@ -7,16 +7,17 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from b2t.monitor.report import RunSummary, summarize
+from b2t.monitor.report import RunSummary, duration, summarize
 from b2t.monitor.run_data import RunData
 
 _STYLE = {"healthy": "green", "concerning": "yellow", "critical": "bold red", "unknown": "dim"}
 _SEVERITY = {"critical": "bold red", "warning": "yellow", "info": "cyan"}
+_SHOWN_ALERTS = 4
 _BARS = "▁▂▃▄▅▆▇█"
 
 
 def render_state(run: RunData, width: int = 40) -> RenderableType:
-    """Return verdict, monitoring table, courses of the main metrics, and the last alerts.
+    """Return verdict, pace, monitoring table, courses of the main metrics, alerts, and advice.
 
     Args:
         run: the run as it is now.
@@ -28,16 +29,34 @@ def render_state(run: RunData, width: int = 40) -> RenderableType:
         (summary.verdict, _STYLE[summary.verdict]),
         f"  {summary.state}",
     )
-    parts: list[RenderableType] = [head, _table(summary), _courses(run, width)]
-    parts += [
-        Text(
-            f"step {alert['step']:,} {alert.get('message', '')}",
-            _SEVERITY.get(str(alert.get("severity")), ""),
-        )
-        for alert in run.alerts[-4:]
-    ]
+    parts: list[RenderableType] = [head]
+    pace = _pace(run)
+    if pace:
+        parts.append(Text(pace, "dim"))
+    parts += [_table(summary), _courses(run, width)]
+    for alert in run.alerts[-_SHOWN_ALERTS:]:
+        severity = str(alert.get("severity"))
+        line = f"step {alert['step']:,} {severity}: {alert.get('message', '')}"
+        parts.append(Text(line, _SEVERITY.get(severity, "")))
+    if summary.verdict in ("concerning", "critical"):
+        parts += [Text(f"try: {advice.remedy}") for advice in summary.advice[:2]]
     parts += [Text(problem, "dim") for problem in summary.problems]
     return Group(*parts)
+
+
+def _pace(run: RunData) -> str:
+    """Seconds per step, frames per second, and the time left where the run is under way."""
+    latest = run.latest()
+    step_s, frames = latest.get("time/step_s"), latest.get("throughput/frames_per_s")
+    if step_s is None:
+        return ""
+    parts = [f"{step_s:.3g} s/step"]
+    if frames is not None:
+        parts.append(f"{frames:,.0f} frames/s")
+    last, total = run.steps[-1]["step"], run.total_steps
+    if total is not None and last < total and run.status.get("state", "running") == "running":
+        parts.append(f"about {duration(step_s * (total - last))} left")
+    return " · ".join(parts)
 
 
 def sparkline(values: list[float], width: int = 40) -> str:

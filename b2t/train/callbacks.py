@@ -234,6 +234,7 @@ def environment(trainer: Trainer) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu",
         "ranks": trainer.ranks.world,
         "precision": trainer.ds_file.precision,
+        "simulated_data": trainer.materials.info.simulated,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         **versions(),

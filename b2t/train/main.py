@@ -179,6 +179,8 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
         log.warning("stopped at step %s with a checkpoint: the same command goes on", stopped)
         return EXIT_STOPPED
     except TrainingFailed as failure:
+        # All ranks fail together, and rank 0 still writes the report.
+        ranks.barrier()
         log.error("training failed: %s", failure)
         return EXIT_FAILED
     except UserError as error:

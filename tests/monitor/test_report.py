@@ -1,19 +1,27 @@
 import html
+import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
+import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
 from b2t.config import Config
 from b2t.errors import UserError
-from b2t.monitor.advice import advise, fit_sizing
+from b2t.monitor import figures
+from b2t.monitor.advice import advise, with_settings
 from b2t.monitor.report import summarize, try_write_report, write_report
-from b2t.monitor.run_data import load_run
+from b2t.monitor.report_page import PAGE
+from b2t.monitor.run_data import RunData, load_run
 from b2t.records import JsonlSink
 
 LAYERS, CODES = 4, 64
@@ -31,6 +39,7 @@ EVERY_PLOT = {
     "decoding",
     "traces",
     "spectra",
+    "sizing",
 }
 
 
@@ -65,7 +74,9 @@ def record(step, used=0.97, norm=1.2):
 def save_run(folder, steps=(), alerts=(), evaluated=True, **values):
     folder.mkdir(parents=True)
     phases = [{"name": "tokenizer", "steps": 150}, {"name": "joint", "steps": 150}]
-    (folder / "config.yaml").write_text(Config.model_validate({"phases": phases}).to_yaml())
+    config = Config.model_validate({"phases": phases})
+    config.model.quantizer.codebook_size = CODES
+    (folder / "config.yaml").write_text(config.to_yaml())
     sink = JsonlSink(folder / "metrics.jsonl")
     for step in steps:
         sink.write(record(step, **values))
@@ -88,7 +99,7 @@ def save_evaluation(folder):
         for i in range(30):
             said = {"target": f"sentence <{i}>", "prediction": "<script>alert(1)</script>"}
             file.write(json.dumps({"row": f"day/1/{i}", **said}) + "\n")
-    counts = np.random.default_rng(0).integers(0, 9, (LAYERS, CODES)).tolist()
+    counts = np.random.default_rng(0).integers(20, 90, (LAYERS, CODES)).tolist()
     (folder / "codebook_usage.json").write_text(json.dumps({"counts": counts}))
     wave = np.sin(np.arange(100) / 5)[None].repeat(2, 0).tolist()
     trial = {"row": "a", "channels": [3, 5], "target": wave, "reconstruction": wave}
@@ -173,6 +184,41 @@ def test_verdicts(runs):
     assert "step 70 of 300" in summarize(load_run(runs["crashed"])).state
 
 
+def test_a_run_that_went_on_after_a_critical_alert_is_judged_by_what_it_is_now(tmp_path):
+    folder = save_run(tmp_path / "run", STEPS, [ALERT])
+    summary = summarize(load_run(folder))
+    assert summary.verdict == "healthy" and summary.reasons == []
+    assert [alert["message"] for alert in summary.alerts] == [ALERT["message"]]
+
+
+@pytest.mark.parametrize(
+    ("status", "silent_s", "verdict", "said"),
+    [
+        ("running", 2, "healthy", "step 70 of 300 in phase tokenizer after 28 s: under way"),
+        ("running", 4000, "healthy", "nothing written for 1 h 06 min: killed or hung"),
+        ("crashed: OSError: disk full", 4000, "critical", "after 28 s: crashed"),
+        ("failed: loss is nan", 2, "critical", "after 28 s: failed"),
+        ("stopped on request", 4000, "healthy", "the same command goes on"),
+        ("finished", 4000, "healthy", "finished: 70 steps after 28 s"),
+    ],
+)
+def test_how_a_run_ended(tmp_path, status, silent_s, verdict, said):
+    folder = save_run(tmp_path / "run", range(10, 80, 10))
+    (folder / "status.json").write_text(json.dumps({"state": status, "step": 70}))
+    then = time.time() - silent_s
+    os.utime(folder / "metrics.jsonl", (then, then))
+    summary = summarize(load_run(folder))
+    assert summary.verdict == verdict and said in summary.state
+    reason = status.partition(": ")[2]
+    assert bool(reason) == any(reason and reason in text for text in summary.reasons)
+
+
+def test_a_run_is_not_called_dead_for_a_silence_that_is_its_habit():
+    steps = [{"step": n, "time_s": 1000.0 * n} for n in range(1, 5)]
+    assert not RunData(Path("run"), steps=steps, silent_s=4500.0).quiet
+    assert RunData(Path("run"), steps=steps, silent_s=5500.0).quiet
+
+
 def test_report_json_is_strict_and_names_the_rows(runs):
     record = json.loads((runs["collapsed"] / "report" / "report.json").read_text())
     (run,) = record["runs"]
@@ -225,6 +271,73 @@ def test_several_runs_share_axes(runs, tmp_path):
     assert "healthy" in legend and "collapsed" in legend
 
 
+def test_settings_that_differ_between_runs_are_listed(runs, tmp_path):
+    other = save_run(tmp_path / "other", STEPS)
+    text = (
+        (other / "config.yaml").read_text().replace(f"codebook_size: {CODES}", "codebook_size: 9")
+    )
+    (other / "config.yaml").write_text(text)
+    page = write_report([runs["healthy"], other], tmp_path / "out").read_text()
+    table = page[page.index("Settings that differ") :]
+    assert re.findall(r'class="label">([^<]+)<', table[: table.index("</table>")]) == [
+        "model.quantizer.codebook_size"
+    ]
+
+
+def test_no_line_crosses_a_phase_that_freezes_its_component():
+    frozen = range(50, 90, 10)
+    steps = [
+        {
+            "step": step,
+            "phase": "middle" if step in frozen else "other",
+            "optim/lr/signal_decoder": 1e-3 / step,
+            "optim/lr/quantizer": 1e-3 / step,
+            **({} if step in frozen else {"optim/lr/encoder": 1e-3 / step}),
+        }
+        for step in range(10, 130, 10)
+    ]
+    axes = Figure().subplots()
+    figures._learning_rates(axes, RunData(Path("run"), steps=steps))
+    lines = {line.get_label(): line.get_xydata() for line in axes.lines}
+    whole, broken = lines["quantizer, signal_decoder"], lines["encoder"]
+    assert np.isfinite(whole).all() and len(whole) == 12
+    pairs = itertools.pairwise(broken)
+    assert not [a for a, b in pairs if a[0] <= 50 <= b[0] and np.isfinite([a, b]).all()]
+    assert np.isfinite(broken[:, 1]).sum() == 8
+
+
+def test_smoothing_does_not_reach_into_another_phase():
+    steps = [
+        {"step": n, "phase": "a" if n <= 40 else "b", "loss/total": 1.0 if n <= 40 else 9.0}
+        for n in range(1, 81)
+    ]
+    run = RunData(Path("run"), steps=steps)
+    _, smooth = figures._smooth_by_phase(run, *run.series("loss/total"))
+    assert set(np.array(smooth)[np.isfinite(smooth)]) == {1.0, 9.0}
+
+
+def contrast(one, other):
+    """Contrast ratio of WCAG 2."""
+
+    def luminance(colour):
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in colour[:3]]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(to_rgb(one)), luminance(to_rgb(other))))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_stand_out_on_the_light_and_on_the_dark_page():
+    cards = re.findall(r"--card: (#\w+)", PAGE)
+    assert len(cards) == 2 and contrast(*cards) > 10
+    layers = [figures._colour(index, 16)[:3] for index in range(16)]
+    for colour in (*figures.COLOURS, *figures.SEVERITY.values(), *layers):
+        assert min(contrast(colour, card) for card in cards) >= 3
+    for name in ("ink", "faint", "healthy", "concerning", "critical"):
+        for text, card in zip(re.findall(rf"--{name}: (#\w+)", PAGE), cards, strict=True):
+            assert contrast(text, card) >= 4.5, name
+
+
 def test_a_stale_figure_does_not_survive(runs, tmp_path):
     folder = save_run(tmp_path / "run", STEPS)
     write_report([folder])
@@ -250,15 +363,6 @@ def test_a_report_that_fails_does_not_break_the_end_of_a_run(tmp_path, caplog):
     assert try_write_report(folder).is_file()
 
 
-def test_sizing_recovers_the_curve_it_was_made_from():
-    points = [(k, k * 700 / (k + 700)) for k in (64, 256, 1024, 4096)]
-    sizing = fit_sizing(points)
-    assert sizing.saturation == pytest.approx(700, rel=1e-3)
-    assert sizing.suggestion == 512
-    assert sizing.perplexity(700) == pytest.approx(350, rel=1e-3)
-    assert fit_sizing([]) is None and fit_sizing([(64, math.nan), (64, 80.0)]) is None
-
-
 def test_advice_follows_the_debugging_guide(tmp_path):
     folder = save_run(tmp_path / "run", STEPS, norm=30.0)
     scores = {"wer": 0.95, "wer_noise": 0.97, "distinct_ratio": 0.01}
@@ -268,6 +372,19 @@ def test_advice_follows_the_debugging_guide(tmp_path):
     assert "distinct outputs" in symptoms
     healthy = save_run(tmp_path / "healthy", STEPS)
     assert [a.symptom.split(":")[0] for a in advise(load_run(healthy))] == ["reconstruction SNR"]
+
+
+def test_advice_on_a_collapse_names_keys_with_their_values(tmp_path):
+    folder = save_run(tmp_path / "run", range(10, 130, 10), [ALERT], used=0.04, norm=30.0)
+    text = (folder / "config.yaml").read_text().replace("revival: true", "revival: false")
+    (folder / "config.yaml").write_text(text)
+    advice = advise(load_run(folder))
+    assert advice[0].remedy == "phases.0.revival=true"
+    lr = Config().phases[0].lr
+    crowded = next(a for a in advice if "crowd" in a.symptom)
+    assert f"lower phases.0.lr (now {lr:g})" in crowded.remedy
+    assert any("gradient norms above 10" in a.symptom for a in advice)
+    assert with_settings("x; phases.*.revival=true", load_run(folder)) == "x; phases.0.revival=true"
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

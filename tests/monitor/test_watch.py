@@ -30,12 +30,15 @@ def test_once_prints_verdict_courses_and_alerts(tmp_path, capsys):
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     for step in range(1, 20):
         record = {"step": step, "phase": "tokenizer", "time_s": 1.0, "loss/total": 1 / step}
-        sink.write({**record, "codebook/utilization_worst": 0.02})
+        pace = {"time/step_s": 0.5, "throughput/frames_per_s": 1234.0}
+        sink.write({**record, **pace, "codebook/utilization_worst": 0.02})
     sink.write({"step": 19, "alert": {"severity": "warning", "message": "codes [die]"}})
     call(tmp_path, "--once")
     printed = capsys.readouterr().out
-    for part in ("critical", "loss/total", "█", "codes [die]", "step 19 of 35,000"):
+    for part in ("critical", "loss/total", "█", "warning: codes [die]", "step 19 of 35,000"):
         assert part in printed
+    assert "0.5 s/step · 1,234 frames/s · about 4 h 51 min left" in printed
+    assert "try: " in printed
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
