@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 
@@ -73,3 +74,78 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         records.write_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+class HalfFull:
+    """A file on a disk that takes some bytes of a write and no more, as write(2) may."""
+
+    def __init__(self, file, room):
+        self._file, self.room = file, room
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def write(self, line):
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = self._file.write(line[: self.room])
+        self.room -= taken
+        return taken
+
+
+@pytest.mark.parametrize("room", [0, 1, 7])
+def test_a_record_that_does_not_fit_leaves_nothing(tmp_path, room):
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.write({"step": 1})
+    whole = sink._file
+    sink._file = HalfFull(whole, room)
+    for _ in range(2):
+        with pytest.raises(OSError) as caught:
+            sink.write({"step": 2})
+        assert caught.value.errno == errno.ENOSPC
+        assert read_jsonl(sink.path) == ([{"step": 1}], [])
+    sink._file = whole
+    sink.write({"step": 3})
+    assert read_jsonl(sink.path) == ([{"step": 1}, {"step": 3}], [])
+
+
+def test_a_full_disk_takes_records_again_once_there_is_room(mounted):
+    disk = mounted("size=64k")
+    sink = JsonlSink(disk / "metrics.jsonl")
+    sink.write({"step": 1})
+    with (disk / "ballast").open("wb", buffering=0) as file, pytest.raises(OSError):
+        while True:
+            file.write(bytes(512))
+    lost = 0
+    for step in range(2, 200):
+        try:
+            sink.write({"step": step, "text": "x" * 100})
+        except OSError:
+            lost += 1
+    assert lost > 100
+    (disk / "ballast").unlink()
+    sink.write({"step": 200})
+    found = read_jsonl(sink.path)
+    assert found.malformed == []
+    assert len(found.records) == 200 - lost
+    assert found.records[-1] == {"step": 200}
+
+
+def test_a_log_that_cannot_be_written_raises_nothing(monkeypatch):
+    import sys
+
+    from b2t.log import configure, logger
+
+    class Gone:
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        flush = isatty = lambda self: False
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    configure()
+    try:
+        logger("b2t.test").error("nobody can read this")
+    finally:
+        logger().handlers.clear()
+        logger().propagate = True

@@ -1,7 +1,8 @@
-"""train_ds.py in fp16 on CPU ranks, with an overflow injected on one rank at one step.
+"""train_ds.py in fp16 on CPU ranks, with overflows injected on one rank: at one step, and for ever.
 
-The capability check is overridden here, for tests alone. What surrounds the injected step is
-written as JSON to $B2T_PROBE: digests of all state before and after it.
+The capability check is overridden here, for tests alone. What surrounds the single overflow is
+written as JSON to $B2T_PROBE: digests of all state before and after it, and the exit statuses of
+both ranks in both runs. The second run's folder lies beside the first's, named `hopeless`.
 """
 
 import hashlib
@@ -13,12 +14,18 @@ from dataclasses import asdict
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from b2t.config import load_config
+from b2t.log import configure
+from b2t.train import main as entry
+from b2t.train import ranks
+from b2t.train.ds_config import load_ds_config
 from b2t.train.engine import PhaseEngine
-from b2t.train.main import main
 from b2t.train.trainer import Trainer
 
 STEP = 4
 """Optimizer steps (applied or not) before the injected overflow."""
+
+seen = {}
 
 
 def digest(tensors):
@@ -48,10 +55,10 @@ def snapshot(trainer):
     }
 
 
-def install():
+def overflow_once():
+    """Let one step overflow, on the last rank alone, and look at what it changes."""
     backward, step = PhaseEngine.backward, Trainer._step
     overflow = {"now": False}
-    seen = {}
 
     def overflowing_backward(self, loss):
         backward(self, loss * float("inf") if overflow["now"] else loss)
@@ -65,15 +72,49 @@ def install():
         step(self, *arguments)
         overflow["now"] = False
         seen["after"] = snapshot(self)
-        if self.ranks.is_main:
-            with open(os.environ["B2T_PROBE"], "w") as out:
-                json.dump(seen, out)
 
-    PhaseEngine.backward = overflowing_backward
-    Trainer._step = watched_step
+    PhaseEngine.backward, Trainer._step = overflowing_backward, watched_step
+    return lambda: setattr(PhaseEngine, "backward", backward) or setattr(Trainer, "_step", step)
+
+
+def overflow_for_ever():
+    """From one step on, let the gradients of a component overflow on the last rank."""
+    step = Trainer._step
+
+    def spoiled_step(self, *arguments):
+        if self.progress.consumed == STEP and self.ranks.rank == 1:
+            weight = next(p for p in self.model.signal_decoder.parameters() if p.ndim > 1)
+            weight.register_hook(lambda gradient: gradient * float("nan"))
+        step(self, *arguments)
+
+    Trainer._step = spoiled_step
+    return lambda: setattr(Trainer, "_step", step)
+
+
+def main():
+    """Train both runs on the same ranks: DeepSpeed keeps groups of one that has been left."""
+    arguments = entry.parser().parse_intermixed_args()
+    joined = ranks.join(120.0)
+    ranks.join, left = lambda timeout_s: joined, ranks.leave
+    ranks.leave = lambda: None
+    configure(joined.rank)
+    statuses = {}
+    for name, sabotage in (("once", overflow_once), ("hopeless", overflow_for_ever)):
+        config = load_config(arguments.config, arguments.overrides)
+        if name != "once":
+            config.run.dir = config.run.dir.with_name(name)
+            config.stability.max_consecutive_skips = 10
+        repair = sabotage()
+        status = entry.train(config, load_ds_config(arguments.deepspeed_config), "never")
+        repair()
+        statuses[name] = joined.gather(status)
+    if joined.is_main:
+        with open(os.environ["B2T_PROBE"], "w") as out:
+            json.dump({**seen, "statuses": statuses}, out)
+    left()
+    return 0
 
 
 if __name__ == "__main__":
     get_accelerator().is_fp16_supported = lambda: True
-    install()
     sys.exit(main())

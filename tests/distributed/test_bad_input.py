@@ -1,6 +1,7 @@
 """A user's mistake through the real command: status 2, one message, no traceback."""
 
 import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -38,6 +39,16 @@ def other_data(dataset, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def read_only(tmp_path_factory):
+    """A disk that cannot be written, None where none can be mounted."""
+    folder = tmp_path_factory.mktemp("disk")
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=64k", "tmpfs", str(folder)])
+    yield folder if done.returncode == 0 else None
+    if folder.is_mount():
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
 def trained(training):
     """A short run of one rank that is over."""
     return training.run("trained", "phases.0.steps=2", launcher="python", ranks=1)
@@ -57,11 +68,13 @@ CASES = {
     "other data": ["holds a run that differs", "fingerprint"],
     "fp16 without a GPU": ["fp16 needs a GPU", "zero2_cpu.json"],
     "resume never": ["--resume never"],
+    "a file in place of the folder": ["a-file/run: cannot be written", "choose another run.dir"],
+    "a read-only folder": ["cannot be written (Read-only file system)", "choose another run.dir"],
 }
 
 
 @pytest.fixture(scope="module")
-def refused(training, trained, with_nan, other_data, ds_file, repository):
+def refused(training, trained, with_nan, other_data, ds_file, repository, read_only):
     """The ends of all cases, two at a time."""
     one = {"launcher": "python", "ranks": 1}
     short = "phases.0.steps=2"
@@ -79,9 +92,18 @@ def refused(training, trained, with_nan, other_data, ds_file, repository):
             (),
             {**one, "deepspeed": repository / "ds_configs" / "zero2_fp16.json"},
         ),
+        # Said before the data is read: these have none.
+        "a file in place of the folder": (
+            (f"run.dir={training.folder / 'a-file' / 'run'}", "data.path=nowhere/at/all"),
+            {"launcher": "deepspeed", "ranks": 2},
+        ),
+        "a read-only folder": ((f"run.dir={read_only}/run", "data.path=nowhere/at/all"), one),
         "resume never": ((f"run.dir={trained.folder}", short, "--resume=never"), one),
     }
     assert starts.keys() == CASES.keys()
+    (training.folder / "a-file").write_text("not a folder")
+    if read_only is None:
+        del starts["a read-only folder"]
 
     def end(name):
         overrides, options = starts[name]
@@ -93,6 +115,8 @@ def refused(training, trained, with_nan, other_data, ds_file, repository):
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_clear_message(refused, name):
+    if name not in refused:
+        pytest.skip("a read-only disk cannot be mounted here")
     done = refused[name]
     assert done.status == 2, done.output[-4000:]
     assert "Traceback" not in done.output, done.output[-4000:]

@@ -56,6 +56,24 @@ def test_the_run_goes_on_and_the_scale_grows_again(overflowed):
     assert all(r["loss/total"] == r["loss/total"] for r in records)
 
 
+def test_a_run_without_hope_ends_on_all_ranks_with_a_diagnosis(overflowed):
+    """NaN in gradients of one rank alone; DeepSpeed raises once the scale is at its smallest."""
+    done, seen = overflowed
+    assert seen["statuses"] == {"once": [0, 0], "hopeless": [3, 3]}
+    folder = done.folder.with_name("hopeless")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (alert,) = (line["alert"] for line in lines if "alert" in line)
+    assert alert["rule"] == "gradients-not-finite" and alert["severity"] == "critical"
+    message = alert["message"]
+    assert "10 optimizer steps in a row were skipped at loss scale 1:" in message
+    assert "gradients not finite, first those of signal_decoder" in message
+    assert message.count("t15.") == 8, "2 trials of 2 micro-batches of 2 ranks"
+    assert json.loads((folder / "status.json").read_text())["state"].startswith("failed: 10 optim")
+    assert [p.name for p in (folder / "checkpoints").glob("step-*")] == ["step-00000004"]
+    kept = json.loads((folder / "checkpoints" / "step-00000004" / "state.json").read_text())
+    assert kept["progress"]["step"] == 4 and kept["progress"]["skipped"] == 10
+
+
 def test_masters_are_finer_than_fp16(overflowed):
     done, _ = overflowed
     weights = done.weights()

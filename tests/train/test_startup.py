@@ -1,6 +1,8 @@
 """Checks before the first step, and the dry batch that must leave no trace."""
 
+import errno
 import json
+import os
 import re
 import shutil
 from collections import namedtuple
@@ -239,3 +241,40 @@ def test_the_hash_of_sources_sees_every_byte_and_name(tmp_path):
     renamed = startup.hash_sources(package)
     (tmp_path / "y.py").write_text("c")
     assert len({first, renamed, startup.hash_sources(package)}) == 3
+
+
+def test_a_run_folder_that_can_be_written_is_left_as_it_was(tmp_path):
+    startup.require_writable(tmp_path / "not" / "yet" / "there")
+    startup.require_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, mounted):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=r"cannot be written \(.*file is not a folder\)"):
+            startup.require_writable(folder)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"link is not a folder\); choose another run\.dir"):
+        startup.require_writable(tmp_path / "link")
+    for number in (errno.EROFS, errno.EACCES):
+
+        def refuse(*_, number=number):
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "mkdir", refuse)
+            with pytest.raises(UserError, match=re.escape(os.strerror(number))):
+                startup.require_writable(tmp_path / "run")
+    with pytest.raises(UserError, match=r"run: cannot be written \(Read-only file system\)"):
+        startup.require_writable(mounted("ro,size=64k") / "run")
+
+
+def test_all_ranks_hear_that_rank_0_cannot_write(tmp_path):
+    class Second(Ranks):
+        def from_main(self, value):
+            assert value is None, "only rank 0 has looked"
+            return "run.dir=x: cannot be written"
+
+    with pytest.raises(UserError, match="cannot be written"):
+        startup.require_folder(Second(1, 2, 1, torch.device("cpu")), tmp_path)

@@ -1,6 +1,7 @@
 """One rank that meets NaN, overflow, full disks and requests to stop, and what becomes of it."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from b2t.config import load_config
 from b2t.records import JsonlSink, read_jsonl
@@ -141,11 +143,35 @@ def test_stopped_between_two_records(start, ds_file, orders, precision):
 
 
 def test_phase_ends_are_kept_and_other_checkpoints_go(start, ds_file):
-    trainer = start("run", ds_file(), "checkpoint.every=3")
+    trainer = start("run", ds_file(fp16=FP16), "checkpoint.every=3")
     trainer.fit()
     assert trainer.store.steps() == [8, 9, 10, 12], "ends of phases, and the newest besides"
-    between = start("run", ds_file())
+    between = start("run", ds_file(fp16=FP16))
     assert between.progress.finished
+    assert_frozen(*(weights_at(trainer, step) for step in (8, 9, 10, 12)))
+
+
+def weights_at(trainer, step):
+    folder = trainer.store.folder / f"step-{step:08d}"
+    return load_file(folder / "weights.safetensors")
+
+
+def digest(weights, component):
+    text = hashlib.sha256()
+    for name in sorted(weights):
+        if name.startswith(f"{component}."):
+            text.update(weights[name].numpy().tobytes())
+    return text.hexdigest()
+
+
+def assert_frozen(before, within, after, end):
+    """The second phase freezes two components; weight decay and momentum must not move them."""
+    for component in ("adapter", "encoder"):
+        seen = [digest(weights, component) for weights in (before, within, after, end)]
+        assert seen[0] == seen[1] == seen[2] != seen[3], component
+    assert digest(before, "signal_decoder") != digest(within, "signal_decoder")
+    encoder = {name: value for name, value in before.items() if name.startswith("encoder.")}
+    assert any(not value.half().float().equal(value) for value in encoder.values())
 
 
 def fail(trainer):
