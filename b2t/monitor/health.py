@@ -91,7 +91,7 @@ TABLE: tuple[HealthRow, ...] = (
         (0.60, INFINITY),
         (0.40, INFINITY),
         "phases.*.revival, a higher model.quantizer.revival_threshold, a larger batch, "
-        "fewer codes if the data are few; model.quantizer.decay 0.9 where codes cannot follow",
+        "fewer codes if the data are few; model.quantizer.decay down to 0.9 where codes lag",
     ),
     PERPLEXITY,
     HealthRow(

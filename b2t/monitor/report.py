@@ -52,6 +52,16 @@ class RunSummary:
     advice: list[Advice]
     problems: list[str]
 
+    @property
+    def alarms(self) -> list[dict[str, Any]]:
+        """The alerts that ask for something."""
+        return [alert for alert in self.alerts if alert.get("severity") in ("warning", "critical")]
+
+    @property
+    def measured(self) -> bool:
+        """Whether any row of the table has a value."""
+        return any(row["grade"] for row in self.rows)
+
 
 def summarize(run: RunData) -> RunSummary:
     """Judge a run by the monitoring table and its alerts."""
@@ -76,12 +86,20 @@ def summarize(run: RunData) -> RunSummary:
     # A run that went on after a critical alert was resumed: the table judges it.
     critical = [a for a in run.alerts if a.get("severity") == "critical" and a["step"] >= last]
     judged = "critical" if critical or failed else verdict(latest) or "unknown"
+    interrupted = _interrupted(run)
+    if interrupted and judged in ("healthy", "unknown"):
+        judged = "concerning"
     reasons = [_told(critical[-1])] if critical else [failed] if failed else []
     outside = [
         f"{row['label']} {row['value']}"
         for row in rows
         if row["decides"] and row["grade"] in ("concerning", "critical")
     ]
+    if interrupted:
+        reasons.append(
+            f"Nothing was written for {duration(run.silent_s)}: it was killed, or it hangs. The "
+            "same command goes on from the newest checkpoint."
+        )
     if outside:
         reasons.append(f"Outside the healthy range: {'; '.join(outside)}.")
     return RunSummary(
@@ -183,11 +201,11 @@ def _sections(plots: Sequence[Plot]) -> list[tuple[str, list[Plot]]]:
 
 
 def _differences(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
-    """Configuration keys that are not the same in all runs, with each run's value."""
-    flat = [_flatten(run.config) for run in runs]
-    keys = sorted({key for one in flat for key in one} - {"run.dir"})
-    missing = "–"
-    rows = [(key, [str(one.get(key, missing)) for one in flat]) for key in keys]
+    """Keys that may alter weights and are not the same in all runs, with each run's value."""
+    kept = ("data", "model", "optim", "phases", "temperature", "codebook_start", "run")
+    flat = [_flatten({k: v for k, v in run.config.items() if k in kept}) for run in runs]
+    keys = sorted({key for one in flat for key in one} - {"run.dir", "data.workers"})
+    rows = [(key, [str(one.get(key, "–")) for one in flat]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
@@ -239,27 +257,37 @@ def _failure(run: RunData) -> str | None:
     return _sentence(f"{kind}: {reason}.") if kind in ("failed", "crashed") else None
 
 
+def _kind(run: RunData) -> str:
+    """How the run stands by its own word; a killed process leaves `running` behind."""
+    return str(run.status.get("state", "")).partition(":")[0]
+
+
+def _finished(run: RunData) -> bool:
+    last = run.steps[-1]["step"] if run.steps else 0
+    return _kind(run) == "finished" or (run.total_steps is not None and last >= run.total_steps)
+
+
+def _interrupted(run: RunData) -> bool:
+    ended = _finished(run) or _kind(run) in ("failed", "crashed", "stopped on request")
+    return run.quiet and not ended
+
+
 def _state(run: RunData) -> str:
-    state = str(run.status.get("state", ""))
-    kind = state.partition(":")[0]
-    silent = f"nothing written for {duration(run.silent_s)}: killed or hung"
-    if not run.steps:
-        ended = kind in ("failed", "crashed", "stopped on request")
-        how = kind if ended else silent if run.quiet else "under way"
-        return f"nothing recorded yet ({how})"
-    last, total = run.steps[-1]["step"], run.total_steps
-    phase = run.steps[-1].get("phase") or "?"
-    time_s = run.steps[-1].get("time_s")
-    clock = f" after {duration(time_s)}" if isinstance(time_s, (int, float)) else ""
-    if kind == "finished" or (total is not None and last >= total):
-        return f"finished: {last:,} steps{clock}"
-    of_all = "" if total is None else f" of {total:,}"
-    # A killed process leaves "running" behind.
-    how = silent if run.quiet else "under way"
+    kind = _kind(run)
+    how = "killed or hung" if _interrupted(run) else "under way"
     if kind in ("failed", "crashed"):
         how = kind
     elif kind == "stopped on request":
         how = "stopped on request; the same command goes on"
+    if not run.steps:
+        return f"nothing recorded yet: {how}"
+    last, total = run.steps[-1]["step"], run.total_steps
+    phase = run.steps[-1].get("phase") or "?"
+    time_s = run.steps[-1].get("time_s")
+    clock = f" after {duration(time_s)}" if isinstance(time_s, (int, float)) else ""
+    if _finished(run):
+        return f"finished: {last:,} steps{clock}"
+    of_all = "" if total is None else f" of {total:,}"
     return f"step {last:,}{of_all} in phase {phase}{clock}: {how}"
 
 
@@ -326,9 +354,9 @@ def _sizing(sizing: Sizing | None, points: SizingPoints) -> dict[str, Any]:
     curve = f"Perplexity of the least used layer against codes K, fitted to {len(sizes)} sizes"
     if len(sizes) == 1:
         curve = (
-            f"Perplexity of the least used layer against codes K. One size is measured: the curve "
-            f"takes for granted that {100 * sizing.efficiency:.0f} % of K is reached where nothing "
-            "limits it"
+            "Perplexity of the least used layer against codes K. One size is measured: the curve "
+            f"goes through it, and takes for granted that {100 * sizing.efficiency:.0f} % of K is "
+            "reached where nothing limits it"
         )
     if sizing.saturation is None:
         verdict_text = (

@@ -102,7 +102,7 @@ ul { padding-left: 1.2rem; } li { margin: .35rem 0; max-width: 85ch; }
 <td class="grade {{ row.grade if row.grade and row.decides else 'faint' }}">
 {{ row.grade or 'not measured' }}</td>
 <td class="{{ 'remedy' if row.grade in ('concerning', 'critical') else 'faint' }}">
-{{ row.remedy }}
+{{- row.remedy if row.grade }}
 {% if row.note and row.grade in ('concerning', 'critical') %}
 <span class="faint">({{ row.note }})</span>{% endif %}</td></tr>
 {% endfor %}
@@ -179,13 +179,14 @@ data-label="{{ s.name }}">{{ own.value }}</td>
 {% endfor %}
 </tbody></table></div>
 {% endmacro %}
-{% for s in summaries if s.alerts %}
+{% for s in summaries if summaries|length == 1 and s.alerts or s.alarms %}
 <h2>Alerts{% if summaries|length > 1 %} of {{ s.name }}{% endif %}</h2>
-{% if s.alerts|length > shown_alerts %}
-<details><summary>{{ s.alerts|length - shown_alerts }} earlier alerts</summary>
-{{ alert_rows(s.alerts[:-shown_alerts]) }}</details>
+{% set told = s.alerts if summaries|length == 1 else s.alarms %}
+{% if told|length > shown_alerts %}
+<details><summary>{{ told|length - shown_alerts }} earlier alerts</summary>
+{{ alert_rows(told[:-shown_alerts]) }}</details>
 {% endif %}
-{{ alert_rows(s.alerts[-shown_alerts:]) }}
+{{ alert_rows(told[-shown_alerts:]) }}
 {% endfor %}
 
 {% for heading, plots in sections %}
@@ -229,7 +230,8 @@ Try: {{ a.remedy }}.</li>
 {% endfor %}
 </ul>
 {% else %}
-<p>Nothing in the table asks for a change.</p>
+<p>{{ 'Nothing was measured yet.' if s.verdict == 'unknown' or not s.measured else
+'Nothing in the table asks for a change.' }}</p>
 {% endif %}
 {% endfor %}
 {% if sizing.rows or sizing.left_out %}

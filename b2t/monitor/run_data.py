@@ -16,6 +16,9 @@ from b2t.records import read_jsonl
 _PATIENCE_S = 300.0
 """Shortest silence that is worth a remark: validation and decoding write nothing meanwhile."""
 
+_START_S = 1800.0
+"""The same before the first log step: reading large data takes its time."""
+
 _HEAD = ("step", "phase", "time_s", "non_finite")
 
 
@@ -97,7 +100,8 @@ class RunData:
         """Whether it has been silent for far longer than between its log steps."""
         times = [r["time_s"] for r in self.steps[-20:] if is_number(r.get("time_s"))]
         longest = max((b - a for a, b in pairwise(times)), default=0.0)
-        return self.silent_s > max(_PATIENCE_S, 5 * longest)
+        patience = _PATIENCE_S if self.steps else _START_S
+        return self.silent_s > max(patience, 5 * longest)
 
     def setting(self, key: str) -> Any:
         """Return the value of a dotted key of the configuration, None where it is not there."""
@@ -220,7 +224,8 @@ def _table(value: Any) -> list[list[int]]:
 
 def _malformed(name: str, lines: list[int]) -> str:
     shown = ", ".join(map(str, lines[:5])) + (" …" if len(lines) > 5 else "")
-    return f"{name}: {len(lines)} unreadable lines left out (line {shown})"
+    many = "s" if len(lines) > 1 else ""
+    return f"{name}: {len(lines)} unreadable line{many} left out (line {shown})"
 
 
 def _natural(name: str) -> tuple[str, float]:

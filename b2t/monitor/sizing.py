@@ -29,7 +29,8 @@ class Sizing:
 
     Attributes:
         points: (K, perplexity of the least used layer) that it was fitted to.
-        efficiency: a, fitted to two or more sizes, else ``EFFICIENCY``.
+        efficiency: a, fitted to two or more sizes; of one size ``EFFICIENCY``, or what was measured
+            if that is more.
         saturation: S, in codes; None where the points do not bend, so that nothing bounds S.
         suggestion: codes to try. The largest power of two that the curve calls healthy; where it
             does not bend, twice the largest codebook measured.
@@ -76,9 +77,11 @@ def _fit(sizes: np.ndarray, logs: np.ndarray) -> tuple[float, float]:
 
     most = math.log(1e9)
     given = math.log(EFFICIENCY)
+    if len(set(sizes)) == 1:
+        given = max(given, float(logs.mean()) - math.log(sizes[0]))
     alone = minimize_scalar(lambda s: misfit(given, s), bounds=(0.0, most), method="bounded")
     if len(set(sizes)) == 1:
-        return EFFICIENCY, math.exp(alone.x)
+        return math.exp(given), math.exp(alone.x)
     both = minimize(
         lambda x: misfit(*x),
         (given, alone.x),

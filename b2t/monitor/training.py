@@ -12,22 +12,31 @@ from b2t.monitor.context import StepContext
 from b2t.monitor.state import pack, unpack
 
 PEAK_FLOPS = {
+    # resources.nvidia.com/en-us-tensor-core: H200 SXM and H100 SXM 1,979 with sparsity, H100 PCIe
+    # 1,513.
     r"H200": 989e12,
     r"H100 80GB HBM3": 989e12,
     r"H100 PCIe": 756e12,
+    # nvidia-a100-datasheet-us-nvidia-1758950-r4: 312, SXM and PCIe alike.
     r"A100\b.*": 312e12,
+    # L40S data sheet: 362.05, 733 with sparsity.
     r"L40S": 362e12,
+    # Ada GPU architecture whitepaper, appendix A: 165.2 with float32 accumulation.
     r"RTX 4090": 165.2e12,
+    # Ampere GA102 whitepaper, appendix A: 71 with float32 accumulation; appendix C: 154.8.
     r"RTX 3090": 71e12,
     r"RTX A6000": 154.8e12,
+    # Data sheets of RTX A5500 and A5000: 272.8 and 222.2 with sparsity.
     r"RTX A5500": 136.4e12,
     r"RTX A5000": 111.1e12,
+    # volta-v100-datasheet-update-us-1165301-r5: 125 for SXM2.
     r"V100-SXM2.*": 125e12,
+    # t4-tensor-core-datasheet-951643: 65.
     r"T4": 65e12,
 }
 """Dense 16-bit tensor-core operations per second, accumulated in float32, by pattern of the whole
-name behind NVIDIA, Tesla or GeForce (vendor's data sheets, without sparsity). Laptop and other
-variants have other peaks: a device that is not listed has no MFU."""
+name behind NVIDIA, Tesla or GeForce: half of what a data sheet gives with sparsity. Laptop and
+other variants have other peaks: a device that is not listed has no MFU."""
 
 
 class TrainingMonitor:

@@ -131,6 +131,8 @@ def runs(tmp_path_factory):
         file.write('not json\n{"step": 80, "loss/tot')
     for folder in found.values():
         write_report([folder])
+    found["compared"] = root / "compared"
+    write_report([found["healthy"], found["collapsed"]], found["compared"] / "report")
     return found
 
 
@@ -195,7 +197,7 @@ def test_a_run_that_went_on_after_a_critical_alert_is_judged_by_what_it_is_now(t
     ("status", "silent_s", "verdict", "said"),
     [
         ("running", 2, "healthy", "step 70 of 300 in phase tokenizer after 28 s: under way"),
-        ("running", 4000, "healthy", "nothing written for 1 h 06 min: killed or hung"),
+        ("running", 4000, "concerning", "after 28 s: killed or hung"),
         ("crashed: OSError: disk full", 4000, "critical", "after 28 s: crashed"),
         ("failed: loss is nan", 2, "critical", "after 28 s: failed"),
         ("stopped on request", 4000, "healthy", "the same command goes on"),
@@ -209,6 +211,8 @@ def test_how_a_run_ended(tmp_path, status, silent_s, verdict, said):
     os.utime(folder / "metrics.jsonl", (then, then))
     summary = summarize(load_run(folder))
     assert summary.verdict == verdict and said in summary.state
+    told = "Nothing was written for 1 h 06 min" in " ".join(summary.reasons)
+    assert told == (verdict == "concerning")
     reason = status.partition(": ")[2]
     assert bool(reason) == any(reason and reason in text for text in summary.reasons)
 
@@ -394,7 +398,14 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt install chromium)")
 @pytest.mark.parametrize(
     ("name", "width"),
-    [("healthy", 1400), ("healthy", 420), ("collapsed", 420), ("crashed", 1400), ("empty", 420)],
+    [
+        ("healthy", 1400),
+        ("healthy", 420),
+        ("collapsed", 420),
+        ("crashed", 1400),
+        ("empty", 420),
+        ("compared", 420),
+    ],
 )
 def test_a_browser_draws_every_figure_without_errors_or_overflow(runs, tmp_path, name, width):
     text = (runs[name] / "report" / "report.html").read_text()

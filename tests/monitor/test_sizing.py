@@ -41,6 +41,7 @@ def test_the_codebooks_of_the_collapse_study_do_not_bend():
 def test_one_size_well_used_asks_for_more():
     sizing = fit_sizing([(256, 239.0)])
     assert sizing.saturation is None and sizing.suggestion == 512
+    assert sizing.perplexity(256) == pytest.approx(239)
 
 
 def test_one_size_badly_used_gives_the_curve_through_it():

@@ -106,6 +106,33 @@ def test_peaks_are_matched_to_the_most_specific_name(monkeypatch):
     assert peak_flops(torch.device("cpu")) is None
 
 
+# Multiprocessors, boost clock in GHz, and dense 16-bit multiply-adds (accumulated in float32) per
+# multiprocessor and clock: 512 in Volta, Turing and the workstation cards of Ampere and Ada, half
+# of that in GeForce cards, 1,024 in A100 and 2,048 in Hopper.
+CHIPS = {
+    "H200": (132, 1.83, 2048),
+    "H100 80GB HBM3": (132, 1.83, 2048),
+    "H100 PCIe": (114, 1.62, 2048),
+    "A100-SXM4-40GB": (108, 1.41, 1024),
+    "L40S": (142, 2.52, 512),
+    "RTX 4090": (128, 2.52, 256),
+    "RTX 3090": (82, 1.695, 256),
+    "RTX A6000": (84, 1.80, 512),
+    "RTX A5500": (80, 1.665, 512),
+    "RTX A5000": (64, 1.695, 512),
+    "V100-SXM2-16GB": (80, 1.53, 512),
+    "T4": (40, 1.59, 512),
+}
+
+
+def test_peaks_are_what_the_chips_can_do(monkeypatch):
+    assert len(CHIPS) == len(training.PEAK_FLOPS)
+    for name, (processors, ghz, per_clock) in CHIPS.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        expected = processors * ghz * 1e9 * per_clock * 2
+        assert peak_flops(torch.device("cuda")) == pytest.approx(expected, rel=0.015), name
+
+
 @pytest.mark.parametrize("stop", [1, 4, 9, 12])
 def test_resume_goes_on_exactly(stop):
     contexts = [context(n) for n in range(14)]

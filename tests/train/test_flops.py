@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from b2t.config import Config
@@ -44,7 +45,8 @@ def one_trial():
 
 
 def counted(built, batch, losses=LOSSES):
-    with FlopCounterMode(display=False) as counter:
+    # As matrix products: the counter does not know the fused attention of CPUs.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         built(batch, weights=losses).loss.backward()
     return counter.get_total_flops()
 
@@ -87,6 +89,26 @@ def test_recomputation_is_what_is_executed_beyond(every):
     found = expected(built, batch, every=every, trainable=ALL, losses=LOSSES)
     # torch stops recomputing a block once it has all that backward asks for.
     assert 0.05 < truth <= found.recomputed < 1.25 * truth
+
+
+def test_a_forward_is_what_one_counts_by_hand():
+    """Two operations for each weight and frame, and twice 2·P·D for each frame that attends."""
+    built, batch = model(quantizer=True), one_trial()
+    found = forward_flops(built, batch)
+    frames, dim, channels, patch, tokens, vocabulary = 40, 64, 12, 4, 20, 30
+    block = 2 * (4 * dim * dim + 2 * dim * 4 * dim) + 4 * frames * dim
+    adapter = 2 * channels * channels * 160
+    embedding = 2 * patch * channels * dim
+    assert found["encoder"] == frames * (4 * block + embedding) + adapter
+    entrance = 2 * dim * dim
+    assert found["signal_decoder"] == frames * (entrance + 2 * block + embedding)
+    assert found["phoneme_head"] == frames * 2 * dim * 41
+    self_attention = 2 * 4 * dim * dim + 4 * tokens * dim
+    cross_attention = 2 * 2 * dim * dim + 4 * frames * dim
+    layer = tokens * (self_attention + cross_attention + 2 * 2 * dim * 128)
+    layer += frames * 2 * 2 * dim * dim  # keys and values of the frames
+    output = tokens * 2 * dim * vocabulary
+    assert found["text_decoder"] == frames * entrance + 2 * layer + output
 
 
 def test_the_search_of_the_quantizer_and_the_pass_for_the_regularisers():
