@@ -309,7 +309,12 @@ BEFORE: dict[str, Any] = {
 }
 
 # Best mean of the three SNRs on validation epochs; a decay of 0.98 is the quantizer's default.
-RECIPE: dict[str, Any] = BEFORE | {"commitment": 0.1, "decay": 0.98}
+RECIPE: dict[str, Any] = BEFORE | {
+    "commitment": 0.1,
+    "decay": 0.98,
+    "diversity": 0.1,
+    "perplexity": 0.05,
+}
 
 # Each switches one feature of the recipe off (no-) or on (with-).
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -324,13 +329,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "fast-decay": {"decay": 0.95},
     "more-commitment": {"commitment": 0.25},
     "late-revival": {"revival_threshold": 0.1},
-    "with-regularizers": {"diversity": 0.1, "perplexity": 0.05},
-    "with-constant-temperature": {
-        "diversity": 0.1,
-        "perplexity": 0.05,
-        "temperature": 1.0,
-        "temperature_end": 1.0,
-    },
+    "no-diversity": {"diversity": 0.0},
+    "no-perplexity": {"perplexity": 0.0},
+    "no-regularizers": {"diversity": 0.0, "perplexity": 0.0},
+    "no-annealing": {"temperature": 1.0, "temperature_end": 1.0},
     "with-frame-revival": {"revival": "frames"},
     "with-sampling": {"stochastic_sample_codes": True, "temperature": 0.5, "temperature_end": 0.02},
     "with-cosine": {"use_cosine_sim": True},
@@ -359,6 +361,7 @@ PEER_BEST: dict[str, Any] = {
 
 # As many settings each, chosen among on validation epochs.
 _SLOW = {"decay": 0.98, "revival_until": 0.7, "revival_threshold": 0.1}
+_ANEW = {"decay": 0.98, "commitment": 0.1, "diversity": 0.1, "perplexity": 0.05}
 SEARCH_OURS: list[dict[str, Any]] = [
     _SLOW,
     _SLOW | {"commitment": 0.5},
@@ -372,6 +375,8 @@ SEARCH_OURS: list[dict[str, Any]] = [
     {"decay": 0.98, "commitment": 0.1},
     {"decay": 0.98, "commitment": 0.05},
     {"decay": 0.98, "commitment": 0.1, "revival_until": 0.7},
+    _ANEW | {"revival_threshold": 0.1},
+    _ANEW,
 ]
 _STARTED = {"kmeans_init": True, "decay": 0.95}
 _STRAIGHT = _STARTED | {"commitment_weight": 0.1, "rotation_trick": False}
@@ -388,6 +393,8 @@ SEARCH_PEER: list[dict[str, Any]] = [
     _STRAIGHT | {"decay": 0.98, "commitment_weight": 0.05},
     _STRAIGHT | {"decay": 0.9},
     _STRAIGHT | {"threshold_ema_dead_code": 0.1},
+    PEER_BEST | {"commitment_weight": 0.02},
+    PEER_BEST | {"threshold_ema_dead_code": 0.1},
 ]
 
 
