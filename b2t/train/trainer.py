@@ -314,7 +314,11 @@ class Trainer:
             self.config.run.seed, progress.phase, progress.consumed, micro_batch, ranks.rank,
         )  # fmt: skip
         digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
-        torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+        seed = int.from_bytes(digest, "little") >> 1
+        # torch.manual_seed also queues a seed, with a traceback, for each device that is not there.
+        torch.default_generator.manual_seed(seed)
+        if ranks.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     @torch.no_grad()
     def _usage_of_step(self, batches: list[Batch]) -> Any:
