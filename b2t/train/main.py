@@ -138,7 +138,7 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
     from b2t.train.callbacks import Callback
     from b2t.train.flops import flops_of_phases
     from b2t.train.monitoring import Watch, build_monitors
-    from b2t.train.ranks import WaitedTooLong, join, leave, timed_out
+    from b2t.train.ranks import WaitedTooLong, join, leave, timed_out, waiting_in
     from b2t.train.signals import EXIT_STOPPED, StopSignals
     from b2t.train.startup import check_start, require_folder, require_same_everywhere
     from b2t.train.trainer import Stopped, Trainer, TrainingFailed
@@ -193,7 +193,7 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
     except Exception as error:
         if isinstance(error, WaitedTooLong) or (ranks.world > 1 and timed_out(error)):
             waited = isinstance(error, WaitedTooLong)
-            text = str(error) if waited else ranks.explain_wait(str(error).splitlines()[0])
+            text = str(error) if waited else ranks.explain_wait(waiting_in(error))
             print(f"train_ds.py: error: {text}", file=sys.stderr, flush=True)
             os._exit(EXIT_WAITED)
         # The other ranks may wait in a collective for this one: say why, and leave at once, so

@@ -3,8 +3,10 @@
 import hashlib
 import io
 import os
+import re
 import socket
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -17,9 +19,28 @@ import torch.distributed as dist
 
 from b2t.log import quiet_libraries
 
+_COMMUNICATION = re.compile(r"(torch[/\\]distributed|deepspeed[/\\]comm)[/\\][^/\\]+$")
+"""Files whose functions are called on the way to a collective."""
+
 
 class WaitedTooLong(Exception):  # noqa: N818  # reads as what happened
     """A rank waited for the others until the timeout; the message says where and for what."""
+
+
+def waiting_in(error: BaseException) -> str:
+    """Name the collective that an error of torch.distributed comes from, and who called it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    within = [bool(_COMMUNICATION.search(frame.filename)) for frame in frames]
+    if not any(within):
+        return "a collective"
+    end = len(within) - within[::-1].index(True)
+    begin = end
+    while begin > 1 and within[begin - 1]:
+        begin -= 1
+    names = [frame.name for frame in frames[begin:end]]
+    named = [name for name in names if not name.startswith("_") and "wrap" not in name]
+    caller = frames[begin - 1]
+    return f"{(named or names)[-1]}, called by {caller.name} in {Path(caller.filename).name}"
 
 
 def timed_out(error: BaseException) -> bool:

@@ -173,6 +173,9 @@ class Trainer:
                 self._step(micro_batches, time.perf_counter() - waited, problem)
         finally:
             batches.close()
+        if self.window.steps:  # stopped early, between two records
+            self._log()
+            self._leave_if_critical()
         self._end_phase()
 
     def _enter_phase(self, number: int) -> None:
@@ -504,20 +507,14 @@ class Trainer:
         self.ranks.place = f"validating after step {self.progress.step}"
         with self._averaged():
             metrics = validate(self)
-        section = self.config.checkpoint
-        watched = metrics.get(section.best_metric)
-        if watched is None:
-            raise UserError(
-                f"checkpoint.best_metric: {section.best_metric} is not a validation metric; "
-                f"expected one of {', '.join(sorted(metrics))}"
-            )
-        if self.progress.best.update(watched, self.progress.step):
+        progress = self.progress
+        watched = _chosen(metrics, self.config.checkpoint.best_metric, "checkpoint.best_metric")
+        if progress.best.update(watched, progress.step):
             self._export_best()
         rule = self.phase.early_stopping
         if rule is not None:
-            self.progress.stopping.update(
-                metrics.get(rule.metric, float("nan")), self.progress.step
-            )
+            key = f"phases.{progress.phase}.early_stopping.metric"
+            progress.stopping.update(_chosen(metrics, rule.metric, key), progress.step)
         self._hook("on_eval", metrics)
         self._clock = time.perf_counter()
 
@@ -652,3 +649,13 @@ class Trainer:
             except OSError as error:  # a full disk must not end the run
                 kind = type(callback).__name__
                 log_once(f"{kind}-{name}", f"{kind}: {error}; training goes on", logging.ERROR)
+
+
+def _chosen(metrics: dict[str, float], name: str, key: str) -> float:
+    """Return the validation metric that a configuration key names."""
+    if name not in metrics:
+        raise UserError(
+            f"{key}: {name} is not a validation metric of this phase; "
+            f"expected one of {', '.join(sorted(metrics))}"
+        )
+    return metrics[name]

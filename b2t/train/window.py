@@ -51,6 +51,11 @@ class Window:
         names = [name for name in self._step if name.startswith("loss/")]
         return [name for name in names if not math.isfinite(float(self._step[name]))]
 
+    @property
+    def steps(self) -> int:
+        """Applied steps since the last record."""
+        return int(self._steps)
+
     def drop_step(self) -> None:
         """Forget the current step: it was skipped."""
         self._step = {}

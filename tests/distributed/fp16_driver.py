@@ -77,6 +77,19 @@ def overflow_once():
     return lambda: setattr(PhaseEngine, "backward", backward) or setattr(Trainer, "_step", step)
 
 
+def stop_after_overflow():
+    """The same overflow, and two steps after it the last rank is asked to stop."""
+    repair, step = overflow_once(), Trainer._step
+
+    def asked(self, *arguments):
+        if self.progress.consumed == STEP + 2 and self.ranks.rank == 1:
+            self.stop.requested = True
+        step(self, *arguments)
+
+    Trainer._step = asked
+    return repair
+
+
 def overflow_for_ever():
     """From one step on, let the gradients of a component overflow on the last rank."""
     step = Trainer._step
@@ -99,13 +112,18 @@ def main():
     ranks.leave = lambda: None
     configure(joined.rank)
     statuses = {}
-    for name, sabotage in (("once", overflow_once), ("hopeless", overflow_for_ever)):
+    for name, folder, sabotage in (
+        ("once", None, overflow_once),
+        ("stopped", "stopped", stop_after_overflow),
+        ("resumed", "stopped", overflow_once),
+        ("hopeless", "hopeless", overflow_for_ever),
+    ):
         config = load_config(arguments.config, arguments.overrides)
-        if name != "once":
-            config.run.dir = config.run.dir.with_name(name)
+        if folder is not None:
+            config.run.dir = config.run.dir.with_name(folder)
             config.stability.max_consecutive_skips = 10
         repair = sabotage()
-        status = entry.train(config, load_ds_config(arguments.deepspeed_config), "never")
+        status = entry.train(config, load_ds_config(arguments.deepspeed_config), "auto")
         repair()
         statuses[name] = joined.gather(status)
     if joined.is_main:

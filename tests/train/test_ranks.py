@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,3 +24,48 @@ def test_the_ninja_of_this_environment_comes_first(monkeypatch, tmp_path):
 
 def test_joining_prefers_it(one_rank):
     assert shutil.which("ninja") == str(Path(sys.executable).parent / "ninja")
+
+
+WAITER = """
+import sys, time
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from b2t.train.ranks import timed_out, waiting_in
+
+rank, store = int(sys.argv[1]), dist.FileStore(sys.argv[2], 2)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=2))
+dist.barrier()
+
+
+def add_up_gradients():
+    dist.all_reduce(torch.zeros(1))
+
+
+if rank == 1:
+    time.sleep(30)
+try:
+    add_up_gradients()
+except RuntimeError as error:
+    assert timed_out(error)
+    print(waiting_in(error), flush=True)
+"""
+
+
+def test_the_collective_that_waited_is_named(tmp_path, repository):
+    """As of collectives that DeepSpeed calls: torch's message says neither which nor where."""
+    ranks_ = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITER, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            cwd=repository,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said, _ = ranks_[0].communicate(timeout=60)
+    finally:
+        ranks_[1].kill()
+        ranks_[1].communicate()
+    assert said == "all_reduce, called by add_up_gradients in <string>\n"

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from b2t.config import load_config
+from b2t.errors import UserError
 from b2t.records import JsonlSink, read_jsonl
 from b2t.train import checkpoint as checkpoints
 from b2t.train.build import build
@@ -389,3 +391,54 @@ def test_latents_that_are_left_out_are_counted(start, ds_file, orders):
     assert counted[0] == 0
     assert counted[1] == 4, "a frame of each of 4 micro-batches of the second of two steps"
     assert counted[2] == 2 * 4
+
+
+PHASES = """[
+  {name: signal, steps: 2, trainable: [adapter, encoder, quantizer, signal_decoder],
+   warmup_steps: 0, losses: {generation: 0, phoneme: 0}},
+  {name: long, steps: 40, trainable: [signal_decoder], warmup_steps: 0,
+   early_stopping: {metric: val/reconstruction, patience: 1, min_delta: 1000},
+   losses: {generation: 0, phoneme: 0}},
+  {name: phones, steps: 2, trainable: [phoneme_head], warmup_steps: 0},
+  {name: text, steps: 1, trainable: [text_decoder, quantizer], warmup_steps: 0},
+  {name: all, steps: 2, warmup_steps: 0}
+]"""
+FIVE = [f"phases={PHASES}", "evaluation.every=2", "log.every=3"]
+
+
+def test_five_phases_of_which_one_stops_early(start, ds_file, orders):
+    trainer = start("run", ds_file(), *FIVE)
+    first = dict(trainer.masters)
+    trainer.fit()
+    assert trainer.progress.finished and trainer.progress.step == 2 + 4 + 2 + 1 + 2
+    assert trainer.store.steps() == [2, 6, 8, 9, 11]
+    records = [r for r in end_of(trainer)[2] if "loss/total" in r]
+    assert [(r["step"], r["phase"]) for r in records] == [
+        (2, "signal"), (3, "long"), (6, "long"), (8, "phones"), (9, "text"), (11, "all"),
+    ]  # fmt: skip
+    points = [first, *(weights_at(trainer, step) for step in (2, 6, 8, 9, 11))]
+    moved = [
+        {name.split(".")[0] for name in first if not torch.equal(before[name], after[name])}
+        for before, after in pairwise(points)
+    ]
+    assert moved == [
+        {"adapter", "encoder", "signal_decoder"},
+        {"signal_decoder"},
+        {"phoneme_head"},
+        {"text_decoder"},
+        {"adapter", "encoder", "signal_decoder", "phoneme_head", "text_decoder"},
+    ]
+    orders[5] = ask_to_stop  # an evaluation before the rule holds, and its last step
+    with pytest.raises(Stopped):
+        start("again", ds_file(), *FIVE).fit()
+    again = start("again", ds_file(), *FIVE)
+    assert (again.progress.step, again.progress.stopping.waited) == (6, 1)
+    again.fit()
+    assert_same_end(end_of(again), end_of(trainer))
+
+
+def test_a_misspelt_metric_of_early_stopping_is_no_reason_to_stop(start, ds_file):
+    trainer = start("run", ds_file(), "phases.0.early_stopping={metric: val/los, patience: 1}",
+                    "evaluation.every=2")  # fmt: skip
+    with pytest.raises(UserError, match=r"phases\.0\.early_stopping\.metric: val/los is not"):
+        trainer.fit()
