@@ -9,7 +9,8 @@ change. A table says where kills landed. At the end weights, codebooks, losses, 
 and decoded text must be bitwise those of the run that was left alone. Exit status 1 where they are
 not, or where a place was never hit.
 
-The run that is left alone is started as users start it. Killed ranks are forked from a process
+The run that is left alone is started as users start it (with --fp16, which tests alone may do on
+CPUs, it is forked too). Killed ranks are forked from a process
 that has imported the packages, which spares each of them ten seconds; they run the same `main`.
 """
 
@@ -42,6 +43,16 @@ DS_CONFIG = {
         "allgather_bucket_size": 20000,
     },
 }
+
+FP16 = {
+    "enabled": True,
+    "loss_scale": 0,
+    "initial_scale_power": 20,
+    "loss_scale_window": 4,
+    "hysteresis": 1,
+    "min_loss_scale": 1,
+}
+"""A scale that starts far too high and grows often, so that steps are skipped all along."""
 
 OVERRIDES = """
     model.encoder.dim=32 model.encoder.depth=1 model.encoder.heads=2 model.signal_decoder.depth=1
@@ -78,10 +89,15 @@ def main() -> int:
     shutil.rmtree(options.out, ignore_errors=True)
     options.out.mkdir(parents=True)
     data = simulate(options.out)
-    (options.out / "ds.json").write_text(json.dumps(DS_CONFIG), "utf-8")
-    leave_alone(options, data)
+    sections = {**DS_CONFIG, "fp16": FP16} if options.fp16 else DS_CONFIG
+    (options.out / "ds.json").write_text(json.dumps(sections), "utf-8")
     soak = Soak(options, data)
+    if options.fp16:
+        soak.start("alone").wait()
+    else:
+        leave_alone(options, data)
     try:
+        soak.rehearse()
         soak.kill_at_random()
         soak.aim_at_what_was_missed()
         soak.finish_and_compare()
@@ -100,6 +116,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60, help="steps of all phases together")
+    parser.add_argument(
+        "--fp16",
+        action="store_true",
+        help="fp16 with the loss scaler; DeepSpeed's refusal of fp16 on CPUs is overridden",
+    )
     parser.add_argument("--minutes", type=float, default=60.0, help="give up after so long")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "soak")
     return parser.parse_args()
@@ -171,7 +192,9 @@ def leave_alone(options: argparse.Namespace, data: Path) -> None:
         raise SystemExit(f"the run that is left alone failed: {statuses}, see {log.name}")
 
 
-def killable_rank(argv: list[str], variables: dict[str, str], log: Path, trace: Path) -> None:
+def killable_rank(
+    argv: list[str], variables: dict[str, str], log: Path, trace: Path, fp16: bool
+) -> None:
     """Train as one rank, in a process of its own that notes where it is, for whoever kills it."""
     os.environ.update(variables)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -180,6 +203,10 @@ def killable_rank(argv: list[str], variables: dict[str, str], log: Path, trace: 
     from b2t.train.main import main
     from b2t.train.ranks import Ranks
 
+    if fp16:
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().is_fp16_supported = lambda: True
     notes = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def move(self: Ranks, place: str) -> None:
@@ -194,20 +221,22 @@ def killable_rank(argv: list[str], variables: dict[str, str], log: Path, trace: 
 class KillableRun:
     """All ranks of the run, without a launcher, so that nothing restarts them or cleans up."""
 
-    def __init__(self, options: argparse.Namespace, data: Path, context: object) -> None:
-        self.folder = options.out / "killed"
+    def __init__(
+        self, options: argparse.Namespace, data: Path, context: object, name: str = "killed"
+    ) -> None:
+        self.folder = options.out / name
         self.started = time.time()
         self.began = time.monotonic()
-        self._traces = [options.out / f"killed-rank{rank}.places" for rank in range(options.ranks)]
+        self._traces = [options.out / f"{name}-rank{rank}.places" for rank in range(options.ranks)]
         port = free_port()
-        argv = training_arguments(options, data, "killed")
+        argv = training_arguments(options, data, name)
         self.processes = []
         for rank, trace in enumerate(self._traces):
             trace.unlink(missing_ok=True)
             variables = environment(rank, options.ranks, port)
-            log = options.out / f"killed-rank{rank}.log"
+            log = options.out / f"{name}-rank{rank}.log"
             process = context.Process(  # type: ignore[attr-defined]
-                target=killable_rank, args=(argv, variables, log, trace)
+                target=killable_rank, args=(argv, variables, log, trace, options.fp16)
             )
             process.start()
             self.processes.append(process)
@@ -305,11 +334,25 @@ class Soak:
         self._context.set_forkserver_preload(
             ["__main__", "deepspeed", "b2t.train.trainer", "b2t.train.main", "b2t.train.startup"]
         )
-        self._start_s, self._training_s, self._spans = self._rehearse()
+        self._start_s = self._training_s = 0.0
+        self._spans: dict[str, float] = {}
 
-    def start(self) -> KillableRun:
-        """Start the run or go on with it."""
-        return KillableRun(self.options, self.data, self._context)
+    def start(self, name: str = "killed") -> KillableRun:
+        """Start a run or go on with it."""
+        return KillableRun(self.options, self.data, self._context, name)
+
+    def rehearse(self) -> None:
+        """Time the start, the training and each place in a run that is not killed."""
+        run = self.start()
+        run.wait()
+        trace = run.trace()
+        first = next(when for when, place in trace if place.startswith("opening step"))
+        for number, (when, _) in enumerate(trace[:-1]):
+            place = place_of([visited for _, visited in trace[: number + 1]])
+            self._spans[place] = max(self._spans.get(place, 0.0), trace[number + 1][0] - when)
+        self._start_s, self._training_s = first, trace[-1][0] - first
+        print(f"start {first:.1f} s, training {self._training_s:.1f} s", flush=True)
+        self._compare()
 
     def kill_at_random(self) -> None:
         """Kill at moments between the start and what half of the training takes after it."""
@@ -361,20 +404,6 @@ class Soak:
         (self.options.out / "soak.json").write_text(json.dumps(record, indent=1), "utf-8")
         resumes = f"{len(self.kills)} kills, {self.compared} runs to their end, {seconds:.0f} s"
         print("\n".join(self.problems) or f"{resumes}: bitwise equal to the run left alone")
-
-    def _rehearse(self) -> tuple[float, float, dict[str, float]]:
-        """Time the start, the training and each place in a run that is not killed."""
-        run = self.start()
-        run.wait()
-        trace = run.trace()
-        first = next(when for when, place in trace if place.startswith("opening step"))
-        spans: dict[str, float] = {}
-        for number, (when, _) in enumerate(trace[:-1]):
-            place = place_of([visited for _, visited in trace[: number + 1]])
-            spans[place] = max(spans.get(place, 0.0), trace[number + 1][0] - when)
-        print(f"start {first:.1f} s, training {trace[-1][0] - first:.1f} s", flush=True)
-        self._compare()
-        return first, trace[-1][0] - first, spans
 
     def _out_of_time(self) -> bool:
         if time.monotonic() < self.deadline:

@@ -215,15 +215,28 @@ def test_the_component_and_the_trial_are_named(start, ds_file, orders):
     assert again.progress.finished
 
 
-@pytest.mark.parametrize("component", ["encoder", "signal_decoder"])
-def test_gradients_that_are_not_finite_are_placed(start, ds_file, orders, component):
+def spoil_weights(module):
+    weight = next(p for p in module.parameters() if p.ndim > 1)
+    weight.register_hook(lambda gradient: gradient * float("nan"))
+
+
+def spoil_inputs(module):
+    """What comes back into a component is NaN, and so is all that it hands on upstream."""
+
+    def spoil(_, args, output):
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * float("nan"))
+
+    module.register_forward_hook(spoil)
+
+
+@pytest.mark.parametrize(
+    ("component", "spoil"),
+    [("encoder", spoil_weights), ("signal_decoder", spoil_inputs), ("encoder", spoil_inputs)],
+)
+def test_gradients_that_are_not_finite_are_placed(start, ds_file, orders, component, spoil):
     trainer = start("run", ds_file())
-
-    def begin(_):
-        weight = next(p for p in getattr(trainer.model, component).parameters() if p.ndim > 1)
-        weight.register_hook(lambda gradient: gradient * float("nan"))
-
-    orders[2] = begin
+    orders[2] = lambda _: spoil(getattr(trainer.model, component))
     text, _ = fail(trainer)
     assert f"gradients not finite, first those of {component}" in text
     assert text.count("day") == 8, "the step's trials"
