@@ -284,6 +284,8 @@ def test_an_overflow_at_the_smallest_loss_scale_that_passes_is_survived(start, d
     orders[2] = begin
     trainer.fit()
     assert trainer.progress.finished and trainer.progress.skipped == 1
+    records = [r for r in end_of(trainer)[2] if "loss/total" in r]
+    assert not any("non_finite" in record for record in records), "the step left no trace"
 
 
 def test_fp16_goes_on_in_bf16(start, ds_file, orders):
