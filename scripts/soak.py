@@ -355,10 +355,15 @@ class Soak:
         self._compare()
 
     def kill_at_random(self) -> None:
-        """Kill at moments between the start and what half of the training takes after it."""
+        """Kill one run in six before its first step, others in what half of the training takes."""
         while len(self.kills) < self.options.kills and not self._out_of_time():
             run = self.start()
-            moment = self._random.uniform(0.0, self._start_s + 0.5 * self._training_s)
+            moment = self._random.uniform(0.0, self._start_s)
+            if self._random.random() < 5 / 6:
+                while run.where() == "start" and run.running:
+                    time.sleep(0.005)
+                moment = self._random.uniform(0.0, 0.5 * self._training_s)
+                moment += time.monotonic() - run.began
             while time.monotonic() < run.began + moment and run.running:
                 time.sleep(0.001)
             self._kill(run, "random")

@@ -6,7 +6,9 @@ with it, so that neither a resume at a position nor "one rank sees what two rank
 """
 
 import hashlib
+import os
 import signal as signals
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -505,9 +507,24 @@ def _collate_or_error(examples: Sequence[Example | UserError]) -> Batch | UserEr
 
 
 def _calm_worker(worker: int) -> None:
-    """Leave signals to the parent: a forked worker inherits handlers meant for the trainer."""
-    signals.signal(signals.SIGINT, signals.SIG_IGN)
+    """Leave signals to the trainer, whose handlers a forked worker inherits.
+
+    Launchers send SIGTERM to ranks and all their children. A worker that died of it would end the
+    run before it has saved, so it heeds its parent alone.
+    """
+    for number in (signals.SIGINT, signals.SIGUSR1):
+        signals.signal(number, signals.SIG_IGN)
     signals.signal(signals.SIGTERM, signals.SIG_DFL)
+    if hasattr(signals, "sigwaitinfo"):
+        signals.pthread_sigmask(signals.SIG_BLOCK, {signals.SIGTERM})
+        threading.Thread(target=_end_when_parent_says, daemon=True).start()
+
+
+def _end_when_parent_says() -> None:
+    parent = os.getppid()
+    while signals.sigwaitinfo({signals.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _too_long(

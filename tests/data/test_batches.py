@@ -1,6 +1,9 @@
 """Batches: order, sharing over ranks, collation, workers, errors."""
 
+import subprocess
+
 import numpy as np
+import psutil
 import pytest
 import torch
 from datasets import Dataset
@@ -316,3 +319,27 @@ def test_a_real_tokenizer(tmp_path):
         ids = labels[labels != -100]
         assert ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_workers_heed_their_parent_alone():
+    """A launcher's SIGTERM reaches a rank and its workers; the rank still has to save."""
+    dataset = trials()
+    plan = BatchPlan(signal_lengths(dataset), 8)
+    expected = take(stream(dataset, plan), 5)
+    before = {child.pid for child in psutil.Process().children()}
+    batches = stream(dataset, plan, workers=2)
+    found = [next(batches)]
+    workers = [c for c in psutil.Process().children() if c.pid not in before]
+    assert len(workers) == 2
+    for worker in workers:
+        for name in ("TERM", "TERM", "INT", "USR1"):
+            subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    found += [next(batches) for _ in range(4)]
+    for (*_, one), (*_, other) in zip(found, expected, strict=True):
+        for first, second in zip(one, other, strict=True):
+            assert_same(first, second)
+    assert all(worker.is_running() for worker in workers)
+    workers[0].terminate()
+    assert workers[0].wait(10) is not None, "its parent is heeded"
+    batches.close()
+    workers[1].wait(10)

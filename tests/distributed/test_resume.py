@@ -87,6 +87,18 @@ def test_sigkill_was_in_the_middle(killed):
     assert "resuming" in killed.output
 
 
+def test_an_interrupt_to_the_launcher_and_all_ranks(training, options):
+    """Ctrl-C: ranks get SIGINT, and SIGTERM from the launcher right after it."""
+    running = training.start("interrupted", **options)
+    running.wait_for_step(2)
+    os.killpg(running.process.pid, signal.SIGINT)
+    done = running.wait()
+    # DeepSpeed's runner itself says KeyboardInterrupt.
+    assert "stopped at step" in done.output and "DataLoader worker" not in done.output, done.output
+    assert done.checkpoints[-1] == done.state()["progress"]["step"] < TOTAL
+    assert done.metrics()[-1]["step"] == done.checkpoints[-1], "it left within that step"
+
+
 def test_final_checkpoint_is_bitwise_equal(whole, resumed):
     assert_same_end(whole, resumed)
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -12,11 +13,13 @@ from b2t.train.signals import EXIT_KILLED, EXIT_STOPPED, StopSignals
 WAITER = """
 import sys, time
 from b2t.train.signals import StopSignals
-stop = StopSignals()
+stop = StopSignals(0.5)
 print("ready", flush=True)
 while not stop.requested:
     time.sleep(0.005)
 print("requested", flush=True)
+time.sleep(0.2)
+print("still here", flush=True)
 time.sleep(60)
 """
 
@@ -34,6 +37,10 @@ def test_the_first_asks_and_the_second_leaves_at_once(first, second, repository)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(first)
     assert process.stdout.readline() == "requested\n", "it goes on until it has saved"
+    for number in (first, second):
+        process.send_signal(number)
+    assert process.stdout.readline() == "still here\n", "a launcher repeats a signal at once"
+    time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(second)
     _, said = process.communicate(timeout=20)
