@@ -304,6 +304,17 @@ class EarlyStoppingConfig(Section):
     """Smallest change that counts as an improvement."""
 
 
+class TemperatureConfig(Section):
+    """Temperature of soft assignments over training or one phase, in units of the mean distance."""
+
+    start: Positive = 2.0
+    """At the first step."""
+    end: Positive = 0.5
+    """At the last step."""
+    schedule: Literal["cosine", "linear", "exponential"] = "cosine"
+    """Course between them."""
+
+
 class PhaseConfig(Section):
     """One phase: what trains, on which losses, how fast, for how long."""
 
@@ -336,6 +347,12 @@ class PhaseConfig(Section):
     without gradient; false takes them over each micro-batch."""
     early_stopping: EarlyStoppingConfig | None = None
     """Rule that ends the phase before its last step."""
+    temperature: TemperatureConfig | None = None
+    """Range of the temperature within this phase; null follows `temperature` over the training."""
+    evaluate_every: PositiveInt | None = None
+    """Applied steps between validations in this phase; null means `evaluation.every`."""
+    decode_trials: Annotated[int, Field(ge=0)] | None = None
+    """Trials decoded freely after this phase; null means `evaluation.decode_trials`."""
 
     @field_validator("trainable")
     @classmethod
@@ -343,17 +360,6 @@ class PhaseConfig(Section):
         if not value:
             raise ValueError("a phase must train at least one component")
         return value
-
-
-class TemperatureConfig(Section):
-    """Temperature of soft assignments over the whole training, in units of the mean distance."""
-
-    start: Positive = 2.0
-    """At the first step."""
-    end: Positive = 0.5
-    """At the last step."""
-    schedule: Literal["cosine", "linear", "exponential"] = "cosine"
-    """Course between them."""
 
 
 class CodebookStartConfig(Section):

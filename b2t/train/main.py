@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -291,7 +292,7 @@ def prepare_run(trainer: Any, resume: str) -> bool:
 
 _MAY_DIFFER = (
     "run.dir", "data.path", "data.workers", "log", "evaluation", "checkpoint", "monitor",
-    "stability",
+    "stability", "phases.evaluate_every", "phases.decode_trials",
 )  # fmt: skip
 """Keys that a resumed run may change: they alter no weight."""
 
@@ -318,7 +319,8 @@ def refuse_other_run(trainer: Any, state: dict[str, Any]) -> None:
 
 
 def _differences(then: Any, now: Any, prefix: str = "") -> Any:
-    if any(prefix == key or prefix.startswith(f"{key}.") for key in _MAY_DIFFER):
+    general = re.sub(r"\.\d+", "", prefix)
+    if any(general == key or general.startswith(f"{key}.") for key in _MAY_DIFFER):
         return
     if isinstance(then, dict) and isinstance(now, dict):
         for key in {**then, **now}:

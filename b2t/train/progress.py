@@ -47,6 +47,7 @@ class Progress:
         step: applied steps over all phases.
         consumed: global batches taken in this phase, skipped steps included.
         skipped: skipped steps over all phases; `consecutive_skips` of them just now.
+        validated: step of the last validation.
         seconds: wall time of training over all sessions.
         best: what `checkpoints/best` holds; starts anew in each phase, whose losses differ.
         stopping: early stopping of this phase.
@@ -59,6 +60,7 @@ class Progress:
     consumed: int = 0
     skipped: int = 0
     consecutive_skips: int = 0
+    validated: int = -1
     seconds: float = 0.0
     best: Best = field(default_factory=Best)
     stopping: Best = field(default_factory=Best)

@@ -22,6 +22,7 @@ from b2t.log import log_once, logger
 from b2t.monitor.alerts import Alert
 from b2t.monitor.context import StepContext
 from b2t.quantize.frame_hash import frame_ids
+from b2t.quantize.schedules import anneal
 from b2t.quantize.start import NoFiniteFrames
 from b2t.train.build import Materials
 from b2t.train.callbacks import Callback, versions
@@ -348,6 +349,10 @@ class Trainer:
         quantizer = self.model.quantizer
         if quantizer is not None:
             quantizer.set_progress(self.progress.step / self.config.total_steps)
+            course = self.phase.temperature
+            if course is not None:
+                done = self.progress.phase_step / self.phase.steps
+                quantizer.set_temperature(anneal(course.start, course.end, done, course.schedule))
             quantizer.revival_enabled = self.phase.revival
 
     def _after_applied(
@@ -399,7 +404,8 @@ class Trainer:
             self._log()
             self._leave_if_critical()
         last = progress.phase_step == self.phase.steps
-        if progress.step % self.config.evaluation.every == 0 and not last:
+        every = self.phase.evaluate_every or self.config.evaluation.every
+        if progress.step % every == 0 and not last:
             self._validate()
         if progress.step % self.config.checkpoint.every == 0 and not last:
             self.save()
@@ -515,6 +521,7 @@ class Trainer:
         if rule is not None:
             key = f"phases.{progress.phase}.early_stopping.metric"
             progress.stopping.update(_chosen(metrics, rule.metric, key), progress.step)
+        progress.validated = progress.step
         self._hook("on_eval", metrics)
         self._clock = time.perf_counter()
 
@@ -530,7 +537,8 @@ class Trainer:
         return True
 
     def _end_phase(self) -> None:
-        self._validate()
+        if self.progress.validated < self.progress.step:  # not so where it stopped early
+            self._validate()
         self.ranks.place = f"decoding after phase {self.phase.name}"
         with self._averaged():
             decode_after_phase(self)

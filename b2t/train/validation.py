@@ -98,13 +98,14 @@ def _metrics(total: dict[str, float], weights: dict[str, float]) -> dict[str, fl
 
 def decode_after_phase(trainer: Trainer) -> None:
     """Decode validation trials freely, print some, and hand the scores to the hooks."""
-    section = trainer.config.evaluation
-    if section.decode_trials == 0:
+    section, own = trainer.config.evaluation, trainer.phase.decode_trials
+    trials = section.decode_trials if own is None else own
+    if trials == 0:
         return
     speaks = trainer.phase.losses.generation > 0
     result = evaluate_model(
         trainer.model,
-        validation_batches(trainer, section.decode_trials),
+        validation_batches(trainer, trials),
         trainer.materials.tokenizer if speaks else None,
         split=trainer.config.data.validation_split,
         simulated=trainer.materials.info.simulated,

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from b2t.config import load_config
 from b2t.errors import UserError
+from b2t.quantize.schedules import anneal
 from b2t.records import JsonlSink, read_jsonl
 from b2t.train import checkpoint as checkpoints
 from b2t.train.build import build
@@ -414,9 +415,9 @@ PHASES = """[
   {name: long, steps: 40, trainable: [signal_decoder], warmup_steps: 0,
    early_stopping: {metric: val/reconstruction, patience: 1, min_delta: 1000},
    losses: {generation: 0, phoneme: 0}},
-  {name: phones, steps: 2, trainable: [phoneme_head], warmup_steps: 0},
-  {name: text, steps: 1, trainable: [text_decoder, quantizer], warmup_steps: 0},
-  {name: all, steps: 2, warmup_steps: 0}
+  {name: phones, steps: 2, trainable: [phoneme_head], warmup_steps: 0, evaluate_every: 1},
+  {name: text, steps: 1, trainable: [text_decoder, quantizer], warmup_steps: 0, decode_trials: 2},
+  {name: all, steps: 2, warmup_steps: 0, temperature: {start: 4, end: 1, schedule: linear}}
 ]"""
 FIVE = [f"phases={PHASES}", "evaluation.every=2", "log.every=3"]
 
@@ -431,6 +432,12 @@ def test_five_phases_of_which_one_stops_early(start, ds_file, orders):
     assert [(r["step"], r["phase"]) for r in records] == [
         (2, "signal"), (3, "long"), (6, "long"), (8, "phones"), (9, "text"), (11, "all"),
     ]  # fmt: skip
+    validated = [r["step"] for r in end_of(trainer)[2] if "val/loss" in r]
+    assert validated == [2, 4, 6, 7, 8, 9, 10, 11], "step 7 is the third phase's own"
+    decoded = [r["step"] for r in end_of(trainer)[2] if "val/wer" in r]
+    assert decoded == [9], "the fourth phase alone decodes"
+    assert records[-1]["codebook/temperature"] == 2.5, "half-way, before its second step"
+    assert records[-2]["codebook/temperature"] == pytest.approx(anneal(2.0, 0.5, 8 / 47))
     points = [first, *(weights_at(trainer, step) for step in (2, 6, 8, 9, 11))]
     moved = [
         {name.split(".")[0] for name in first if not torch.equal(before[name], after[name])}
