@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -150,7 +151,21 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
         # cuBLAS reads this when the device is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    ranks = join(config.stability.collective_timeout_s)
+    try:
+        ranks = join(config.stability.collective_timeout_s)
+    except Exception as error:
+        if not timed_out(error):
+            raise
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        print(
+            f"train_ds.py: error: rank {os.environ.get('RANK')} on {socket.gethostname()} waited "
+            f"{config.stability.collective_timeout_s:g} s for the other ranks to join at {where}: "
+            "one was not started, failed before, or cannot be reached (b2t doctor looks at network "
+            "interfaces). stability.collective_timeout_s sets the wait",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_WAITED)
     stop = StopSignals()
     training = False
     try:
@@ -260,6 +275,7 @@ def prepare_run(trainer: Any, resume: str) -> bool:
     ranks.place = "reading the checkpoint"
     ranks.barrier()
     checkpoint = trainer.store.load()
+    require_same_checkpoint(ranks, checkpoint, folder)
     if checkpoint is not None:
         if resume == "never":
             raise UserError(
@@ -288,6 +304,25 @@ def prepare_run(trainer: Any, resume: str) -> bool:
     if error:
         raise UserError(error)
     return trainer.progress.finished
+
+
+def require_same_checkpoint(ranks: Any, checkpoint: Any, folder: Path) -> None:
+    """Refuse ranks that found different checkpoints, as on hosts that do not share a disk.
+
+    Raises:
+        UserError: on all ranks.
+    """
+    step = None if checkpoint is None else checkpoint.state["progress"]["step"]
+    found = ranks.gather((socket.gethostname(), step))
+    if len({each for _, each in found}) > 1:
+        seen = ", ".join(
+            f"rank {rank} on {host} {'none' if each is None else f'step {each}'}"
+            for rank, (host, each) in enumerate(found)
+        )
+        raise UserError(
+            f"run.dir={folder}: the ranks find different checkpoints ({seen}); the folder must be "
+            "on a disk that all hosts share"
+        )
 
 
 _MAY_DIFFER = (

@@ -139,13 +139,18 @@ def test_metrics_are_equal_and_complete(whole, resumed):
 
 
 def test_killed_at_a_phase_change(training, options, whole):
-    """Only the checkpoint between the first two phases is left."""
+    """The checkpoint between the first two phases is the newest that is whole."""
     again = training.folder / "between"
     shutil.copytree(whole.folder, again)
     for step in whole.checkpoints:
-        if step > 8:
+        if step > 9:
             shutil.rmtree(again / "checkpoints" / f"step-{step:08d}")
+    damaged = again / "checkpoints" / "step-00000009" / "weights.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 0x01
+    damaged.write_bytes(content)
     done = training.run("between", **options)
+    assert "step-00000009 is damaged (weights.safetensors has another checksum" in done.output
     assert "resuming" in done.output and "at step 8 (phase codebook" in done.output
     assert_same_end(whole, done)
     assert comparable(done) == comparable(whole)

@@ -141,3 +141,15 @@ def test_a_rank_that_hangs_is_waited_for_only_so_long(tiny_trials, tmp_path, ds_
     assert "rank 0 on" in message and "opening step 4 of phase tokenizer" in message
     assert f"waited {timeout} s for the other ranks (sum of" in message
     assert "Traceback" not in text
+
+
+def test_a_rank_that_nobody_joins_waits_only_so_long(tmp_path, ds_file):
+    processes = start(
+        2, {}, *arguments(tmp_path, tmp_path / "run", ds_file), "stability.collective_timeout_s=4"
+    )
+    processes[1].kill()
+    processes[1].communicate()
+    text, _ = processes[0].communicate(timeout=300)
+    assert processes[0].returncode == 4, text
+    assert "waited 4 s for the other ranks to join at 127.0.0.1:" in text
+    assert "Traceback" not in text

@@ -17,7 +17,9 @@ from b2t.errors import UserError
 from b2t.train import startup
 from b2t.train.build import build
 from b2t.train.callbacks import Callback
+from b2t.train.checkpoint import Checkpoint
 from b2t.train.ds_config import load_ds_config
+from b2t.train.main import require_same_checkpoint
 from b2t.train.ranks import Ranks
 from b2t.train.trainer import Trainer
 
@@ -278,3 +280,18 @@ def test_all_ranks_hear_that_rank_0_cannot_write(tmp_path):
 
     with pytest.raises(UserError, match="cannot be written"):
         startup.require_folder(Second(1, 2, 1, torch.device("cpu")), tmp_path)
+
+
+def test_ranks_that_find_different_checkpoints_are_refused():
+    def found(step):
+        return Checkpoint({}, {}, {"progress": {"step": step}})
+
+    require_same_checkpoint(Others([("b", None)]), None, "runs/x")
+    require_same_checkpoint(Others([("b", 7)]), found(7), "runs/x")
+    for other, mine, says in [
+        (None, found(7), "step 7, rank 1 on b none"),
+        (7, None, "none, rank 1 on b step 7"),
+        (4, found(7), "step 7, rank 1 on b step 4"),
+    ]:
+        with pytest.raises(UserError, match=f"{says}.*all hosts share"):
+            require_same_checkpoint(Others([("b", other)]), mine, "runs/x")

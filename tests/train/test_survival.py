@@ -232,15 +232,24 @@ def spoil_inputs(module):
 
 
 @pytest.mark.parametrize(
-    ("component", "spoil"),
-    [("encoder", spoil_weights), ("signal_decoder", spoil_inputs), ("encoder", spoil_inputs)],
+    ("component", "spoil", "precision"),
+    [
+        ("encoder", spoil_weights, {}),
+        ("signal_decoder", spoil_inputs, {}),
+        ("encoder", spoil_inputs, {"bf16": {"enabled": True}}),
+    ],
 )
-def test_gradients_that_are_not_finite_are_placed(start, ds_file, orders, component, spoil):
-    trainer = start("run", ds_file())
+def test_gradients_that_are_not_finite_are_placed(
+    start, ds_file, orders, component, spoil, precision
+):
+    trainer = start("run", ds_file(**precision))
     orders[2] = lambda _: spoil(getattr(trainer.model, component))
     text, _ = fail(trainer)
     assert f"gradients not finite, first those of {component}" in text
     assert text.count("day") == 8, "the step's trials"
+    assert trainer.store.steps() == [2]
+    kept = trainer.store.load().weights
+    assert all(bool(torch.isfinite(weight).all()) for weight in kept.values())
 
 
 def test_weights_that_are_not_finite_are_placed(start, ds_file, orders):
