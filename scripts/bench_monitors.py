@@ -5,8 +5,9 @@
 
 Both steps of a pair meet the same machine and the same batch; a coin says which comes first. What
 monitors do only now and then is in the mean of a block of pairs, long enough to hold all of it; the
-median over blocks keeps the machine's own disturbances out. On CPUs processor time is measured too,
-which other jobs on the machine hardly touch. Nothing is written unless --json names a file.
+median over blocks keeps the machine's own disturbances out. On CPUs the time within the monitors is
+measured too, on the wall and of the processor, which other jobs on the machine hardly touch.
+Nothing is written unless --json names a file.
 """
 
 import argparse
@@ -121,6 +122,7 @@ class Clock(Callback):
         self.watching = False
         self.updates = 0
         self.steps: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+        self.inside: list[tuple[float, float]] = []
         self.reads: list[tuple[float, float]] = []
         # The same on all ranks, so that they watch the same steps.
         self._coin = np.random.default_rng(0)
@@ -143,7 +145,9 @@ class Clock(Callback):
     def on_step(self, trainer: Any, context: Any) -> None:
         """Update the monitors in one step of each pair."""
         if self.watching:
+            stopwatch = Stopwatch(torch.device("cpu"))
             self.monitors.update(context)
+            self.inside.append(stopwatch.read())
             self.updates += 1
 
     def _read(self, step: int) -> None:
@@ -156,27 +160,29 @@ class Clock(Callback):
 
 
 def cost(clock: Clock, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Cost on the wall and, on CPUs, of the processor."""
-    kinds = ("wall", "processor") if clock.device.type == "cpu" else ("wall",)
-    return {
-        kind: _cost(
-            *(np.array(clock.steps[on][options.warmup :])[:, which] for on in (True, False)),
-            np.array(clock.reads[1:] or clock.reads)[:, which],
-            options.log_every,
-        )
-        for which, kind in enumerate(kinds)
-    }
+    """Cost by how it was measured: pairs of whole steps, and on CPUs the time within the monitors.
+
+    On a GPU the time within them is only that of giving it work.
+    """
+    on, off = (np.array(clock.steps[which][options.warmup :]) for which in (True, False))
+    reads, every = np.array(clock.reads[1:] or clock.reads), options.log_every
+    found = {"whole steps": _cost(on[:, 0] - off[:, 0], off[:, 0], reads[:, 0], every)}
+    if clock.device.type == "cpu":
+        inside = np.array(clock.inside[options.warmup :])
+        for which, name in enumerate(("within the monitors", "processor, within the monitors")):
+            found[name] = _cost(inside[:, which], off[:, which], reads[:, which], every)
+    return found
 
 
-def _cost(on: np.ndarray, off: np.ndarray, reads: np.ndarray, every: int) -> dict[str, float]:
+def _cost(added: np.ndarray, off: np.ndarray, reads: np.ndarray, every: int) -> dict[str, float]:
     """Seconds per step, and what the monitors add to it, readings included."""
-    whole = max(1, len(on) // BLOCK) * BLOCK
-    blocks = (on - off)[:whole].reshape(-1, min(BLOCK, len(on))).mean(1)
+    whole = max(1, len(added) // BLOCK) * BLOCK
+    blocks = added[:whole].reshape(-1, min(BLOCK, len(added))).mean(1)
     drawn = np.random.default_rng(0).choice(blocks, (2000, len(blocks)))
     low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
     plain, read, update = (float(np.median(x)) for x in (off, reads, blocks))
     return {
-        "pairs": float(len(on)),
+        "pairs": float(len(added)),
         "step_s": plain,
         "update_s": update,
         "read_s": read,
@@ -193,7 +199,7 @@ def print_cost(costs: dict[str, dict[str, float]], ranks: Any) -> None:
     print(f"{ranks.world} rank(s) on {ranks.device.type}, {pairs:.0f} pairs of steps")
     for kind, found in costs.items():
         print(
-            f"{kind} time\n"
+            f"{kind}\n"
             f"  step without monitors  {1e3 * found['step_s']:9.2f} ms\n"
             f"  update of the monitors {1e3 * found['update_s']:9.2f} ms in each step\n"
             f"  reading them           {1e3 * found['read_s']:9.2f} ms every "

@@ -25,18 +25,16 @@ if TYPE_CHECKING:
     from b2t.train.trainer import Trainer
 
 UNITS = {
+    "codebook/*_trend": "per 1,000 updates",
+    "*_fraction": "1",
     "*_db*": "dB",
     "time/*_s": "s",
     "memory/*_gib": "GiB",
     "throughput/frames_per_s": "valid latent frames/s",
     "throughput/steps_per_s": "applied steps/s",
-    "throughput/*fraction": "1",
-    "time/*fraction": "1",
     "codebook/utilization*": "1",
     "codebook/perplexity*": "codes",
-    "codebook/*_fraction": "1",
     "codebook/entropy_nats*": "nat",
-    "codebook/*_trend": "per 1,000 updates",
     "loss_trend/*": "per 1,000 steps",
     "loss_share/*": "1",
     "ema/revived*": "codes per update",
@@ -44,7 +42,8 @@ UNITS = {
     "val/cer": "1",
     "val/per": "1",
 }
-"""Units of metrics by pattern, kept in the run's config: WandB has no place of its own for them."""
+"""Units of metrics by pattern, the first that fits, kept in the run's config: WandB has no place of
+its own for them."""
 
 _LESS_IS_BETTER = ("loss/total", "val/loss", "val/reconstruction", "val/wer", "val/cer", "val/per")
 _MORE_IS_BETTER = ("val/snr_db", "val/token_accuracy", "val/distinct_ratio")

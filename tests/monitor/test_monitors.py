@@ -1,5 +1,7 @@
 import json
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 from b2t.monitor.codebook import CodebookMonitor
@@ -57,6 +59,19 @@ def test_a_real_quantizers_counts_reach_the_monitor():
         monitor.update(context)
         total += int(context.signal_mask.sum())
     assert monitor.usage().sum(1).tolist() == [total, total]
+
+
+@pytest.mark.parametrize(("used", "grade"), [(16, 0.0), (9, 1.0), (3, 2.0)])
+def test_health_is_the_worst_grade_of_the_codebooks(used, grade):
+    rvq = quantizer()
+    monitor = RVQMonitor(rvq)
+    counts = torch.full((2, 16), 100)
+    counts[1, used:] = 0
+    report = SimpleNamespace(applied=True, revived=[0, 0])
+    monitor.update(StepContext(step=1, phase="p", counts=counts, update_report=report))
+    found = monitor.metrics()
+    assert found["codebook/utilization_worst"] == used / 16
+    assert found["codebook/health"] == grade
 
 
 def test_everything_together_is_json_and_resumes_exactly(monkeypatch):

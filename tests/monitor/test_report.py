@@ -416,8 +416,13 @@ def test_a_browser_draws_every_figure_without_errors_or_overflow(runs, tmp_path,
 document.querySelector("iframe").onload = event => {{
   const page = event.target.contentDocument;
   const boxes = [...page.querySelectorAll("figure svg")].map(s => s.getBoundingClientRect());
+  const sizes = [...page.querySelectorAll("figure svg text")].map(t => {{
+    const svg = t.ownerSVGElement;
+    const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+    return t.textContent.trim() ? scale * parseFloat(getComputedStyle(t).fontSize) : 99; }});
   const drawn = boxes.filter(b => b.width > 200 && b.height > 100 && b.right <= {width}).length;
-  found.textContent = [drawn, page.documentElement.scrollWidth].join(" ");
+  const smallest = Math.floor(10 * Math.min(99, ...sizes));
+  found.textContent = [drawn, page.documentElement.scrollWidth, smallest].join(" ");
 }};</script>"""
     (tmp_path / "probe.html").write_text(probe)
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
@@ -428,7 +433,8 @@ document.querySelector("iframe").onload = event => {{
         text=True,
         timeout=60,
     )
-    drawn, wide = re.search(r'id="found">(\d+) (\d+)<', shown.stdout).groups()
+    drawn, wide, smallest = re.search(r'id="found">(\d+) (\d+) (\d+)<', shown.stdout).groups()
     assert int(drawn) == expected
     assert int(wide) <= width, "the page scrolls sideways"
+    assert int(smallest) >= 80, "letters of less than 8 pixels"
     assert "CONSOLE" not in shown.stderr

@@ -83,8 +83,10 @@ def chunks(content):
 
 def records(folder):
     """All records of all offline runs in a folder, oldest run first."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # as at the end of a process: what is still on its way to the file arrives
     files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
     return [
         wandb_internal_pb2.Record.FromString(chunk)
