@@ -619,6 +619,7 @@ def _comparison(
     runs: Sequence[RunData], metric: str, unit: str, validation: bool
 ) -> Callable[[Axes], None]:
     scale = 100 if unit == "%" else 1
+    last = max([r["step"] for run in runs for r in (*run.steps, *run.evaluations)], default=1)
 
     def draw(axes: Axes) -> None:
         everything: list[float] = []
@@ -632,6 +633,9 @@ def _comparison(
                 axes.plot(steps, values, marker=marker, ms=4, color=colour, label=run.name)
         if metric.startswith(("loss/", "optim/")):
             _log_scale(axes, everything)
+        if unit == "%":
+            axes.set_ylim(bottom=0)
+        axes.set_xlim(0, 1.02 * last)
         axes.set_ylabel(unit)
         axes.set_xlabel("applied step")
         axes.grid(axis="y", lw=0.5, alpha=0.6)
