@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _TINY = 1e-6
+_ROWS = 8192
 
 
 class _Quantized(torch.autograd.Function):
@@ -23,7 +24,12 @@ class _Quantized(torch.autograd.Function):
         if not ctx.rotation:
             return grad, None, None
         x, quantized = ctx.saved_tensors
-        return _rotate_back(x, quantized, grad), None, None
+        rotated = torch.empty_like(grad)
+        # A dozen temporaries: in blocks of rows they stay small.
+        for start in range(0, grad.shape[0], _ROWS):
+            rows = slice(start, start + _ROWS)
+            rotated[rows] = _rotate_back(x[rows], quantized[rows], grad[rows])
+        return rotated, None, None
 
 
 def _rotate_back(x: Tensor, quantized: Tensor, grad: Tensor) -> Tensor:
@@ -53,25 +59,38 @@ def pass_gradient(x: Tensor, quantized: Tensor, rotation_trick: bool) -> Tensor:
 
 
 class _Commitment(torch.autograd.Function):
-    """Σ over layers of ‖residual after the layer‖², from sums kept while searching."""
+    """Σ over layers of ‖residual after the layer‖², from what was kept while searching."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, total: Tensor, errors: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(errors)
+    def forward(  # type: ignore[override]
+        ctx, x: Tensor, total: Tensor, errors: Tensor | None, quantized: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*([x, quantized] if errors is None else [errors]))
         return total.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (errors,) = ctx.saved_tensors
-        return 2.0 * grad * errors, None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        saved = ctx.saved_tensors
+        if len(saved) == 1:
+            return 2.0 * grad * saved[0], None, None, None
+        return torch.sub(*saved).mul_(2.0 * grad), None, None, None
 
 
-def squared_commitment(x: Tensor, total: Tensor, errors: Tensor) -> Tensor:
-    """``total`` = Σ_q‖r_q − sg(c_q)‖² with gradient 2·``errors``, errors = Σ_q (r_q − c_q) [N, D].
+def squared_commitment(
+    x: Tensor, total: Tensor, errors: Tensor | None, quantized: Tensor
+) -> Tensor:
+    """``total`` = Σ_q‖r_q − sg(c_q)‖² with gradient 2·Σ_q (r_q − c_q) into ``x`` [N, D].
 
-    One saved tensor instead of one for each layer.
+    One saved tensor instead of one for each layer, and none beside the output where there is one
+    layer.
+
+    Args:
+        x: [N, D].
+        total: [] the loss's value.
+        errors: [N, D], Σ_q (r_q − c_q); None for a single layer, whose error is x − ``quantized``.
+        quantized: [N, D].
     """
-    return _Commitment.apply(x, total, errors)
+    return _Commitment.apply(x, total, errors, quantized)
 
 
 class _Codebook(torch.autograd.Function):

@@ -170,7 +170,8 @@ class Layers:
         constants. Layers not walked are zero.
         """
         sums = []
-        residual, before = latents, torch.zeros_like(latents)
+        residual = latents
+        before = torch.zeros_like(latents) if walk.layers > 1 else latents
         for q in range(walk.layers):
             if q > 0:
                 self.add_chosen(before, walk.codes[:, q - 1], q - 1)

@@ -281,9 +281,13 @@ class ResidualVQ(nn.Module):
             keep=keep,
         )
         stats = self._statistics(walk, nonfinite, hashes, keep)
-        terms = self._losses(latents, layers, walk, stats, losses, frames)
-        terms |= self._regularizers(latents, layers, walk, losses, group, usage, micro_batches)
-        z = pass_gradient(latents, layers.sum_codes(walk.codes), self.rotation_trick)
+        # Backward goes the other way round: commitment frees its errors before usage takes memory.
+        regularizers = self._regularizers(
+            latents, layers, walk, losses, group, usage, micro_batches
+        )
+        z = layers.sum_codes(walk.codes)
+        terms = self._losses(latents, z, layers, walk, stats, losses, frames) | regularizers
+        z = pass_gradient(latents, z, self.rotation_trick)
         return RVQOutput(
             self._output(z, rows, x), self._scatter(walk.codes, rows, x, -1), terms, stats
         )
@@ -383,6 +387,7 @@ class ResidualVQ(nn.Module):
     def _losses(
         self,
         latents: Tensor,
+        quantized: Tensor,
         layers: Layers,
         walk: Walk,
         stats: QuantizerStats,
@@ -401,7 +406,8 @@ class ResidualVQ(nn.Module):
         elements = divisor.clamp(min=1e-6) * (walk.layers * self.codebook_dim)
         terms: dict[str, Tensor] = {}
         if "commitment" in names:
-            total = squared_commitment(latents, walk.squared_error.sum(), walk.errors)
+            errors = walk.errors if walk.layers > 1 else None
+            total = squared_commitment(latents, walk.squared_error.sum(), errors, quantized)
             terms["commitment"] = total / elements
         if self.update_rule == "gradient":
             terms["codebook"] = self._code_error(layers.books, walk, stats) / elements

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 ROW_BLOCK, CODE_BLOCK, GROUP = 2048, 1024, 64
-USAGE_ELEMENTS = 1 << 21
-RESCORE_ELEMENTS = 1 << 20
+USAGE_ELEMENTS = 1 << 19
+RESCORE_ELEMENTS = 1 << 18
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
@@ -210,7 +210,8 @@ def code_sums(x: Tensor, indices: Tensor, K: int, mask: Tensor | None) -> tuple[
 
 
 def _usable(x: Tensor, mask: Tensor | None) -> Tensor:
-    valid = x.isfinite().all(dim=1)
+    # Unlike isfinite over all of x, without a temporary of its size.
+    valid = x.amax(dim=1).isfinite() & x.amin(dim=1).isfinite()
     return valid if mask is None else valid & mask
 
 
@@ -261,6 +262,6 @@ def usage_backward(
         grad_x[kept] = w @ codes.codes
         grad_codes.addmm_(w.T, rows)
         weight += w.sum(dim=0)
-    grad_codes -= weight[:, None] * codes.codes
+    grad_codes.addcmul_(weight[:, None], codes.codes, value=-1)
     scale = 2 / temperature
-    return (grad_x * scale).to(x.dtype), (grad_codes[:K] * scale).to(codebook.dtype)
+    return grad_x.mul_(scale).to(x.dtype), grad_codes.mul_(scale)[:K].to(codebook.dtype)
