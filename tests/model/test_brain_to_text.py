@@ -329,6 +329,39 @@ def test_checkpointed_activations_give_the_same_gradients_and_statistics(every):
     assert calls == once
 
 
+@pytest.mark.parametrize("component", ["encoder", "signal_decoder", "text_decoder"])
+def test_checkpointing_a_component_keeps_fewer_bytes_for_backward(component):
+    deep = {"depth": 4}
+    model = build(encoder=deep, signal_decoder=deep, text_decoder=deep).train()
+    batch = batch_of([40, 23, 11])
+    off = dict.fromkeys(("encoder", "signal_decoder", "text_decoder"), 0)
+    kept = {}
+    for every in (0, 2, 1):
+        model.checkpoint_activations(**{**off, component: every})
+        kept[every] = bytes_kept(model, batch)
+    assert kept[1] < kept[0]
+    if component != "text_decoder":  # whose library knows all layers or none
+        assert kept[1] < kept[2] < kept[0]
+        saved = kept[0] - kept[1]
+        assert kept[0] - kept[2] == pytest.approx(saved / 2, rel=0.1), "half of the layers"
+
+
+def bytes_kept(model, batch):
+    """Bytes that autograd holds between forward and backward, each storage once."""
+    storages = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    alive = []
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(batch)
+    return sum(storages.values())
+
+
 def count_calls(model):
     calls = {}
 
