@@ -7,6 +7,7 @@ it trains. Adam's moments start fresh with each phase, behind its warm-up. What 
 the float32 masters: a 16-bit engine keeps only rounded weights in the module.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -95,6 +96,7 @@ class PhaseEngine:
         )
         self._norms = GradientNorms(self._engine.optimizer, [group["name"] for group in groups])
         self.overflowed: list[str] = []
+        self._norm_before: float | None = None
         self._watch_overflows([group["name"].split("/")[0] for group in groups])
         self.write_masters(masters)
 
@@ -134,6 +136,8 @@ class PhaseEngine:
     def grad_norm(self) -> float:
         """Global gradient norm before clipping, unscaled; synchronises the device."""
         norm = self._engine.get_global_grad_norm()
+        if norm is None:
+            norm = self._norm_before
         return float("nan") if norm is None else float(norm)
 
     def grad_norms(self) -> dict[str, Tensor]:
@@ -184,12 +188,14 @@ class PhaseEngine:
                     assert full is not None, f"{name} has no {moment}"
                     tensors[f"{name}/{moment}"] = full.detach().to("cpu", copy=True)
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        norm = self.grad_norm()
         numbers = {
             "adam_step": stepped,
             "scheduler_step": self._scheduler.last_epoch,
             "global_steps": self._engine.global_steps,
             "skipped_steps": self._engine.skipped_steps,
             "micro_steps": self._engine.micro_steps,
+            "grad_norm": None if math.isnan(norm) else norm,
             "scaler": {f: getattr(scaler, f) for f in _SCALER_FIELDS if hasattr(scaler, f)},
         }
         return tensors, numbers
@@ -208,6 +214,7 @@ class PhaseEngine:
             setattr(self._engine.optimizer.loss_scaler, field, value)
         for counter in ("global_steps", "skipped_steps"):
             setattr(self._engine, counter, numbers[counter])
+        self._norm_before = numbers.get("grad_norm")
         # Accumulation may have changed with the number of ranks; this is always a boundary.
         self._engine.micro_steps = numbers["global_steps"] * self.ds_file.accumulation
         self._set_schedule(numbers["scheduler_step"])

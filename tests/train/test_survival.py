@@ -428,7 +428,7 @@ PHASES = """[
   {name: text, steps: 1, trainable: [text_decoder, quantizer], warmup_steps: 0, decode_trials: 2},
   {name: all, steps: 2, warmup_steps: 0, temperature: {start: 4, end: 1, schedule: linear}}
 ]"""
-FIVE = [f"phases={PHASES}", "evaluation.every=2", "log.every=3"]
+FIVE = [f"phases={PHASES}", "evaluation.every=2", "log.every=4"]
 
 
 def test_five_phases_of_which_one_stops_early(start, ds_file, orders):
@@ -439,7 +439,7 @@ def test_five_phases_of_which_one_stops_early(start, ds_file, orders):
     assert trainer.store.steps() == [2, 6, 8, 9, 11]
     records = [r for r in end_of(trainer)[2] if "loss/total" in r]
     assert [(r["step"], r["phase"]) for r in records] == [
-        (2, "signal"), (3, "long"), (6, "long"), (8, "phones"), (9, "text"), (11, "all"),
+        (2, "signal"), (4, "long"), (6, "long"), (8, "phones"), (9, "text"), (11, "all"),
     ]  # fmt: skip
     validated = [r["step"] for r in end_of(trainer)[2] if "val/loss" in r]
     assert validated == [2, 4, 6, 7, 8, 9, 10, 11], "step 7 is the third phase's own"
