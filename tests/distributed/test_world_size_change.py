@@ -1,4 +1,4 @@
-"""Two ranks, then one, then two: one run. And a rank that keeps the others waiting."""
+"""Two ranks, then one, two and four: one run. And a rank that keeps the others waiting."""
 
 import json
 import os
@@ -96,15 +96,17 @@ def weights(run, step):
     return load_file(run / "checkpoints" / f"step-{step:08d}" / "weights.safetensors")
 
 
-def test_two_ranks_then_one_then_two(tiny_trials, tmp_path, ds_file):
+def test_two_ranks_then_one_then_two_then_four(tiny_trials, tmp_path, ds_file):
     whole, changing = tmp_path / "whole", tmp_path / "changing"
     finish(start(2, {}, *arguments(tiny_trials, whole, ds_file)), 0)
     again = arguments(tiny_trials, changing, ds_file)
     finish(start(2, {"stop": 2}, *again), STOPPED)
     text = finish(start(1, {"stop": 6}, *again), STOPPED)
     assert "the global batch stays 8 = 4 × 2 accumulated × 1" in text
-    text = finish(start(2, {}, *again), 0)
+    text = finish(start(2, {"stop": 10}, *again), STOPPED)
     assert "the global batch stays" not in text, "two ranks share it as the file says"
+    text = finish(start(4, {}, *again), 0)
+    assert "the global batch stays 8 = 2 × 1 accumulated × 4" in text
 
     ours, theirs = losses(changing), losses(whole)
     assert ours.keys() == theirs.keys() == set(range(1, 14))
