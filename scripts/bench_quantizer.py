@@ -13,12 +13,14 @@ every fifth update, which the means include and the medians do not. No backward 
 **Memory.** Greatest anonymous resident memory over that held before, in a fresh process
 (`--memory`), for N = 65,536: forward, backward of all three losses, update. A thread reads it every
 millisecond; the baseline is taken once the input, the quantizer and one small call exist. Pages of
-files are left out: the kernel drops and reads them as it likes. The figure includes, beside
+files are left out: the kernel drops and reads them as it likes; blocks over 1 MB go back to it when
+freed (MALLOC_MMAP_THRESHOLD_), as glibc keeps up to some 30 MB otherwise, now more, now less. The figure includes, beside
 temporaries, the quantized output and the input's gradient, N × 256 float32 (67 MB) each.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -171,7 +173,8 @@ def memory_of_fresh_process(options: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, str(Path(__file__).resolve()), "--memory"]
     for name in ("memory_frames", "codes", "dim", "threads"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -1,6 +1,7 @@
 """Memory of the quantizer at N = 65,536 frames, in a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ def test_forward_backward_and_update_never_hold_frames_by_codes(repository):
         text=True,
         check=True,
         cwd=repository,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
     )  # fmt: skip
     found = json.loads(done.stdout)
     assert 3 * FRAMES * DIM * 4 < found["memory_extra"] < 250e6
