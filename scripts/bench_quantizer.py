@@ -14,8 +14,9 @@ every fifth update, which the means include and the medians do not. No backward 
 (`--memory`), for N = 65,536: forward, backward of all three losses, update. A thread reads it every
 millisecond; the baseline is taken once the input, the quantizer and one small call exist. Pages of
 files are left out: the kernel drops and reads them as it likes; blocks over 1 MB go back to it when
-freed (MALLOC_MMAP_THRESHOLD_), as glibc keeps up to some 30 MB otherwise, now more, now less. The figure includes, beside
-temporaries, the quantized output and the input's gradient, N × 256 float32 (67 MB) each.
+freed (MALLOC_MMAP_THRESHOLD_), as glibc keeps up to some 30 MB otherwise, now more, now less.
+The figure includes, beside temporaries, the quantized output and the input's gradient, N × 256
+float32 (67 MB) each.
 """
 
 import argparse
