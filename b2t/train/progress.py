@@ -1,40 +1,10 @@
 """Where a run is: clocks that only applied steps move, and what has been best so far."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from b2t.config import EarlyStoppingConfig
-
-
-@dataclass
-class Best:
-    """The best value of a metric so far.
-
-    Attributes:
-        mode: `min` or `max`.
-        min_delta: smallest change that counts.
-        value: best value, None before the first.
-        step: when it was seen.
-        waited: values since then.
-    """
-
-    mode: str = "min"
-    min_delta: float = 0.0
-    value: float | None = None
-    step: int = 0
-    waited: int = 0
-
-    def update(self, value: float, step: int) -> bool:
-        """Take a value in; True where it is an improvement (NaN never is)."""
-        sign = 1.0 if self.mode == "min" else -1.0
-        better = value == value and (
-            self.value is None or sign * (self.value - value) > self.min_delta
-        )
-        if better:
-            self.value, self.step, self.waited = value, step, 0
-        else:
-            self.waited += 1
-        return better
+from b2t.monitor.early_stopping import EarlyStopping
 
 
 @dataclass
@@ -50,7 +20,7 @@ class Progress:
         validated: step of the last validation.
         seconds: wall time of training over all sessions.
         best: what `checkpoints/best` holds; starts anew in each phase, whose losses differ.
-        stopping: early stopping of this phase.
+        stopping: early stopping of this phase, None without.
         finished: all phases are done.
     """
 
@@ -62,17 +32,28 @@ class Progress:
     consecutive_skips: int = 0
     validated: int = -1
     seconds: float = 0.0
-    best: Best = field(default_factory=Best)
-    stopping: Best = field(default_factory=Best)
+    best: EarlyStopping = field(default_factory=EarlyStopping)
+    stopping: EarlyStopping | None = None
     finished: bool = False
 
-    def enter_phase(self, number: int, best_mode: str, rule: EarlyStoppingConfig | None) -> None:
-        """Start the clocks of a phase."""
+    def enter_phase(
+        self,
+        number: int,
+        metric: str,
+        mode: Literal["min", "max"],
+        rule: EarlyStoppingConfig | None,
+    ) -> None:
+        """Start the clocks of a phase.
+
+        Args:
+            number: of the phase.
+            metric: that chooses the best model.
+            mode: `min` or `max` of it.
+            rule: early stopping of the phase.
+        """
         self.phase, self.phase_step, self.consumed = number, 0, 0
-        self.best = Best(mode=best_mode)
-        self.stopping = (
-            Best(mode=rule.mode, min_delta=rule.min_delta) if rule is not None else Best()
-        )
+        self.best = EarlyStopping(metric, mode)
+        self.stopping = None if rule is None else EarlyStopping(**rule.model_dump())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the clocks as JSON values."""
@@ -81,6 +62,11 @@ class Progress:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Progress":
         """Restore what `to_dict` returned."""
+        stopping = values["stopping"]
         return cls(
-            **{**values, "best": Best(**values["best"]), "stopping": Best(**values["stopping"])}
+            **{
+                **values,
+                "best": EarlyStopping(**values["best"]),
+                "stopping": None if stopping is None else EarlyStopping(**stopping),
+            }
         )

@@ -181,7 +181,10 @@ class Trainer:
 
     def _enter_phase(self, number: int) -> None:
         phase = self.config.phases[number]
-        self.progress.enter_phase(number, self.config.checkpoint.best_mode, phase.early_stopping)
+        saving = self.config.checkpoint
+        self.progress.enter_phase(
+            number, saving.best_metric, saving.best_mode, phase.early_stopping
+        )
 
     def _build_engine(self, restored: Checkpoint | None) -> None:
         phase = self.phase
@@ -517,22 +520,22 @@ class Trainer:
         watched = _chosen(metrics, self.config.checkpoint.best_metric, "checkpoint.best_metric")
         if progress.best.update(watched, progress.step):
             self._export_best()
-        rule = self.phase.early_stopping
-        if rule is not None:
+        if progress.stopping is not None:
             key = f"phases.{progress.phase}.early_stopping.metric"
-            progress.stopping.update(_chosen(metrics, rule.metric, key), progress.step)
+            value = _chosen(metrics, progress.stopping.metric, key)
+            progress.stopping.update(value, progress.step)
         progress.validated = progress.step
         self._hook("on_eval", metrics)
         self._clock = time.perf_counter()
 
     def _stopping_early(self) -> bool:
-        rule = self.phase.early_stopping
-        if rule is None or self.progress.stopping.waited < rule.patience:
+        rule = self.progress.stopping
+        if rule is None or not rule.should_stop:
             return False
-        best = self.progress.stopping
+        best = float("nan") if rule.best is None else rule.best
         log.info(
             "phase %s stops early: %s has not improved on %.4g (step %d) for %d evaluations",
-            self.phase.name, rule.metric, best.value or float("nan"), best.step, best.waited,
+            self.phase.name, rule.metric, best, rule.best_step, rule.waited,
         )  # fmt: skip
         return True
 

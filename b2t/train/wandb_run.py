@@ -118,11 +118,11 @@ class Wandb(Callback):
         self._drawn_at = step
         self._run.log({"step": step, **metrics, **images})
         best = trainer.progress.best
-        if best.value is not None:
+        if best.best is not None:
             metric = trainer.config.checkpoint.best_metric
             self._run.summary["best/metric"] = metric
-            self._run.summary["best/value"] = best.value
-            self._run.summary["best/step"] = best.step
+            self._run.summary["best/value"] = best.best
+            self._run.summary["best/step"] = best.best_step
             self._run.summary["best/phase"] = trainer.phase.name
             self._run.summary["best/folder"] = str(trainer.store.folder / BEST)
 
@@ -142,8 +142,8 @@ class Wandb(Callback):
         """Keep how the phase ended."""
         best = trainer.progress.best
         self._run.summary[f"phases/{phase.name}/steps"] = trainer.progress.phase_step
-        self._run.summary[f"phases/{phase.name}/best"] = best.value
-        self._run.summary[f"phases/{phase.name}/best_step"] = best.step
+        self._run.summary[f"phases/{phase.name}/best"] = best.best
+        self._run.summary[f"phases/{phase.name}/best_step"] = best.best_step
 
     def on_alert(self, trainer: Trainer, alert: Alert) -> None:
         """Pass the alert on."""
