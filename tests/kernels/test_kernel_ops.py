@@ -1,6 +1,7 @@
 """The public operators on CPU against float64 brute force, closed forms and autograd."""
 
 import logging
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
