@@ -308,8 +308,7 @@ BEFORE: dict[str, Any] = {
     "decay": 0.97,
 }
 
-# Best mean of the three SNRs on validation epochs but for the regularisers' 0.03 dB, which take as
-# much time again; a decay of 0.98 is the quantizer's default.
+# Best mean of the three SNRs on validation epochs; a decay of 0.98 is the quantizer's default.
 RECIPE: dict[str, Any] = BEFORE | {"commitment": 0.1, "decay": 0.98}
 
 _REGULARIZERS = {"diversity": 0.1, "perplexity": 0.05}
