@@ -301,6 +301,8 @@ class PhaseEngine:
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
             }
+        if self.ds_file.offload:
+            _count_up(zero.optimizer, step)
         self._link_moments()
 
     def _link_moments(self) -> None:
@@ -312,6 +314,19 @@ class PhaseEngine:
         zero = self._engine.optimizer
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
+
+
+def _count_up(adam: Any, steps: int) -> None:
+    """Bring `DeepSpeedCPUAdam`'s bias correction to where ``steps`` steps leave it, bit for bit.
+
+    Its C++ side keeps β^t as a running product, which a jump to step t replaces by a power.
+    """
+    group = adam.param_groups[0]
+    nothing = [torch.zeros(8) for _ in range(4)]
+    for step in range(1, steps + 1):
+        adam.ds_opt_adam.adam_update(
+            adam.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, True, *nothing
+        )
 
 
 def _courses(groups: list[dict], phase: PhaseConfig) -> list[Callable[[int], float]]:
