@@ -161,7 +161,10 @@ def figure(found: dict[tuple[str, str], dict[str, Group]], path: Path) -> None:
         axis.set_ylabel("pooled SNR, held out (dB)")
     for axis in list(axes.flat)[len(found) :]:
         axis.set_visible(False)
-    fig.tight_layout()
+    drawn = [axis.get_legend_handles_labels() for axis in axes.flat]
+    marks = {label: mark for pair in drawn for mark, label in zip(*pair, strict=True)}
+    fig.tight_layout(rect=(0, 0.5 / fig.get_figheight(), 1, 1))
+    fig.legend(marks.values(), marks, loc="lower center", ncols=5, fontsize=8, frameon=False)
     fig.savefig(path, dpi=130)
     plt.close(fig)
 
@@ -180,7 +183,6 @@ def _panel(axis: Any, groups: dict[str, Group], colours: dict[str, Any]) -> None
         axis.plot([], [], "x", color="0.5", label="one feature changed")
     axis.set_xlim(0, 1)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
 
 
 def _place(key: tuple[str, str]) -> tuple[str, int]:
