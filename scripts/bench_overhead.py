@@ -29,6 +29,7 @@ import logging
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -146,7 +147,7 @@ def benchmark_config(options: argparse.Namespace, folder: str, steps: int) -> tu
     return config, every
 
 
-class Bare:
+class Bare(ABC):
     """A loop without the trainer, over the same batches; made before the first step.
 
     Args:
@@ -192,11 +193,13 @@ class Bare:
             self.done += 1
         return float(loss)
 
+    @abstractmethod
     def _prepare(self) -> None:
-        raise NotImplementedError
+        """Make what a step needs beside model and optimizer."""
 
+    @abstractmethod
     def _step(self, micro_batches: list[Batch]) -> torch.Tensor:
-        raise NotImplementedError
+        """Take an optimizer step; return the last loss."""
 
     def _move_codebooks(self, stats: Any) -> None:
         if stats is not None:

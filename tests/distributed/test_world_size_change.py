@@ -19,7 +19,7 @@ SMALL = """
     model.signal_decoder.depth=1 model.signal_decoder.heads=2 model.phoneme_head.dropout=0
     model.text_decoder.dim=16 model.text_decoder.depth=1 model.text_decoder.heads=2
     model.text_decoder.ffn_dim=16 model.text_decoder.tokenizer=byte model.text_decoder.dropout=0
-    model.quantizer.codebook_size=8 model.quantizer.num_quantizers=2 model.quantizer.revival=false
+    model.quantizer.codebook_size=8 model.quantizer.num_quantizers=2
     codebook_start.after_steps=2 codebook_start.frames_per_code=2 evaluation.every=100
     evaluation.decode_trials=0 phases.0.steps=9 phases.1.steps=2 phases.2.steps=2
     checkpoint.every=100 checkpoint.keep=9 log.every=1 log.progress=false log.report=false
@@ -29,19 +29,8 @@ STOPPED = 75
 
 
 @pytest.fixture
-def ds_file(tmp_path):
-    content = {
-        "train_micro_batch_size_per_gpu": 4,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 1.0,
-        "zero_optimization": {
-            "stage": 2,
-            "overlap_comm": False,
-            "reduce_bucket_size": 20000,
-            "allgather_bucket_size": 20000,
-        },
-    }
-    (tmp_path / "ds.json").write_text(json.dumps(content))
+def ds_path(ds_file, tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps(ds_file(train_micro_batch_size_per_gpu=4)))
     return tmp_path / "ds.json"
 
 
@@ -81,8 +70,8 @@ def finish(processes, status):
     return texts[0]
 
 
-def arguments(data, run, ds_file):
-    return ["--config", "demo", "--deepspeed_config", ds_file, f"data.path={data}",
+def arguments(data, run, ds_path):
+    return ["--config", "demo", "--deepspeed_config", ds_path, f"data.path={data}",
             f"run.dir={run}", *SMALL]  # fmt: skip
 
 
@@ -96,10 +85,10 @@ def weights(run, step):
     return load_file(run / "checkpoints" / f"step-{step:08d}" / "weights.safetensors")
 
 
-def test_two_ranks_then_one_then_two_then_four(tiny_trials, tmp_path, ds_file):
+def test_two_ranks_then_one_then_two_then_four(tiny_trials, tmp_path, ds_path):
     whole, changing = tmp_path / "whole", tmp_path / "changing"
-    finish(start(2, {}, *arguments(tiny_trials, whole, ds_file)), 0)
-    again = arguments(tiny_trials, changing, ds_file)
+    finish(start(2, {}, *arguments(tiny_trials, whole, ds_path)), 0)
+    again = arguments(tiny_trials, changing, ds_path)
     finish(start(2, {"stop": 2}, *again), STOPPED)
     text = finish(start(1, {"stop": 6}, *again), STOPPED)
     assert "the global batch stays 8 = 4 × 2 accumulated × 1" in text
@@ -117,19 +106,19 @@ def test_two_ranks_then_one_then_two_then_four(tiny_trials, tmp_path, ds_file):
         torch.testing.assert_close(last[0][name], last[1][name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_a_number_of_ranks_that_does_not_divide_is_refused(tiny_trials, tmp_path, ds_file):
-    again = arguments(tiny_trials, tmp_path / "run", ds_file)
+def test_a_number_of_ranks_that_does_not_divide_is_refused(tiny_trials, tmp_path, ds_path):
+    again = arguments(tiny_trials, tmp_path / "run", ds_path)
     finish(start(1, {"stop": 1}, *again), STOPPED)
     text = finish(start(3, {}, *again), 2)
     assert "global batch 4 on 1 ranks, which 3 ranks cannot share equally" in text
 
 
-def test_a_rank_that_hangs_is_waited_for_only_so_long(tiny_trials, tmp_path, ds_file):
+def test_a_rank_that_hangs_is_waited_for_only_so_long(tiny_trials, tmp_path, ds_path):
     timeout = 25
     processes = start(
         2,
         {"sleep": 3, "rank": 1},
-        *arguments(tiny_trials, tmp_path / "run", ds_file),
+        *arguments(tiny_trials, tmp_path / "run", ds_path),
         f"stability.collective_timeout_s={timeout}",
     )
     try:
@@ -145,9 +134,9 @@ def test_a_rank_that_hangs_is_waited_for_only_so_long(tiny_trials, tmp_path, ds_
     assert "Traceback" not in text
 
 
-def test_a_rank_that_nobody_joins_waits_only_so_long(tmp_path, ds_file):
+def test_a_rank_that_nobody_joins_waits_only_so_long(tmp_path, ds_path):
     processes = start(
-        2, {}, *arguments(tmp_path, tmp_path / "run", ds_file), "stability.collective_timeout_s=4"
+        2, {}, *arguments(tmp_path, tmp_path / "run", ds_path), "stability.collective_timeout_s=4"
     )
     processes[1].kill()
     processes[1].communicate()

@@ -1,7 +1,6 @@
 """Checks before the first step, and the dry batch that must leave no trace."""
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -18,39 +17,22 @@ from b2t.train import startup
 from b2t.train.build import build
 from b2t.train.callbacks import Callback
 from b2t.train.checkpoint import Checkpoint
-from b2t.train.ds_config import load_ds_config
 from b2t.train.main import require_same_checkpoint
 from b2t.train.ranks import Ranks
 from b2t.train.trainer import Trainer
+from tests.train.small_runs import SMALL, zero2
 
 Usage = namedtuple("Usage", "total used free")
 
-SMALL = """
-    model.encoder.dim=16 model.encoder.depth=1 model.encoder.heads=2 model.signal_decoder.depth=1
-    model.signal_decoder.heads=2 model.text_decoder.dim=16 model.text_decoder.depth=1
-    model.text_decoder.heads=2 model.text_decoder.ffn_dim=16 model.text_decoder.tokenizer=byte
-    model.quantizer.codebook_size=8 model.quantizer.num_quantizers=2 codebook_start.after_steps=2
-    codebook_start.frames_per_code=2 evaluation.every=3 evaluation.decode_trials=0
-    phases.0.steps=5 phases.1.steps=2 phases.2.steps=2 checkpoint.every=3 log.every=1
-    log.progress=false log.report=false
+SETTINGS = """
+    codebook_start.after_steps=2 evaluation.every=3 phases.0.steps=5 phases.1.steps=2
+    phases.2.steps=2 checkpoint.every=3 log.every=1
 """.split()  # noqa: SIM905
 
 
 @pytest.fixture
 def ds_file(tmp_path):
-    content = {
-        "train_micro_batch_size_per_gpu": 4,
-        "gradient_accumulation_steps": 2,
-        "gradient_clipping": 1.0,
-        "zero_optimization": {
-            "stage": 2,
-            "overlap_comm": False,
-            "reduce_bucket_size": 20000,
-            "allgather_bucket_size": 20000,
-        },
-    }
-    (tmp_path / "ds.json").write_text(json.dumps(content))
-    return load_ds_config(tmp_path / "ds.json")
+    return zero2(tmp_path, 4, 2)
 
 
 class Losses(Callback):
@@ -66,7 +48,8 @@ class Losses(Callback):
 
 
 def trainer_for(data, run, ds_file, ranks, *overrides):
-    config = load_config("demo", [f"data.path={data}", f"run.dir={run}", *SMALL, *overrides])
+    places = [f"data.path={data}", f"run.dir={run}"]
+    config = load_config("demo", [*places, *SMALL, *SETTINGS, *overrides])
     torch.manual_seed(len(overrides))  # results must not depend on what was drawn before
     return Trainer(config, ds_file, build(config), ranks, [Losses()])
 

@@ -2,9 +2,9 @@
 
 import errno
 import hashlib
-import json
 import os
 import re
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -19,18 +19,13 @@ from b2t.records import JsonlSink, read_jsonl
 from b2t.train import checkpoint as checkpoints
 from b2t.train.build import build
 from b2t.train.callbacks import MetricsFile
-from b2t.train.ds_config import load_ds_config
 from b2t.train.trainer import Stopped, Trainer, TrainingFailed
+from tests.train.small_runs import SMALL, zero2
 
-SMALL = """
-    model.encoder.dim=16 model.encoder.depth=1 model.encoder.heads=2 model.signal_decoder.depth=1
-    model.signal_decoder.heads=2 model.text_decoder.dim=16 model.text_decoder.depth=1
-    model.text_decoder.heads=2 model.text_decoder.ffn_dim=16 model.text_decoder.tokenizer=byte
-    model.quantizer.codebook_size=8 model.quantizer.num_quantizers=2 codebook_start.after_steps=1
-    codebook_start.frames_per_code=2 evaluation.every=100 evaluation.decode_trials=0
-    phases.0.steps=8 phases.1.steps=2 phases.2.steps=2 checkpoint.every=100 checkpoint.keep=1
-    log.every=3 log.progress=false log.report=false stability.max_consecutive_skips=2
-    optim.weight_decay=0.1
+SETTINGS = """
+    codebook_start.after_steps=1 evaluation.every=100 phases.0.steps=8 phases.1.steps=2
+    phases.2.steps=2 checkpoint.every=100 checkpoint.keep=1 log.every=3
+    stability.max_consecutive_skips=2 optim.weight_decay=0.1
 """.split()  # noqa: SIM905
 END = 12
 
@@ -47,24 +42,7 @@ FP16 = {
 @pytest.fixture
 def ds_file(tmp_path):
     """Makes DeepSpeed files: accumulation of 4, fp16 where asked for."""
-
-    def make(**sections):
-        content = {
-            "train_micro_batch_size_per_gpu": 2,
-            "gradient_accumulation_steps": 4,
-            "gradient_clipping": 1.0,
-            "zero_optimization": {
-                "stage": 2,
-                "overlap_comm": False,
-                "reduce_bucket_size": 20000,
-                "allgather_bucket_size": 20000,
-            },
-            **sections,
-        }
-        (tmp_path / "ds.json").write_text(json.dumps(content))
-        return load_ds_config(tmp_path / "ds.json")
-
-    return make
+    return partial(zero2, tmp_path, 2, 4)
 
 
 @pytest.fixture
@@ -77,7 +55,7 @@ def start(tiny_trials, tmp_path, one_rank, monkeypatch):
 
     def trainer_of(name, ds_file, *overrides):
         places = [f"data.path={tiny_trials}", f"run.dir={tmp_path / name}"]
-        config = load_config("demo", [*places, *SMALL, *overrides])
+        config = load_config("demo", [*places, *SMALL, *SETTINGS, *overrides])
         run = config.run.dir
         stop = SimpleNamespace(requested=False)
         trainer = Trainer(config, ds_file, build(config), one_rank, [MetricsFile(run)], stop)

@@ -1,0 +1,33 @@
+"""A run of the demo's phases so small that a test can train it, in this process."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from b2t.train.ds_config import DeepSpeedFile, load_ds_config
+
+SMALL = """
+    model.encoder.dim=16 model.encoder.depth=1 model.encoder.heads=2 model.signal_decoder.depth=1
+    model.signal_decoder.heads=2 model.text_decoder.dim=16 model.text_decoder.depth=1
+    model.text_decoder.heads=2 model.text_decoder.ffn_dim=16 model.text_decoder.tokenizer=byte
+    model.quantizer.codebook_size=8 model.quantizer.num_quantizers=2
+    codebook_start.frames_per_code=2 evaluation.decode_trials=0 log.progress=false log.report=false
+""".split()  # noqa: SIM905
+
+
+def zero2(folder: Path, micro_batch: int, accumulation: int, **sections: Any) -> DeepSpeedFile:
+    """ZeRO-2 from a file in ``folder``; DeepSpeed touches whole buckets, so they are small."""
+    content = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {
+            "stage": 2,
+            "overlap_comm": False,
+            "reduce_bucket_size": 20000,
+            "allgather_bucket_size": 20000,
+        },
+        **sections,
+    }
+    (folder / "ds.json").write_text(json.dumps(content))
+    return load_ds_config(folder / "ds.json")
