@@ -179,6 +179,10 @@ class QuantizerConfig(Section):
     """Applied steps between revivals."""
     stochastic_sample_codes: bool = False
     """Sample codes in training at the current temperature (Gumbel) instead of the nearest."""
+    beam_size: PositiveInt = 1
+    """Sums of codes kept from layer to layer in training; 1: the nearest code of each layer."""
+    eval_beam_size: PositiveInt | None = None
+    """The same in evaluation, null means `beam_size`; more: better signals, slower encoding."""
 
 
 class SignalDecoderConfig(Section):

@@ -84,6 +84,12 @@ class Layers:
             rows = slice(start, start + _ROWS)
             target[rows].add_(self.chosen(codes[rows], q), alpha=sign)
 
+    def vectors(self, q: int) -> Tensor:
+        """What the codes of layer ``q`` add: [K, D], without gradient."""
+        layer = self.index(q)
+        book = self.books[layer].detach()
+        return book * self.gain[layer] if self.cosine else book
+
     def assign(
         self, residual: Tensor, q: int, hashes: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -116,6 +122,7 @@ class Layers:
         hashes: Tensor | None = None,
         sums: bool = False,
         keep: Tensor | None = None,
+        codes: Tensor | None = None,
     ) -> Walk:
         """Walk ``latents`` [N, D] through the first ``layers`` layers (all by default).
 
@@ -125,11 +132,12 @@ class Layers:
             hashes: [N], draw codes with them instead of taking the nearest.
             sums: also sum frames by code.
             keep: [R] rows whose residuals are wanted.
+            codes: [N, layers], found elsewhere, to follow instead of searching.
         """
         Q, K = self.quantizers, self.books.shape[1]
         layers = Q if layers is None else layers
         N = latents.shape[0]
-        codes = torch.full((N, Q), -1, device=latents.device)
+        given, codes = codes, torch.full((N, Q), -1, device=latents.device)
         counts = torch.zeros(Q, K, dtype=torch.int64, device=latents.device)
         squared, code_error, projection = latents.new_zeros(3, Q).unbind()
         totals = torch.zeros_like(self.books.detach()) if sums else None
@@ -139,7 +147,11 @@ class Layers:
         for q in range(layers):
             if kept is not None:
                 kept[q] = residual[keep]
-            index, counts[q] = self.assign(residual, q, hashes)
+            if given is None:
+                index, counts[q] = self.assign(residual, q, hashes)
+            else:
+                index = given[:, q]
+                counts[q] = torch.bincount(index, minlength=K)
             codes[:, q] = index
             if totals is not None:
                 seen = self.seen(residual)

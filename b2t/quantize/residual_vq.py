@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from b2t.errors import UserError
+from b2t.quantize.beam import beam_search
 from b2t.quantize.codebook import Codebooks, Read, Write, default_decay
 from b2t.quantize.frame_hash import frame_hash, identity_hash, signed64
 from b2t.quantize.gradients import pass_gradient, squared_codebook, squared_commitment
@@ -98,6 +99,9 @@ class ResidualVQ(nn.Module):
         temperature_schedule: ``cosine``, ``linear`` or ``exponential``.
         stochastic_sample_codes: in training, draw codes from the soft assignment (Gumbel-max);
             the noise is a function of the frame and the update.
+        beam_size: sums of codes kept from layer to layer; 1 takes the nearest code of each layer,
+            more come nearer with all layers and less near with the first few alone.
+        eval_beam_size: the same in evaluation; None means ``beam_size``.
         backend: ``kernels``, or ``reference`` for the naive versions of the same (small data only).
         seed: of everything random here.
 
@@ -132,6 +136,8 @@ class ResidualVQ(nn.Module):
         temperature_end: float = 0.5,
         temperature_schedule: str = "cosine",
         stochastic_sample_codes: bool = False,
+        beam_size: int = 1,
+        eval_beam_size: int | None = None,
         backend: str = "kernels",
         seed: int = 0,
     ) -> None:
@@ -156,6 +162,8 @@ class ResidualVQ(nn.Module):
         self.temperature_start, self.temperature_end = temperature, temperature_end
         self.temperature_schedule = temperature_schedule
         self.stochastic_sample_codes, self.backend = stochastic_sample_codes, backend
+        self.beam_size = beam_size
+        self.eval_beam_size = beam_size if eval_beam_size is None else eval_beam_size
         projects = self.codebook_dim != dim
         self.project_in = nn.Linear(dim, self.codebook_dim) if projects else nn.Identity()
         self.project_out = nn.Linear(self.codebook_dim, dim) if projects else nn.Identity()
@@ -273,13 +281,7 @@ class ResidualVQ(nn.Module):
             return self._pass_through(x, rows, latents, nonfinite, losses)
         layers = self._layers(self.codebooks.value(self.codebook_gradient_scale))
         hashes, keep = self._draw(latents, rows, ids)
-        walk = layers.walk(
-            latents.detach(),
-            self._active_layers(),
-            hashes=hashes if self.training and self.stochastic_sample_codes else None,
-            sums=self.training,
-            keep=keep,
-        )
+        walk = self._walk(layers, latents.detach(), hashes, sums=self.training, keep=keep)
         stats = self._statistics(walk, nonfinite, hashes, keep)
         # Backward goes the other way round: commitment frees its errors before usage takes memory.
         regularizers = self._regularizers(
@@ -302,6 +304,21 @@ class ResidualVQ(nn.Module):
             cosine=self.use_cosine_sim,
             backend=self.backend,
         )
+
+    def _walk(
+        self,
+        layers: Layers,
+        latents: Tensor,
+        hashes: Tensor | None = None,
+        sums: bool = False,
+        keep: Tensor | None = None,
+    ) -> Walk:
+        """Walk the layers of this step, by beam, nearest code or draw."""
+        active = self._active_layers()
+        width = self.beam_size if self.training else self.eval_beam_size
+        codes = beam_search(layers, latents, active, width) if width > 1 else None
+        draws = self.training and self.stochastic_sample_codes
+        return layers.walk(latents, active, hashes if draws else None, sums, keep, codes)
 
     def _valid_latents(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of the flattened ``x`` that count, their latents [N, D], how many held NaN."""
@@ -457,7 +474,7 @@ class ResidualVQ(nn.Module):
             return SoftUsage(latents.new_zeros(self.num_quantizers, self.codebook_size), frames)
         layers = self._layers(self.codebooks.value())
         hashes = self._draw(latents, rows, ids)[0] if self.stochastic_sample_codes else None
-        walk = layers.walk(latents, self._active_layers(), hashes=hashes)
+        walk = self._walk(layers, latents, hashes)
         frames[: walk.layers] = latents.shape[0]
         return SoftUsage(layers.soft_sums(latents, walk), frames)
 
@@ -484,10 +501,13 @@ class ResidualVQ(nn.Module):
 
     @torch.no_grad()
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Codes [B, P, Q] int64 of latents ``x`` [B, P, dim], nearest, all layers."""
+        """Codes [B, P, Q] int64 of latents ``x`` [B, P, dim], as in evaluation, all layers."""
         self._require_start("encode")
         rows, latents, _ = self._valid_latents(x, mask)
-        walk = self._layers(self.codebooks.value()).walk(latents)
+        layers, codes = self._layers(self.codebooks.value()), None
+        if self.eval_beam_size > 1:
+            codes = beam_search(layers, latents, self.num_quantizers, self.eval_beam_size)
+        walk = layers.walk(latents, codes=codes)
         return self._scatter(walk.codes, rows, x, -1)
 
     @torch.no_grad()
@@ -695,9 +715,19 @@ def _check_options(options: dict[str, Any], revival: str | None) -> None:
             raise UserError(f"quantizer: {name} is {options[name]!r}, expected one of {allowed}")
     if revival is not None and revival not in REVIVALS:
         raise UserError(f"quantizer: revival is {revival!r}, expected one of {REVIVALS} or none")
-    for name in ("dim", "codebook_size", "num_quantizers", "revival_every"):
+    for name in ("dim", "codebook_size", "num_quantizers", "revival_every", "beam_size"):
         if not (isinstance(options[name], int) and options[name] >= 1):
             raise UserError(f"quantizer: {name} is {options[name]!r}, expected a positive integer")
+    if options["eval_beam_size"] is not None and not options["eval_beam_size"] >= 1:
+        raise UserError(
+            f"quantizer: eval_beam_size is {options['eval_beam_size']}, expected a positive "
+            "integer or none"
+        )
+    if options["beam_size"] > 1 and options["stochastic_sample_codes"]:
+        raise UserError(
+            f"quantizer: beam_size is {options['beam_size']} and stochastic_sample_codes is on; a "
+            "beam draws nothing: switch one of them off (eval_beam_size may stay)"
+        )
     if options["decay"] is not None and not 0 <= options["decay"] < 1:
         raise UserError(f"quantizer: decay is {options['decay']}, expected 0 ≤ decay < 1")
     if not 0 <= options["quantize_dropout_cutoff_index"] < options["num_quantizers"]:

@@ -1,0 +1,248 @@
+"""Beam search against exhaustive search, faiss and the nearest codes."""
+
+import itertools
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from b2t.errors import UserError
+from b2t.quantize import ResidualVQ, beam
+from b2t.quantize.beam import beam_search
+from b2t.quantize.layers import Layers
+
+
+def layers_of(books, gain=None, cosine=False):
+    Q = books.shape[0]
+    return Layers(
+        books,
+        gain=torch.ones(Q) if gain is None else gain,
+        distance=torch.ones(Q),
+        quantizers=Q,
+        temperature=1.0,
+        cosine=cosine,
+        backend="kernels",
+    )
+
+
+def random_problem(N, Q, K, D, seed=0, offset=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(N, D, generator=generator) + offset
+    sizes = 0.6 ** torch.arange(Q)
+    books = torch.randn(Q, K, D, generator=generator) * sizes[:, None, None]
+    books[0] += offset
+    return x, books
+
+
+def left_over(x, books, codes):
+    """‖x − Σ codes‖² in float64, [N]."""
+    total = sum(books[q].double()[codes[:, q]] for q in range(codes.shape[1]))
+    return (x.double() - total).square().sum(1)
+
+
+def exhaustive(x, books):
+    """The nearest of all K^Q sums, in float64."""
+    Q, K, _ = books.shape
+    every = torch.tensor(list(itertools.product(range(K), repeat=Q)))
+    errors = torch.stack([left_over(x, books, row.expand(len(x), Q)) for row in every], 1)
+    return every[errors.argmin(1)]
+
+
+def by_faiss(x, books, width):
+    """Codes of faiss's residual quantizer over the same codebooks."""
+    Q, K, D = books.shape
+    bits = int(np.log2(K))
+    quantizer = faiss.ResidualQuantizer(D, Q, bits)
+    faiss.copy_array_to_vector(books.numpy().ravel(), quantizer.codebooks)
+    quantizer.is_trained, quantizer.max_beam_size, quantizer.use_beam_LUT = True, width, 0
+    packed = quantizer.compute_codes(x.numpy())
+    unpacked = np.unpackbits(packed, axis=1, bitorder="little")[:, : Q * bits]
+    return torch.from_numpy(unpacked.reshape(len(x), Q, bits) @ (1 << np.arange(bits)))
+
+
+@pytest.mark.parametrize(("Q", "K"), [(2, 7), (3, 4), (1, 5)])
+def test_a_wide_beam_finds_the_best_sum_there_is(Q, K):
+    x, books = random_problem(200, Q, K, 5)
+    assert torch.equal(
+        beam_search(layers_of(books), x, Q, K ** max(1, Q - 1)), exhaustive(x, books)
+    )
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_agrees_with_faiss(width):
+    x, books = random_problem(500, 4, 32, 16)
+    assert torch.equal(beam_search(layers_of(books), x, 4, width), by_faiss(x, books, width))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    N=st.integers(0, 40),
+    Q=st.integers(1, 4),
+    K=st.integers(1, 40),
+    D=st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
+def test_a_beam_of_one_takes_the_nearest_codes(N, Q, K, D, seed):
+    x, books = random_problem(N, Q, K, D, seed)
+    layers = layers_of(books)
+    assert torch.equal(beam_search(layers, x, Q, 1), layers.walk(x).codes)
+
+
+@settings(max_examples=30, deadline=None)
+@given(N=st.integers(2, 70), width=st.integers(2, 9), seed=st.integers(0, 99))
+def test_a_frame_does_not_depend_on_those_beside_it(N, width, seed):
+    x, books = random_problem(N, 3, 24, 6, seed)
+    layers = layers_of(books)
+    together = beam_search(layers, x, 3, width)
+    alone = torch.cat([beam_search(layers, row[None], 3, width) for row in x])
+    assert torch.equal(together, alone)
+
+
+def test_blocks_of_any_size_give_the_same(monkeypatch):
+    x, books = random_problem(300, 3, 64, 8)
+    whole = beam_search(layers_of(books), x, 3, 4)
+    monkeypatch.setitem(beam._BLOCK_SCORES, "cpu", 4 * 64 * 7)
+    assert torch.equal(beam_search(layers_of(books), x, 3, 4), whole)
+
+
+def test_a_common_offset_changes_nothing():
+    x, books = random_problem(400, 3, 32, 8)
+    x, books = (x * 1024).round() / 1024, (books * 1024).round() / 1024  # exact with the offset
+    moved = books.clone()
+    moved[0] += 128
+    expected = beam_search(layers_of(books), x, 3, 4)
+    assert torch.equal(beam_search(layers_of(moved), x + 128, 3, 4), expected)
+
+
+def test_near_ties_are_settled_in_float64():
+    x, books = random_problem(400, 1, 16, 8)
+    pairs = torch.cat([books, books + 3e-6 * torch.randn(books.shape)], 1)
+    x = 300 * x
+    assert torch.equal(beam_search(layers_of(pairs), x, 1, 1), exhaustive(x, pairs))
+
+
+def test_equal_codes_go_by_their_index():
+    x, books = random_problem(100, 2, 6, 4)
+    books[:, 3:] = books[:, :3]
+    once = beam_search(layers_of(books[:, :3]), x, 2, 4)
+    assert torch.equal(beam_search(layers_of(books), x, 2, 4), once)
+
+
+def test_of_equal_sums_the_one_with_the_nearer_first_code():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-9, 10, (500, 3), generator=generator).float()
+    book = torch.randint(-6, 7, (12, 3), generator=generator).float()
+    codes = beam_search(layers_of(book.expand(2, -1, -1)), x, 2, 12)
+    first, second = ((x - book[codes[:, q]]).square().sum(1) for q in (0, 1))
+    assert (first <= second).all()
+
+
+def test_codes_that_are_not_finite_are_never_chosen():
+    x, books = random_problem(100, 2, 6, 4)
+    expected = beam_search(layers_of(books[:, :4]), x, 2, 4)
+    books[:, 4], books[:, 5] = torch.nan, torch.inf
+    assert torch.equal(beam_search(layers_of(books), x, 2, 4), expected)
+
+
+def test_wider_beams_come_nearer():
+    x, books = random_problem(2000, 6, 64, 16)
+    errors = [left_over(x, books, beam_search(layers_of(books), x, 6, w)) for w in (1, 2, 4, 8)]
+    means = [float(error.mean()) for error in errors]
+    assert means == sorted(means, reverse=True)
+    assert means[-1] < 0.93 * means[0]
+
+
+def test_cosine_codes_are_scaled_by_their_gain():
+    x, books = random_problem(300, 2, 8, 4)
+    books = torch.nn.functional.normalize(books, dim=-1)
+    gain = torch.tensor([0.9, 0.4])
+    found = beam_search(layers_of(books, gain, cosine=True), x, 2, 8)
+    assert torch.equal(found, exhaustive(x, books * gain[:, None, None]))
+
+
+def started(**options):
+    torch.manual_seed(0)
+    quantizer = ResidualVQ(8, 16, 3, kmeans_init=False, **options)
+    quantizer.codebooks.embed.mul_(0.5 ** torch.arange(3)[:, None, None])
+    return quantizer
+
+
+def test_training_and_evaluation_have_their_own_width():
+    x = torch.randn(4, 50, 8)
+    books = started().codebooks.embed
+    expected = {w: beam_search(layers_of(books), x.flatten(0, 1), 3, w).view(4, 50, 3)
+                for w in (1, 2, 6)}  # fmt: skip
+    quantizer = started(beam_size=2, eval_beam_size=6)
+    assert torch.equal(quantizer.train()(x).codes, expected[2])
+    assert torch.equal(quantizer.encode(x), expected[6])  # as in evaluation, in any mode
+    assert torch.equal(quantizer.eval()(x).codes, expected[6])
+    assert torch.equal(started(beam_size=2).eval()(x).codes, expected[2])
+    assert torch.equal(started(eval_beam_size=6).train()(x).codes, expected[1])
+
+
+def test_statistics_follow_the_codes_of_the_beam():
+    x = torch.randn(2, 60, 8)
+    mask = torch.rand(2, 60) > 0.3
+    x[0, 0], mask[0, 0] = torch.nan, True
+    quantizer = started(beam_size=4).train()
+    books, out = quantizer.codebooks.embed.double(), quantizer(x, mask)
+    real = mask.clone()
+    real[0, 0] = False
+    assert (out.codes[~real] == -1).all()
+    residual, codes = x[real].double(), out.codes[real]
+    for q in range(3):
+        assert torch.equal(out.stats.counts[q], torch.bincount(codes[:, q], minlength=16))
+        sums = torch.zeros(16, 8, dtype=torch.float64).index_add_(0, codes[:, q], residual)
+        torch.testing.assert_close(out.stats.sums[q].double(), sums, rtol=1e-5, atol=1e-5)
+        residual = residual - books[q][codes[:, q]]
+        torch.testing.assert_close(
+            out.stats.squared_error[q].double(), residual.square().sum(), rtol=1e-5, atol=0.0
+        )
+    assert int(out.stats.nonfinite) == 1
+    torch.testing.assert_close(quantizer.decode(out.codes), out.quantized, rtol=0, atol=0)
+
+
+def test_soft_usage_is_that_of_the_forward():
+    x = torch.randn(3, 40, 8)
+    quantizer = started(beam_size=4).train()
+    usage = quantizer.soft_usage(x)
+    alone = quantizer(x, losses=("diversity",)).losses["diversity"]
+    given = quantizer(x, losses=("diversity",), usage=usage).losses["diversity"]
+    torch.testing.assert_close(given, alone)
+
+
+def test_dropped_layers_are_not_searched():
+    quantizer = started(beam_size=3, quantize_dropout=True).train()
+    x = torch.randn(1, 30, 8)
+    seen = set()
+    for update in range(12):
+        quantizer.codebooks.updates.fill_(update)
+        codes = quantizer(x).codes[0]
+        layers = int((codes[0] >= 0).sum())
+        seen.add(layers)
+        expected = beam_search(layers_of(quantizer.codebooks.embed), x[0], layers, 3)
+        assert torch.equal(codes[:, :layers], expected)
+        assert (codes[:, layers:] == -1).all()
+    assert seen == {1, 2, 3}
+
+
+def test_no_frames():
+    assert started(beam_size=4).train()(torch.zeros(0, 5, 8)).codes.shape == (0, 5, 3)
+    masked = torch.zeros(2, 5, dtype=torch.bool)
+    assert (started(beam_size=4).train()(torch.randn(2, 5, 8), masked).codes == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"beam_size": 0}, "beam_size is 0, expected a positive integer"),
+        ({"eval_beam_size": 0}, "eval_beam_size is 0, expected a positive integer or none"),
+        ({"beam_size": 2, "stochastic_sample_codes": True}, "a beam draws nothing"),
+    ],
+)
+def test_options_that_make_no_sense(options, says):
+    with pytest.raises(UserError, match=says):
+        ResidualVQ(8, 16, 3, **options)
