@@ -357,7 +357,8 @@ PEER_BEST: dict[str, Any] = {
 
 # As many settings each, chosen among on validation epochs.
 _SLOW = {"decay": 0.98, "revival_until": 0.7, "revival_threshold": 0.1}
-_ANEW = {"decay": 0.98, "commitment": 0.1} | _REGULARIZERS
+_BASE = {"decay": 0.98, "commitment": 0.1}
+_ANEW = _BASE | _REGULARIZERS
 SEARCH_OURS: list[dict[str, Any]] = [
     _SLOW,
     _SLOW | {"commitment": 0.5},
@@ -373,6 +374,13 @@ SEARCH_OURS: list[dict[str, Any]] = [
     {"decay": 0.98, "commitment": 0.1, "revival_until": 0.7},
     _ANEW | {"revival_threshold": 0.1},
     _ANEW,
+    _BASE | {"eval_beam_size": 8},
+    _BASE | {"eval_beam_size": 16},
+    _BASE | {"beam_size": 4, "eval_beam_size": 16},
+    _BASE | {"beam_size": 8, "eval_beam_size": 16},
+    _BASE | {"beam_size": 8, "eval_beam_size": 16, "revival_threshold": 0.2},
+    _BASE | {"beam_size": 8, "eval_beam_size": 16, "revival_threshold": 0.1},
+    _BASE | {"beam_size": 8, "eval_beam_size": 16, "commitment": 0.05},
 ]
 _STARTED = {"kmeans_init": True, "decay": 0.95}
 _STRAIGHT = _STARTED | {"commitment_weight": 0.1, "rotation_trick": False}
@@ -391,6 +399,20 @@ SEARCH_PEER: list[dict[str, Any]] = [
     _STRAIGHT | {"threshold_ema_dead_code": 0.1},
     PEER_BEST | {"commitment_weight": 0.02},
     PEER_BEST | {"threshold_ema_dead_code": 0.1},
+    # Its beam search in training fails after its k-means start.
+    PEER_BEST | {"beam_size": 1, "eval_beam_size": 8},
+    PEER_BEST | {"beam_size": 1, "eval_beam_size": 16},
+    PEER_BEST | {"beam_size": 1, "eval_beam_size": 16, "threshold_ema_dead_code": 0.1},
+    PEER_BEST | {"beam_size": 1, "eval_beam_size": 16, "commitment_weight": 0.02},
+    PEER_BEST | {"beam_size": 1, "eval_beam_size": 16, "commitment_weight": 0.1},
+    PEER_BEST | {"kmeans_init": False, "beam_size": 8, "eval_beam_size": 16},
+    PEER_BEST
+    | {
+        "kmeans_init": False,
+        "beam_size": 8,
+        "eval_beam_size": 16,
+        "threshold_ema_dead_code": 0.1,
+    },
 ]
 
 
