@@ -23,9 +23,11 @@ def waves(study, monkeypatch):
     """A recording of sines, in place of a real one."""
     time, rng = np.arange(64) / 64, np.random.default_rng(0)
     phase, rate = rng.uniform(0, 6, (60, 1, 4)), rng.integers(1, 5, (60, 1, 4))
+    from collapse.recordings import Recording, split, standardize
+
     segments = np.sin(phase + 6.28 * rate * time[:, None])
-    parts = study.standardize(study.split(segments, rng.permutation(60)))
-    recording = study.Recording(*parts, patch=4)
+    parts = standardize(split(segments, rng.permutation(60)))
+    recording = Recording(*parts, patch=4)
     monkeypatch.setitem(study.DATA, "feis", lambda folder: recording)
     return recording
 
@@ -50,7 +52,7 @@ def test_a_condition_runs_once_and_is_reported(study, waves, tmp_path):
     run(study, out, "--conditions", "full", "vqp", "none", "faiss")
     assert len(study.load_lines(out)) == 4
     sys.path.insert(0, str(study.ROOT / "scripts"))
-    from collapse_report import BEGIN, END, write_report
+    from collapse.report import BEGIN, END, write_report
 
     (tmp_path / "RESULTS.md").write_text(f"kept\n{BEGIN}\nold\n{END}\nalso kept\n")
     write_report(lines, tmp_path)
@@ -77,14 +79,18 @@ def test_search_never_sees_held_segments(study, waves, tmp_path):
 
 
 def test_parts_share_no_segment(study):
+    from collapse.recordings import split
+
     segments = np.arange(50.0)[:, None, None]
-    parts = study.split(segments, np.random.default_rng(0).permutation(50))
+    parts = split(segments, np.random.default_rng(0).permutation(50))
     assert [len(p) for p in parts] == [30, 10, 10]
     assert sorted(np.concatenate(parts).ravel()) == list(range(50))
 
 
 def test_tally_measures_snr_and_perplexity(study):
-    tally = study.Tally(1, 4)
+    from collapse.run import Tally
+
+    tally = Tally(1, 4)
     signal = torch.full((1, 2, 2), 2.0)
     codes = torch.tensor([[[0], [1]]])
     tally.add(signal, signal - 0.2, torch.randn(1, 2, 3), codes)

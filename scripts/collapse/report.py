@@ -10,8 +10,9 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from collapse.conditions import NAIVES
+
 BEGIN, END = "<!-- collapse study: begin -->", "<!-- collapse study: end -->"
-NAIVES = ("naive", "naive-normal", "naive-ema")
 MAIN = ("full", *NAIVES, "vqp", "vqp-best", "faiss", "none")
 SNRS = {"snr_pooled_db": "pooled", "snr_median_db": "median", "snr_train_db": "train"}
 # Worst layer's utilization, perplexity / K mean and worst layer, dB over naive.

@@ -1,0 +1,1 @@
+"""The collapse study: recordings, autoencoder, quantizers, conditions, runs and report."""

@@ -1,0 +1,225 @@
+"""What is compared: conditions, the settings searched, and the plan of a run."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# Where the search began.
+BEFORE: dict[str, Any] = {
+    "pass_through": 0.03,
+    "frames_per_code": 16,
+    "commitment": 0.25,
+    "diversity": 0.0,
+    "perplexity": 0.0,
+    "decay": 0.97,
+}
+
+# Best mean of the three SNRs on validation epochs; a decay of 0.98 is the quantizer's default.
+RECIPE: dict[str, Any] = BEFORE | {"commitment": 0.1, "decay": 0.98}
+
+_REGULARIZERS = {"diversity": 0.1, "perplexity": 0.05}
+
+# Each switches one feature of the recipe off (no-) or on (with-).
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "no-kmeans": {"kmeans_init": False},
+    "no-lloyd": {"kmeans_iters": 0},
+    "no-pass-through": {"pass_through": 0.0},
+    "no-revival": {"revival": None},
+    "no-revival-end": {"revival_until": 1.01},
+    "no-rotation": {"rotation_trick": False},
+    "no-ema": {"update_rule": "gradient"},
+    "no-commitment": {"commitment": 0.0},
+    "fast-decay": {"decay": 0.95},
+    "more-commitment": {"commitment": 0.25},
+    "late-revival": {"revival_threshold": 0.1},
+    "with-regularizers": _REGULARIZERS,
+    "with-diversity": {"diversity": 0.1},
+    "with-constant-temperature": _REGULARIZERS | {"temperature": 1.0, "temperature_end": 1.0},
+    "with-frame-revival": {"revival": "frames"},
+    "with-sampling": {"stochastic_sample_codes": True, "temperature": 0.5, "temperature_end": 0.02},
+    "with-cosine": {"use_cosine_sim": True},
+    "with-dropout": {"quantize_dropout": True},
+    "with-shared": {"shared_codebook": True},
+}
+
+NAIVE: dict[str, Any] = {
+    "pass_through": 0.0,
+    "frames_per_code": 0,
+    "commitment": 0.25,
+    "diversity": 0.0,
+    "perplexity": 0.0,
+    "kmeans_init": False,
+    "revival": None,
+    "rotation_trick": False,
+}
+
+# Best mean of the three SNRs on validation epochs.
+PEER_BEST: dict[str, Any] = {
+    "kmeans_init": True,
+    "decay": 0.98,
+    "commitment_weight": 0.05,
+    "rotation_trick": False,
+}
+
+# As many settings each, chosen among on validation epochs.
+_SLOW = {"decay": 0.98, "revival_until": 0.7, "revival_threshold": 0.1}
+_BASE = {"decay": 0.98, "commitment": 0.1}
+_ANEW = _BASE | _REGULARIZERS
+SEARCH_OURS: list[dict[str, Any]] = [
+    _SLOW,
+    _SLOW | {"commitment": 0.5},
+    _SLOW | {"commitment": 0.1},
+    _SLOW | {"decay": 0.95},
+    {"revival_threshold": 0.2},
+    {"revival_threshold": 0.2, "revival_every": 10},
+    {"revival_threshold": 0.1},
+    {"decay": 0.98},
+    {"commitment": 0.1},
+    {"decay": 0.98, "commitment": 0.1},
+    {"decay": 0.98, "commitment": 0.05},
+    {"decay": 0.98, "commitment": 0.1, "revival_until": 0.7},
+    _ANEW | {"revival_threshold": 0.1},
+    _ANEW,
+    _BASE | {"eval_beam_size": 8},
+    _BASE | {"eval_beam_size": 16},
+    _BASE | {"beam_size": 4, "eval_beam_size": 16},
+    _BASE | {"beam_size": 8, "eval_beam_size": 16},
+    _BASE | {"beam_size": 8, "eval_beam_size": 16, "revival_threshold": 0.2},
+    _BASE | {"beam_size": 8, "eval_beam_size": 16, "revival_threshold": 0.1},
+    _BASE | {"beam_size": 8, "eval_beam_size": 16, "commitment": 0.05},
+]
+_STARTED = {"kmeans_init": True, "decay": 0.95}
+_STRAIGHT = _STARTED | {"commitment_weight": 0.1, "rotation_trick": False}
+SEARCH_PEER: list[dict[str, Any]] = [
+    {"kmeans_init": True},
+    {"kmeans_init": True, "threshold_ema_dead_code": 2},
+    _STARTED | {"rotation_trick": False},
+    _STARTED | {"commitment_weight": 0.25},
+    _STARTED | {"commitment_weight": 0.1},
+    _STRAIGHT,
+    _STARTED | {"commitment_weight": 0.25, "threshold_ema_dead_code": 0.2},
+    _STRAIGHT | {"commitment_weight": 0.05},
+    _STRAIGHT | {"decay": 0.98},
+    _STRAIGHT | {"decay": 0.98, "commitment_weight": 0.05},
+    _STRAIGHT | {"decay": 0.9},
+    _STRAIGHT | {"threshold_ema_dead_code": 0.1},
+    PEER_BEST | {"commitment_weight": 0.02},
+    PEER_BEST | {"threshold_ema_dead_code": 0.1},
+    # Its beam search in training fails after its k-means start.
+    PEER_BEST | {"beam_size": 1, "eval_beam_size": 8},
+    PEER_BEST | {"beam_size": 1, "eval_beam_size": 16},
+    PEER_BEST | {"beam_size": 1, "eval_beam_size": 16, "threshold_ema_dead_code": 0.1},
+    PEER_BEST | {"beam_size": 1, "eval_beam_size": 16, "commitment_weight": 0.02},
+    PEER_BEST | {"beam_size": 1, "eval_beam_size": 16, "commitment_weight": 0.1},
+    PEER_BEST | {"kmeans_init": False, "beam_size": 8, "eval_beam_size": 16},
+    PEER_BEST
+    | {
+        "kmeans_init": False,
+        "beam_size": 8,
+        "eval_beam_size": 16,
+        "threshold_ema_dead_code": 0.1,
+    },
+]
+
+
+# A start from 16 frames a code and 10 Lloyd steps would take longer than the training here.
+BY_CODES: dict[int, dict[str, Any]] = {8192: {"frames_per_code": 4, "kmeans_iters": 4}}
+
+
+def options_of(condition: str) -> tuple[str, dict[str, Any]]:
+    """Kind of quantizer (ours, peer, faiss, none) and its options."""
+    if condition in ("none", "faiss"):
+        return condition, {}
+    if condition == "vqp":
+        return "peer", {}
+    if condition == "vqp-best":
+        return "peer", PEER_BEST
+    if condition == "naive":
+        gradient = {"update_rule": "gradient", "codebook_gradient_scale": 1.0}
+        return "ours", NAIVE | gradient | {"narrow_start": True}
+    if condition == "naive-normal":
+        return "ours", NAIVE | {"decay": 0.99, "normal_start": True}
+    if condition == "naive-ema":
+        return "ours", NAIVE | {"decay": 0.99}
+    if condition == "full":
+        return "ours", RECIPE
+    return "ours", RECIPE | ABLATIONS[condition]
+
+
+NAIVES = ("naive", "naive-normal", "naive-ema")
+CONDITIONS = ("full", *ABLATIONS, *NAIVES, "vqp", "vqp-best", "faiss", "none")
+
+
+# Steps and frames in a step for each number of codes: under a minute of one core for most.
+BUDGET = {256: (800, 512), 1024: (600, 1024), 8192: (300, 2048)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run.
+
+    Args:
+        data: name of the recording.
+        size: quantizers × codes, as 8x256.
+        condition: name of the condition.
+        seed: of weights, batches and quantizer.
+        on: ``held`` or ``validation``.
+        steps: optimizer steps.
+        frames: frames in a step.
+        kind: see `options_of`.
+        options: of the quantizer.
+    """
+
+    data: str
+    size: str
+    condition: str
+    seed: int
+    on: str
+    steps: int
+    frames: int
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Quantizers and codes."""
+        layers, codes = self.size.split("x")
+        return int(layers), int(codes)
+
+    @property
+    def key(self) -> str:
+        """What tells this run from others."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+def plan_of(data: str, size: str, condition: str, seed: int, on: str) -> Plan:
+    """The run of a condition, or of a searched setting, as defined now."""
+    codes = int(size.split("x")[1])
+    steps, frames = BUDGET.get(codes, BUDGET[1024])
+    settings = searched("ours") | searched("vqp")
+    kind, options = settings.get(condition) or options_of(condition)
+    if kind == "ours":
+        options = options | BY_CODES.get(codes, {})
+    return Plan(data, size, condition, seed, on, steps, frames, kind, options)
+
+
+def searched(search: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Kind and options of the settings of a search, by name."""
+    ours = search == "ours"
+    return {
+        f"{search} " + " ".join(f"{k}={v}" for k, v in change.items()): (
+            ("ours", BEFORE | change) if ours else ("peer", change)
+        )
+        for change in (SEARCH_OURS if ours else SEARCH_PEER)
+    }
+
+
+def as_defined_now(line: dict[str, Any]) -> bool:
+    """Whether a finished run is one that this file would make today."""
+    plan = line["plan"]
+    names = ("data", "size", "condition", "seed", "on")
+    try:
+        now = plan_of(*(plan[name] for name in names))
+    except KeyError:  # a condition of the past
+        return False
+    return json.loads(now.key) == plan
