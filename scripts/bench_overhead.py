@@ -189,6 +189,7 @@ class Bare(ABC):
         """Train; return the last loss."""
         for _ in range(steps):
             _, _, micro_batches = next(self.batches)
+            self.model.quantizer.set_progress(self.done / self.phase.steps)
             loss = self._step(micro_batches)
             self.done += 1
         return float(loss)
@@ -203,7 +204,6 @@ class Bare(ABC):
 
     def _move_codebooks(self, stats: Any) -> None:
         if stats is not None:
-            self.model.quantizer.set_progress(self.done / self.phase.steps)
             self.model.quantizer.update(stats)
 
 
