@@ -16,7 +16,8 @@ uniform use; naive, a codebook loss on uniform codes within ±1/K (van den Oord 
 commonly written), naive-normal, running averages with decay 0.99 on codes as nn.Embedding draws
 them, and naive-ema, the same on uniform codes of Kaiming's bound, all three straight through and
 nothing else; vqp, vector-quantize-pytorch at its defaults, and vqp-best, at the best of its search;
-faiss, residual k-means on the finished latents of none; none, no quantizer.
+faiss, residual k-means on the finished latents of none, encoded with the same beam; none, no
+quantizer.
 """
 
 import argparse

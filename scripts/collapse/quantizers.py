@@ -88,7 +88,7 @@ class Peer(NoQuantizer):
 class Offline(NoQuantizer):
     """Residual k-means (faiss) fitted once to the latents of a finished autoencoder."""
 
-    def __init__(self, latents: Tensor, size: tuple[int, int], seed: int) -> None:
+    def __init__(self, latents: Tensor, size: tuple[int, int], seed: int, beam: int) -> None:
         super().__init__()
         import faiss
 
@@ -104,15 +104,15 @@ class Offline(NoQuantizer):
             fit.train(residual.numpy())
             books.append(torch.from_numpy(fit.centroids.copy()))
             residual = residual - books[-1][nearest(residual, books[-1])]
-        self.books = books
+        self.vq = ResidualVQ(
+            LATENT, size[1], size[0], kmeans_init=False, eval_beam_size=beam, seed=seed
+        ).eval()
+        self.vq.codebooks.embed.copy_(torch.stack(books))
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor | None, Tensor | float]:
         """See `NoQuantizer`."""
-        residual, codes = z.reshape(-1, LATENT), []
-        for book in self.books:
-            codes.append(nearest(residual, book))
-            residual = residual - book[codes[-1]]
-        return z - residual.view_as(z), torch.stack(codes, -1).view(*z.shape[:-1], -1), 0.0
+        out = self.vq(z, losses=())
+        return out.quantized, out.codes, 0.0
 
 
 def nearest(x: Tensor, book: Tensor) -> Tensor:

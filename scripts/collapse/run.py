@@ -54,7 +54,12 @@ class Run:
         """Train, then measure."""
         self.fit()
         if self.plan.kind == "faiss":
-            self.quantizer = Offline(self._latents(), self.plan.shape, self.plan.seed)
+            self.quantizer = Offline(
+                self._latents(),
+                self.plan.shape,
+                self.plan.seed,
+                self.plan.options["eval_beam_size"],
+            )
         return self.measure()
 
     def fit(self) -> None:
