@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from b2t.log import log_once
 from b2t.quantize.layers import Layers
 from b2t_kernels.blocked import CentredCodes
 
@@ -39,6 +40,8 @@ def beam_search(layers: Layers, latents: Tensor, quantizers: int, width: int) ->
         quantizers: layers to walk.
         width: sums kept.
     """
+    if latents.is_cuda:
+        log_once("beam", "beam search runs in torch; the Triton kernel finds single nearest codes")
     books = [_book(layers.vectors(q)) for q in range(quantizers)]
     K = books[0].codes.shape[0]
     rows = max(1, _BLOCK_SCORES.get(latents.device.type, 1 << 21) // (width * K))
