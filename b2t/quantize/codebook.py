@@ -126,7 +126,8 @@ class Codebooks(nn.Module):
         """Write ``embed`` into ``weight`` and its master (gradient rule)."""
         if self.weight is None:
             return
-        self.weight.copy_(self.embed)
+        if self.weight.shape == self.embed.shape:  # not so while ZeRO-3 holds it in parts
+            self.weight.copy_(self.embed)
         if self._write is not None:
             self._write(self.weight, self.embed.clone())
 

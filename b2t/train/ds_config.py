@@ -38,6 +38,11 @@ _ELSEWHERE = {
     "wandb": "leave it out: set log.wandb.* in the configuration",
 }
 
+_NOT_IN_STAGE_3 = (
+    "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class DeepSpeedFile:
@@ -49,7 +54,7 @@ class DeepSpeedFile:
         micro_batch: trials per rank and forward.
         accumulation: micro-batches per optimizer step.
         precision: dtype of weights and activations.
-        zero_stage: 1 or 2.
+        zero_stage: 1, 2 or 3.
         clipping: largest global gradient norm.
         offload: whether the optimizer lives on the CPU.
     """
@@ -112,7 +117,8 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(
             f"--deepspeed_config {path}: no such file; the repository ships "
-            "ds_configs/zero2_fp16.json, zero2_bf16.json, zero2_cpu.json and zero2_offload.json"
+            "ds_configs/zero2_fp16.json, zero2_bf16.json, zero2_cpu.json, zero2_offload.json, "
+            "zero3_fp16.json and zero3_cpu.json"
         )
     try:
         raw = json.loads(path.read_text("utf-8"), object_pairs_hook=_no_duplicates)
@@ -168,12 +174,31 @@ def _zero_section(raw: dict[str, Any], path: Path) -> Any:
             '{"stage": 2}'
         )
     zero = _checked(DeepSpeedZeroConfig, section, "zero_optimization", path)
-    if int(zero.stage) not in (1, 2):
+    if int(zero.stage) == 0:
         raise UserError(
-            f"{path}: zero_optimization.stage: found {int(zero.stage)}, expected 1 or 2: the "
-            "phases keep float32 masters of each weight, which stage 0 has not and stage 3 splits"
+            f"{path}: zero_optimization.stage: found 0, expected 1, 2 or 3: the phases keep "
+            "float32 masters of each weight, which stage 0 has not"
         )
+    if int(zero.stage) == 3:
+        _check_stage3(zero, path)
     return zero
+
+
+def _check_stage3(zero: Any, path: Path) -> None:
+    """Refuse what DeepSpeed knows for stage 3 and the phases' exact masters do not go with."""
+    for key in ("offload_optimizer", "offload_param"):
+        section = getattr(zero, key)
+        if section is not None and section.device != "none":
+            raise UserError(
+                f"{path}: zero_optimization.{key}: not supported with stage 3; leave it out, or "
+                "use stage 2 with offload_optimizer (ds_configs/zero2_offload.json)"
+            )
+    for key in _NOT_IN_STAGE_3:
+        if getattr(zero, key) != type(zero).model_fields[key].default:
+            raise UserError(
+                f"{path}: zero_optimization.{key}: found {getattr(zero, key)!r}; weights and "
+                "gradients must be exact and in one place: leave it out"
+            )
 
 
 def _precision(raw: dict[str, Any], path: Path) -> Precision:

@@ -7,8 +7,10 @@ it trains. Adam's moments start fresh with each phase, behind its warm-up. What 
 the float32 masters: a 16-bit engine keeps only rounded weights in the module.
 """
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -94,10 +96,11 @@ class PhaseEngine:
             config=_with_quiet_defaults(ds_file.engine_config()),
             dist_init_required=False,
         )
-        self._norms = GradientNorms(self._engine.optimizer, [group["name"] for group in groups])
+        names = [groups[number]["name"] for number in self._flat_groups()]
+        self._norms = GradientNorms(self._engine.optimizer, names)
         self.overflowed: list[str] = []
         self._norm_before: float | None = None
-        self._watch_overflows([group["name"].split("/")[0] for group in groups])
+        self._watch_overflows([name.split("/")[0] for name in names])
         self.write_masters(masters)
 
     def _optimizer(self, groups: list[dict], optim: OptimConfig) -> torch.optim.Optimizer:
@@ -202,14 +205,12 @@ class PhaseEngine:
 
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Continue from what `state` returned; the weights come through `masters`."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         if numbers["adam_step"] > 0:
             self._create_moments(numbers["adam_step"])
             for name, parameter in self._trained():
                 for moment in _MOMENTS:
                     value = tensors[f"{name}/{moment}"].to(self._engine.device)
-                    safe_set_full_optimizer_state(parameter, value, moment)
+                    self.write(parameter, value, moment)
         for field, value in numbers["scaler"].items():
             setattr(self._engine.optimizer.loss_scaler, field, value)
         for counter in ("global_steps", "skipped_steps"):
@@ -220,11 +221,27 @@ class PhaseEngine:
         self._set_schedule(numbers["scheduler_step"])
 
     def close(self) -> None:
-        """Release the engine's hooks and buffers; the model keeps its (rounded) weights."""
+        """Release the engine, its hooks and buffers; the model keeps its (rounded) weights."""
+        self._release()
+        gc.collect()  # DeepSpeed's objects go round in circles
+
+    def _release(self) -> None:
+        # DeepSpeed leaves these hooks on the model, and with them all that the engine holds. Its
+        # destructor destroys once more, at any time, by then also what the next engine needs.
+        self._engine.module_forward_pre_hook.remove()
+        self._engine.module_forward_post_hook.remove()
         self._engine.destroy()
+        self._engine.optimizer = None
         for parameter in self.model.parameters():
             parameter.grad = None
-        del self._engine
+        del self._engine, self._norms, self._scheduler
+
+    def whole(self, *modules: nn.Module) -> AbstractContextManager[None]:
+        """Lend the weights of `modules` (of the model) to what runs them outside of the engine.
+
+        They are whole as it is, but for ZeRO stage 3.
+        """
+        return nullcontext()
 
     def _watch_overflows(self, components: list[str]) -> None:
         """Note whose gradients overflow, and never give up for it: how long is the trainer's say.
@@ -267,7 +284,16 @@ class PhaseEngine:
     def write_masters(self, masters: Mapping[str, Tensor]) -> None:
         """Replace the engine's masters, made from 16-bit weights, by these exact ones."""
         for name, parameter in self._trained():
-            write_master(parameter, masters[name].to(self._engine.device))
+            self.write(parameter, masters[name].to(self._engine.device))
+
+    def write(self, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
+        """Replace a whole master, or one of its moments, on the ranks that hold its parts."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if moment is None:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, moment)
 
     def _set_schedule(self, step: int) -> None:
         scheduler = self._scheduler
@@ -280,6 +306,10 @@ class PhaseEngine:
     def flat_masters(self) -> list[Tensor]:
         """Return this rank's parts of the float32 masters, flat, one a parameter group."""
         return list(self._engine.optimizer.single_partition_of_fp32_groups)
+
+    def _flat_groups(self) -> list[int]:
+        """Numbers of the parameter groups that the flat masters belong to."""
+        return list(range(len(self._engine.optimizer.param_groups)))
 
     def _adam_step(self) -> int:
         states = self._engine.optimizer.optimizer.state
@@ -340,13 +370,6 @@ def read_master(parameter: nn.Parameter) -> Tensor | None:
     from deepspeed.utils import safe_get_full_fp32_param
 
     return safe_get_full_fp32_param(parameter)
-
-
-def write_master(parameter: nn.Parameter, value: Tensor) -> None:
-    """Replace the engine's float32 master of a parameter, on the ranks that hold its parts."""
-    from deepspeed.utils import safe_set_full_fp32_param
-
-    safe_set_full_fp32_param(parameter, value)
 
 
 def initial_masters(model: nn.Module) -> dict[str, Tensor]:

@@ -13,12 +13,13 @@ class GradientNorms:
 
     DeepSpeed asks for the norm of each parameter group in turn, one collective and one check after
     the other. Here the squares of all groups are summed over ranks at once. With CPU offload,
-    where DeepSpeed adds up norms while it copies gradients, its own norms of groups are listened
-    to. Either way a skipped step leaves the norms of the last applied one.
+    where DeepSpeed adds up norms while it copies gradients, and under ZeRO-3 its own norms of
+    groups are listened to. In all cases a skipped step leaves the norms of the last applied one.
 
     Args:
-        optimizer: DeepSpeed's ZeRO-1 or ZeRO-2 optimizer; of another one nothing is known.
-        names: names of its parameter groups; what stands before a `/` is the component.
+        optimizer: DeepSpeed's ZeRO optimizer; of another one nothing is known.
+        names: names of its parameter groups (sub-groups under ZeRO-3); what stands before a `/`
+            is the component.
     """
 
     def __init__(self, optimizer: Any, names: Sequence[str]) -> None:
@@ -28,6 +29,9 @@ class GradientNorms:
         self._optimizer = optimizer
         self._squares: Tensor | None = None
         self._groups: list[Tensor] = []
+        if hasattr(optimizer, "_get_norm_groups"):
+            self._all_groups = optimizer._get_norm_groups
+            optimizer._get_norm_groups = self._listen_to_all
         if not hasattr(optimizer, "scaled_global_norm"):
             return
         if optimizer.cpu_offload:
@@ -80,6 +84,13 @@ class GradientNorms:
         if len(self._groups) == len(self._component):
             self._keep(torch.stack(self._groups).square(), torch.as_tensor(total).isfinite())
         return total
+
+    def _listen_to_all(self) -> Any:
+        norms = self._all_groups()
+        found = torch.stack([torch.as_tensor(norm).detach().double() for norm in norms])
+        # DeepSpeed says -1 where a norm is not finite.
+        self._keep(found.square(), (found >= 0).all())
+        return norms
 
 
 def _sum_of_squares(gradients: list[Tensor]) -> Tensor:

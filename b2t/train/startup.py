@@ -180,8 +180,8 @@ class Memory:
     """Bytes of one rank, activations not counted.
 
     Attributes:
-        weights: parameters in the engine's precision.
-        gradients: of trained parameters, this rank's share under ZeRO-2.
+        weights: parameters in the engine's precision, this rank's share under ZeRO-3.
+        gradients: of trained parameters, this rank's share under ZeRO-2 and ZeRO-3.
         optimizer: float32 masters and Adam's moments, this rank's share; 0 under CPU offload.
         buffers: codebooks and their averages.
     """
@@ -209,8 +209,9 @@ def estimate_memory(
         for p in getattr(model, name).parameters()
     )
     share = -(-trained // world)
+    weights = sum(p.numel() for p in model.parameters())
     return Memory(
-        weights=width * sum(p.numel() for p in model.parameters()),
+        weights=width * (-(-weights // world) if ds_file.zero_stage == 3 else weights),
         gradients=width * (share if ds_file.zero_stage >= 2 else trained),
         optimizer=0 if ds_file.offload else 12 * share,
         buffers=sum(b.numel() * b.element_size() for b in model.buffers()),

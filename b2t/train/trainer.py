@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from b2t.train.checkpoint import BEST, Checkpoint, CheckpointStore
 from b2t.train.codebook_start import start_codebooks
 from b2t.train.diagnosis import diagnose
 from b2t.train.ds_config import DeepSpeedFile
-from b2t.train.engine import PhaseEngine, initial_masters, read_master, write_master
+from b2t.train.engine import PhaseEngine, initial_masters, read_master
 from b2t.train.export import export_model
 from b2t.train.progress import Progress
 from b2t.train.ranks import Ranks
@@ -38,6 +38,7 @@ from b2t.train.signals import StopSignals
 from b2t.train.validation import decode_after_phase, validate
 from b2t.train.weight_ema import WeightEma
 from b2t.train.window import Window
+from b2t.train.zero3 import Zero3Engine
 
 log = logger(__name__)
 
@@ -197,13 +198,14 @@ class Trainer:
                 f"phases.{self.progress.phase}.trainable: none of {phase.trainable} exists in this "
                 "model (text_decoder needs text, phoneme_head needs phonemes)"
             )
-        self.engine = PhaseEngine(self.model, phase, self.config.optim, self.ds_file, self.masters)
+        build = Zero3Engine if self.ds_file.zero_stage == 3 else PhaseEngine
+        self.engine = build(self.model, phase, self.config.optim, self.ds_file, self.masters)
         if (
             self.config.model.quantizer.update_rule == "gradient"
             and self.model.quantizer is not None
         ):
             # In any precision the engine's float32 master is where the optimizer moves the codes.
-            self.model.quantizer.attach_master(read_master, write_master)
+            self.model.quantizer.attach_master(read_master, self.engine.write)
         if restored is not None and restored.state["engine"] is not None:
             self.engine.load_state(restored.moments, restored.state["engine"])
         decay = self.config.optim.weight_ema
@@ -341,11 +343,13 @@ class Trainer:
         if not quantizer.initialized:
             return None
         total = 0
-        for number, batch in enumerate(batches):
-            self._seed(number)
-            latents, mask = self.model.latents(batch.signal, batch.signal_mask, batch.session)
-            ids = frame_ids(batch.row_ids, latents.shape[1])
-            total = total + quantizer.soft_usage(latents, mask, ids)
+        used = [m for m in (self.model.adapter, self.model.encoder, quantizer) if m is not None]
+        with self.engine.whole(*used):
+            for number, batch in enumerate(batches):
+                self._seed(number)
+                latents, mask = self.model.latents(batch.signal, batch.signal_mask, batch.session)
+                ids = frame_ids(batch.row_ids, latents.shape[1])
+                total = total + quantizer.soft_usage(latents, mask, ids)
         return total.all_reduce()  # type: ignore[attr-defined]  # a sum of SoftUsage
 
     def _set_clocks(self) -> None:
@@ -432,7 +436,8 @@ class Trainer:
         self.ranks.place = f"looking for what is not finite in step {progress.step + 1}"
         losses = self.window.not_finite()
         gradients = self.engine.overflowed
-        finding = diagnose(self.model, batches, forward, losses, gradients, self.ranks)
+        with self.engine.whole():
+            finding = diagnose(self.model, batches, forward, losses, gradients, self.ranks)
         in_losses = any(self.ranks.gather(bool(losses)))
         scale = ""
         if self.ds_file.precision == "fp16":
@@ -458,14 +463,15 @@ class Trainer:
             return
         self.ranks.place = "starting the codebooks"
         try:
-            start_codebooks(
-                self.model,
-                self.engine.dtype,
-                self.materials,
-                self.config,
-                self.ranks,
-                lengths=self.plan.lengths,
-            )
+            with self.engine.whole():
+                start_codebooks(
+                    self.model,
+                    self.engine.dtype,
+                    self.materials,
+                    self.config,
+                    self.ranks,
+                    lengths=self.plan.lengths,
+                )
         except NoFiniteFrames as problem:
             self.raise_alert(self._why_not_started(problem))
             self._leave_if_critical()
@@ -473,14 +479,15 @@ class Trainer:
 
     def _why_not_started(self, problem: NoFiniteFrames) -> Alert:
         """Diagnose codebooks that no latent frame can start. Collective."""
-        finding = diagnose(
-            self.model,
-            problem.batches,
-            lambda _, batch: self.model.latents(batch.signal, batch.signal_mask, batch.session),
-            (),
-            (),
-            self.ranks,
-        )
+        with self.engine.whole():
+            finding = diagnose(
+                self.model,
+                problem.batches,
+                lambda _, batch: self.model.latents(batch.signal, batch.signal_mask, batch.session),
+                (),
+                (),
+                self.ranks,
+            )
         return Alert(
             severity="critical",
             rule="codebook-start",
@@ -514,7 +521,7 @@ class Trainer:
     def _validate(self) -> None:
         """Validate; keep the best model."""
         self.ranks.place = f"validating after step {self.progress.step}"
-        with self._averaged():
+        with self._evaluated():
             metrics = validate(self)
         progress = self.progress
         watched = _chosen(metrics, self.config.checkpoint.best_metric, "checkpoint.best_metric")
@@ -543,7 +550,7 @@ class Trainer:
         if self.progress.validated < self.progress.step:  # not so where it stopped early
             self._validate()
         self.ranks.place = f"decoding after phase {self.phase.name}"
-        with self._averaged():
+        with self._evaluated():
             decode_after_phase(self)
         self.ranks.place = f"ending phase {self.phase.name}"
         self._hook("on_phase_end", self.phase)
@@ -571,9 +578,15 @@ class Trainer:
                 log.error("%s could not be written (%s): training goes on", folder, error)
         self.ranks.barrier()
 
-    def _averaged(self) -> AbstractContextManager[None]:
-        """Use the averaged weights inside, where there are any."""
-        return self._ema.in_use() if self._ema is not None else nullcontext()
+    @contextmanager
+    def _evaluated(self) -> Iterator[None]:
+        """Whole weights inside, the averaged ones where there are any. Collective."""
+        with self.engine.whole():
+            if self._ema is None:
+                yield
+            else:
+                with self._ema.in_use():
+                    yield
 
     def _collect_averages(self) -> None:
         if self._ema is not None:

@@ -24,18 +24,23 @@ def write(tmp_path):
     return _write
 
 
-@pytest.mark.parametrize("name", ["zero2_fp16", "zero2_bf16", "zero2_cpu", "zero2_offload"])
+SHIPPED = [
+    "zero2_fp16", "zero2_bf16", "zero2_cpu", "zero2_offload", "zero3_fp16", "zero3_cpu",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_files_pass(repository, name):
     ds_file = load_ds_config(repository / "ds_configs" / f"{name}.json")
-    expected = {"zero2_bf16": "bf16", "zero2_cpu": "fp32"}.get(name, "fp16")
-    assert ds_file.precision == expected and ds_file.zero_stage == 2
+    expected = {"bf16": "bf16", "cpu": "fp32"}.get(name.split("_")[1], "fp16")
+    assert ds_file.precision == expected and ds_file.zero_stage == int(name[4])
     assert ds_file.offload == (name == "zero2_offload")
     assert ds_file.clipping == 1.0
 
 
 def test_no_other_file_is_shipped_unchecked(repository):
     names = {file.stem for file in (repository / "ds_configs").iterdir()}
-    assert names == {"zero2_fp16", "zero2_bf16", "zero2_cpu", "zero2_offload"}
+    assert names == set(SHIPPED)
 
 
 def test_summary(write):
@@ -130,9 +135,20 @@ def test_duplicate_keys(write, text):
         ({"zero_optimization": True}, "zero_optimization: found True"),
         ({"zero_optimization": {"stage": "two"}}, "zero_optimization.stage"),
         ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage"),
-        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage: found 0, expected 1 or 2"),
-        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage: found 3, expected 1 or 2"),
-        ({"zero_optimization": {}}, "zero_optimization.stage: found 0, expected 1 or 2"),
+        ({"zero_optimization": {"stage": 0}}, "stage: found 0, expected 1, 2 or 3"),
+        ({"zero_optimization": {}}, "stage: found 0, expected 1, 2 or 3"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
+            "zero_optimization.offload_optimizer: not supported with stage 3; leave it out, or use",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+            "zero_optimization.offload_param: not supported with stage 3",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+            "zero_optimization.zero_hpz_partition_size: found 2; ",
+        ),
         ({"fp16": True}, "fp16: found True, expected a JSON object"),
         ({"fp16": {"enabled": "perhaps"}}, "fp16.enabled"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "both enabled"),

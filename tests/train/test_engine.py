@@ -1,7 +1,9 @@
 """One real DeepSpeed engine per phase, on one CPU rank."""
 
+import gc
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from b2t.config import OptimConfig, PhaseConfig
 from b2t.train.ds_config import load_ds_config
 from b2t.train.engine import PhaseEngine, initial_masters, parameter_groups
 from b2t.train.schedule import lr_factor
+from b2t.train.zero3 import Zero3Engine
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -38,8 +41,8 @@ class Toy(nn.Module):
             if module is not None:
                 module.requires_grad_(component not in names)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.signal_decoder(torch.tanh(self.encoder(self.adapter(x))))
+    def forward(self, x: torch.Tensor, adapted: bool = True) -> torch.Tensor:
+        y = self.signal_decoder(torch.tanh(self.encoder(self.adapter(x) if adapted else x)))
         return F.mse_loss(y.float(), x.float().sin())
 
 
@@ -48,8 +51,13 @@ def precision(request):
     return request.param
 
 
+@pytest.fixture(params=[2, 3])
+def stage(request):
+    return request.param
+
+
 @pytest.fixture
-def ds_file(precision, tmp_path, monkeypatch):
+def ds_file(precision, stage, tmp_path, monkeypatch):
     from deepspeed.accelerator import get_accelerator
 
     # DeepSpeed refuses fp16 on CPUs; its engine and loss scaler work there all the same.
@@ -58,8 +66,10 @@ def ds_file(precision, tmp_path, monkeypatch):
         "train_micro_batch_size_per_gpu": 8,
         "gradient_accumulation_steps": 2,
         "gradient_clipping": 0.5,
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": False},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, "overlap_comm": False},
     }
+    if stage == 3:
+        content["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     if precision == "bf16":
         content["bf16"] = {"enabled": True}
     if precision == "fp16":
@@ -83,7 +93,8 @@ def phase(**changes) -> PhaseConfig:
 def engine_for(model, ds_file, masters, the_phase=None) -> PhaseEngine:
     the_phase = the_phase or phase()
     model.freeze([name for name in ALL if name not in the_phase.trainable])
-    return PhaseEngine(model, the_phase, OPTIM, ds_file, masters)
+    build = Zero3Engine if ds_file.zero_stage == 3 else PhaseEngine
+    return build(model, the_phase, OPTIM, ds_file, masters)
 
 
 def batch(number: int) -> torch.Tensor:
@@ -301,3 +312,86 @@ def test_the_gradient_norm_is_before_clipping(ds_file):
     expected = torch.stack([p.grad.square().sum() for p in plain.parameters()]).sum().sqrt()
     assert engine.grad_norm() == pytest.approx(float(expected), rel=1e-5)
     engine.close()
+
+
+@pytest.mark.parametrize("precision", ["fp32"], indirect=True)
+def test_no_gradient_is_a_gradient_of_zero(ds_file):
+    """A component that a step leaves out moves by its momentum alone."""
+    model, plain = Toy(), Toy()
+    engine = engine_for(model, ds_file, initial_masters(model))
+    optimizer = torch.optim.AdamW(parameter_groups(plain, phase(), OPTIM), betas=OPTIM.betas)
+    for step, adapted in enumerate([(True, True), (True, True), (False, False), (False, True)]):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 * lr_factor(step, phase())
+        optimizer.zero_grad(set_to_none=step == 0)
+        for micro in range(2):
+            x = batch(2 * step + micro)
+            engine.backward(engine(x, adapted[micro]))
+            engine.step()
+            (plain(x, adapted[micro]) / 2).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+    trained = engine.collect_masters()
+    for name, expected in plain.named_parameters():
+        torch.testing.assert_close(trained[name], expected.detach(), rtol=1e-4, atol=1e-6, msg=name)
+    engine.close()
+
+
+def test_nothing_of_it_is_left_when_it_closes(ds_file, stage):
+    model, plain = Toy(), Toy()
+    linear = F.linear
+    engine = engine_for(model, ds_file, initial_masters(model))
+    train(engine, range(2))
+    masters, dtype = copies(engine.collect_masters()), engine.dtype
+    optimizer = weakref.ref(engine._engine.optimizer)
+    engine.close()
+    assert optimizer() is None, "its float32 weights and moments take memory"
+    assert F.linear is linear
+    for (name, parameter), shape in zip(model.named_parameters(), shapes(plain), strict=True):
+        assert torch.equal(parameter.detach(), masters[name].to(dtype)), name
+        assert parameter.shape == shape and parameter.is_leaf and parameter.grad is None
+        assert stage == 2 or not parameter.__dict__
+    for module, untouched in zip(model.modules(), plain.modules(), strict=True):
+        assert module.__dict__.keys() == untouched.__dict__.keys()
+        assert not module._forward_hooks and not module._forward_pre_hooks
+        assert type(module._parameters) is type(untouched._parameters)
+
+
+def shapes(model: nn.Module) -> list[torch.Size]:
+    return [parameter.shape for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("precision", ["fp32"], indirect=True)
+def test_weights_are_whole_for_what_runs_outside_and_training_goes_on(ds_file):
+    runs = {}
+    for looks in (False, True):
+        model = Toy()
+        engine = engine_for(model, ds_file, initial_masters(model))
+        for step in range(6):
+            train(engine, range(step, step + 1))
+            if looks and step % 2:
+                with engine.whole(model.encoder), torch.no_grad():
+                    model.encoder(batch(0))
+                with engine.whole(), torch.no_grad():
+                    loss = model(batch(0))
+        runs[looks] = copies(engine.collect_masters())
+        engine.close()
+    assert differing(runs[False], runs[True]) == []
+    torch.testing.assert_close(loss, model(batch(0)).detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32"], indirect=True)
+def test_the_next_engine_survives_the_end_of_the_one_before(ds_file):
+    """Whenever the garbage collector comes: DeepSpeed's destructor undoes what parameters hold."""
+    model = Toy()
+    engine = engine_for(model, ds_file, initial_masters(model))
+    train(engine, range(2))
+    masters, deepspeeds = copies(engine.collect_masters()), engine._engine
+    engine.close()
+    again = engine_for(model, ds_file, masters)
+    del engine, deepspeeds
+    gc.collect()
+    assert differing(masters, again.read_masters()) == []
+    train(again, range(2))
+    assert set(differing(masters, again.read_masters())) == set(masters)
+    again.close()

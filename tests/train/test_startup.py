@@ -173,6 +173,7 @@ def parts():
         (["encoder"], "fp16", 1, False, 2, (300, 200, 600, 28)),
         (["encoder", "adapter"], "fp32", 2, False, 1, (600, 400, 1200, 28)),
         (["encoder", "signal_decoder"], "bf16", 2, True, 4, (300, 76, 0, 28)),
+        (["encoder"], "fp16", 3, False, 2, (150, 100, 600, 28)),
     ],
 )
 def test_memory_by_hand(trainable, precision, stage, offload, world, expected):
