@@ -41,9 +41,11 @@ def snapshot(trainer):
     trainer._set_clocks()  # each step begins so: temperature and progress follow the applied steps
     moments, numbers = trainer.engine.state()
     clocks = asdict(trainer.progress)
+    with trainer.engine.whole():
+        weights = digest(dict(trainer.model.named_parameters()))
     return {
         "masters": digest(trainer.engine.collect_masters()),
-        "weights": digest(dict(trainer.model.named_parameters())),
+        "weights": weights,
         "moments": digest(moments),
         "buffers": digest(dict(trainer.model.named_buffers())),
         "scheduler": numbers["scheduler_step"],
@@ -96,7 +98,8 @@ def overflow_for_ever():
 
     def spoiled_step(self, *arguments):
         if self.progress.consumed == STEP and self.ranks.rank == 1:
-            weight = next(p for p in self.model.signal_decoder.parameters() if p.ndim > 1)
+            decoder = self.model.signal_decoder.parameters()
+            weight = next(p for p in decoder if len(getattr(p, "ds_shape", p.shape)) > 1)
             weight.register_hook(lambda gradient: gradient * float("nan"))
         step(self, *arguments)
 

@@ -18,17 +18,21 @@ FP16 = {
 }
 
 
-@pytest.fixture(scope="module")
-def overflowed(training, tiny, ds_file, tmp_path_factory):
+@pytest.fixture(scope="module", params=[2, 3])
+def overflowed(request, training, tiny, ds_file, tmp_path_factory):
+    options = ds_file(fp16=FP16, gradient_accumulation_steps=2)
+    options["zero_optimization"]["stage"] = request.param
+    if request.param == 3:  # by default small parameters are not split
+        options["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     probe = tmp_path_factory.mktemp("probe") / "probe.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("B2T_PROBE", str(probe))
         patch.setenv("PYTHONPATH", str(training.repository), prepend=":")
-        done = training.run(
+        done = replace(training, folder=training.folder / f"zero{request.param}").run(
             "fp16",
             "phases.0.steps=14",
             config=tiny(),
-            deepspeed=ds_file(fp16=FP16, gradient_accumulation_steps=2),
+            deepspeed=options,
             script="tests/distributed/fp16_driver.py",
         )
     return done, json.loads(probe.read_text())
