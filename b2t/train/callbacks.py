@@ -32,8 +32,14 @@ class Callback:
     """Base of hooks; each does nothing until overridden.
 
     All ranks call all hooks in the same order, so that a hook may use collectives. Hooks must not
-    wait for the device outside `on_log`.
+    wait for the device outside `on_log`. Where a hook cannot write (a full disk), training goes on.
+
+    Attributes:
+        collective: the hook meets the other ranks inside; an error of the system there ends the
+            run, because the others would wait.
     """
+
+    collective = False
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step, after a resume."""

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from b2t.config import COMPONENTS
 from b2t.data.batches import Batch
+from b2t.monitor.alerts import Alert
+from b2t.train.progress import Progress
 from b2t.train.ranks import Ranks
 
 _SHOWN = 8
@@ -66,6 +68,50 @@ def diagnose(
         "rows": [row for batch in batches for row in batch.rows],
     }
     return _combine(ranks.gather(seen), present)
+
+
+def skipped_alert(
+    finding: Finding, progress: Progress, in_losses: bool, loss_scale: float | None
+) -> Alert:
+    """Return the alert that ends a run whose steps are all skipped.
+
+    Args:
+        finding: of the last of them.
+        progress: where the run is.
+        in_losses: whether a loss was not finite, on any rank.
+        loss_scale: of fp16, None in other precisions.
+    """
+    scale = "" if loss_scale is None else f" at loss scale {loss_scale:g}"
+    return _alert(
+        "loss-not-finite" if in_losses else "gradients-not-finite",
+        f"{progress.consecutive_skips} optimizer steps in a row were skipped{scale}: "
+        f"{finding.what or 'gradients not finite'}; trials: {finding.trials}",
+        "a learning rate too high, overflow in half precision, or broken trials",
+        progress,
+    )
+
+
+def not_started_alert(finding: Finding, progress: Progress, problem: str) -> Alert:
+    """Return the alert that ends a run whose codebooks no latent frame can start."""
+    return _alert(
+        "codebook-start",
+        f"{problem} ({finding.what or 'none in a second look'}); trials: {finding.trials}",
+        "a learning rate too high before the codebooks' start, overflow in half precision, or "
+        "broken trials",
+        progress,
+    )
+
+
+def _alert(rule: str, message: str, cause: str, progress: Progress) -> Alert:
+    return Alert(
+        severity="critical",
+        rule=rule,
+        message=message,
+        cause=cause,
+        remedy=f"look at these trials (b2t inspect), lower phases.{progress.phase}.lr, or train in "
+        "bf16",
+        step=progress.step,
+    )
 
 
 def _combine(shares: Sequence[dict[str, Any]], present: Sequence[str]) -> Finding:

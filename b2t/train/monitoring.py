@@ -67,6 +67,8 @@ class Watch(Callback):
     All ranks run it: some metrics are compared or pooled over ranks.
     """
 
+    collective = True
+
     def __init__(self, monitors: Monitors) -> None:
         self.monitors = monitors
 

@@ -24,11 +24,12 @@ from b2t.monitor.context import StepContext
 from b2t.quantize.frame_hash import frame_ids
 from b2t.quantize.schedules import anneal
 from b2t.quantize.start import NoFiniteFrames
+from b2t.train import snapshot
 from b2t.train.build import Materials
-from b2t.train.callbacks import Callback, versions
+from b2t.train.callbacks import Callback
 from b2t.train.checkpoint import BEST, Checkpoint, CheckpointStore
 from b2t.train.codebook_start import start_codebooks
-from b2t.train.diagnosis import diagnose
+from b2t.train.diagnosis import diagnose, not_started_alert, skipped_alert
 from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.engine import PhaseEngine, initial_masters, read_master
 from b2t.train.export import export_model
@@ -44,10 +45,6 @@ log = logger(__name__)
 
 COUNTED = ("bins", "frames", "tokens", "phonemes", "rows")
 """What losses are averaged over, summed over micro-batches and ranks before each step."""
-
-
-_AVERAGE = "weight_ema:"
-"""Prefix of averaged weights among the tensors of a checkpoint."""
 
 
 class Stopped(Exception):  # noqa: N818  # not an error: the user or the scheduler asked
@@ -132,28 +129,7 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint; call before `fit`."""
-        self.progress = Progress.from_dict(checkpoint.state["progress"])
-        for name, value in checkpoint.weights.items():
-            if name in self.masters:
-                self.masters[name] = value
-        for name, buffer in self.model.named_buffers():
-            if name in checkpoint.weights:
-                buffer.data = checkpoint.weights[name].to(buffer.device)
-        self.averages = {
-            name.removeprefix(_AVERAGE): value
-            for name, value in checkpoint.moments.items()
-            if name.startswith(_AVERAGE)
-        }
-        for callback in self.callbacks:
-            name = type(callback).__name__
-            tensors = {
-                key.removeprefix(f"{name}:"): value
-                for key, value in checkpoint.moments.items()
-                if key.startswith(f"{name}:")
-            }
-            state = {**checkpoint.state["callbacks"].get(name, {}), **tensors}
-            if state:
-                callback.load_state_dict(state)
+        snapshot.restore(self, checkpoint)
         self._restored = checkpoint
 
     def seconds_left(self, step_s: float) -> float:
@@ -438,20 +414,9 @@ class Trainer:
         gradients = self.engine.overflowed
         with self.engine.whole():
             finding = diagnose(self.model, batches, forward, losses, gradients, self.ranks)
+        scale = self.engine.loss_scale if self.ds_file.precision == "fp16" else None
         in_losses = any(self.ranks.gather(bool(losses)))
-        scale = ""
-        if self.ds_file.precision == "fp16":
-            scale = f" at loss scale {self.engine.loss_scale:g}"
-        return Alert(
-            severity="critical",
-            rule="loss-not-finite" if in_losses else "gradients-not-finite",
-            message=f"{progress.consecutive_skips} optimizer steps in a row were skipped{scale}: "
-            f"{finding.what or 'gradients not finite'}; trials: {finding.trials}",
-            cause="a learning rate too high, overflow in half precision, or broken trials",
-            remedy=f"look at these trials (b2t inspect), lower phases.{progress.phase}.lr, or "
-            "train in bf16",
-            step=progress.step,
-        )
+        return skipped_alert(finding, progress, in_losses, scale)
 
     def _start_codebooks_when_due(self) -> None:
         quantizer = self.model.quantizer
@@ -488,17 +453,7 @@ class Trainer:
                 (),
                 self.ranks,
             )
-        return Alert(
-            severity="critical",
-            rule="codebook-start",
-            message=f"{problem} ({finding.what or 'none in a second look'}); "
-            f"trials: {finding.trials}",
-            cause="a learning rate too high before the codebooks' start, overflow in half "
-            "precision, or broken trials",
-            remedy=f"look at these trials (b2t inspect), lower phases.{self.progress.phase}.lr, or "
-            "train in bf16",
-            step=self.progress.step,
-        )
+        return not_started_alert(finding, self.progress, str(problem))
 
     def _log(self) -> None:
         record = self.window.metrics()
@@ -612,43 +567,15 @@ class Trainer:
         window: dict[str, Any] | None,
     ) -> None:
         if self.ranks.is_main:
-            buffers = dict(self.model.named_buffers())
-            numbers, tensors = self._callback_states()
-            averages = {f"{_AVERAGE}{name}": value for name, value in self.averages.items()}
-            state = {
-                "progress": self.progress.to_dict(),
-                "engine": engine,
-                "window": window,
-                "callbacks": numbers,
-                "config": self.config.model_dump(mode="json"),
-                "deepspeed": self.ds_file.raw,
-                "world": self.ranks.world,
-                "global_batch": self.ds_file.global_batch(self.ranks.world),
-                "data_fingerprint": self.materials.info.fingerprint,
-                "versions": versions(),
-            }
             path = self.store.save(
                 self.progress.step,
-                Checkpoint({**masters, **buffers}, {**moments, **averages, **tensors}, state),
+                snapshot.take(self, masters, moments, engine, window),
                 milestone=self.progress.finished or engine is None,
             )
             if path is not None:
                 log.info("checkpoint %s", path)
         self.ranks.barrier()
         self._clock = time.perf_counter()
-
-    def _callback_states(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """States of the hooks by class name: JSON values, and tensors under `Name:key`."""
-        numbers: dict[str, Any] = {}
-        tensors: dict[str, Tensor] = {}
-        for callback in self.callbacks:
-            name = type(callback).__name__
-            for key, value in callback.state_dict().items():
-                if isinstance(value, Tensor):
-                    tensors[f"{name}:{key}"] = value
-                else:
-                    numbers.setdefault(name, {})[key] = value
-        return numbers, tensors
 
     def _save_and_leave(self) -> None:
         self.save()
@@ -671,6 +598,8 @@ class Trainer:
             try:
                 getattr(callback, name)(self, *arguments)
             except OSError as error:  # a full disk must not end the run
+                if callback.collective:
+                    raise
                 kind = type(callback).__name__
                 log_once(f"{kind}-{name}", f"{kind}: {error}; training goes on", logging.ERROR)
 

@@ -18,7 +18,8 @@ from b2t.quantize.schedules import anneal
 from b2t.records import JsonlSink, read_jsonl
 from b2t.train import checkpoint as checkpoints
 from b2t.train.build import build
-from b2t.train.callbacks import MetricsFile
+from b2t.train.callbacks import Callback, MetricsFile
+from b2t.train.monitoring import Watch
 from b2t.train.trainer import Stopped, Trainer, TrainingFailed
 from tests.train.small_runs import SMALL, zero2
 
@@ -313,6 +314,26 @@ def log_lines(monkeypatch):
             callbacks.logger(callbacks.__name__), level, lambda text, *a: said.append(text % a)
         )
     return said
+
+
+@pytest.mark.parametrize("collective", [False, True])
+def test_a_hook_that_cannot_write(start, ds_file, collective):
+    class Hook(Callback):
+        """Fails; where it meets the other ranks inside, they would wait for it."""
+
+        def on_step(self, trainer, context):
+            full()
+
+    Hook.collective = collective
+    trainer = start("run", ds_file())
+    trainer.callbacks.append(Hook())
+    if collective:
+        with pytest.raises(OSError, match="No space left"):
+            trainer.fit()
+    else:
+        trainer.fit()
+    assert trainer.progress.finished is not collective
+    assert Watch.collective and not MetricsFile.collective
 
 
 def test_a_disk_that_is_full_for_a_while(start, ds_file, orders, monkeypatch, log_lines):
