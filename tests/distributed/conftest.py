@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 from safetensors.torch import load_file
+
+from tests.distributed.ports import free_port
 
 TIMEOUT_S = 600.0
 BIN = Path(sys.executable).parent
@@ -229,12 +230,6 @@ def launch(launcher: str, ranks: int) -> list[str]:
         return [str(BIN / "accelerate"), "launch", *options]
     options = ["--log_level=error", f"--num_accelerators={ranks}", f"--master_port={port}"]
     return [str(BIN / "deepspeed"), *options]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def environment() -> dict[str, str]:

@@ -1,7 +1,6 @@
 """Norms by component under ZeRO on two ranks equal those of plain backward on all rows."""
 
 import os
-import socket
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from b2t.train.gradient_norms import GradientNorms
+from tests.distributed.ports import free_port
 
 pytestmark = pytest.mark.distributed
 PRECISIONS = {"fp32": 1e-5, "fp16": 1e-2}
@@ -84,10 +84,7 @@ def rank_main(rank, folder, port, precision, stage):
 
 @pytest.mark.parametrize(("precision", "stage"), [("fp32", 2), ("fp16", 2), ("fp16", 3)])
 def test_norms_are_unsharded_unclipped_and_unscaled(tmp_path, precision, stage):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(rank_main, (str(tmp_path), port, precision, stage), nprocs=2)
+    mp.spawn(rank_main, (str(tmp_path), free_port(), precision, stage), nprocs=2)
     model = Parts()
     model(rows()).backward()
     expected = {

@@ -17,6 +17,7 @@ from b2t.monitor.ema import EMAMonitor
 from b2t.monitor.monitors import Monitors
 from b2t.monitor.reconstruction import ReconstructionMonitor
 from b2t.quantize import ResidualVQ
+from tests.distributed.ports import free_port
 
 pytestmark = pytest.mark.distributed
 
@@ -115,13 +116,9 @@ def rank_main(rank, folder, port):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    import socket
 
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(rank_main, (str(folder), port), nprocs=2)
+    mp.spawn(rank_main, (str(folder), free_port()), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

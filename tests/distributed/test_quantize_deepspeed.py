@@ -1,13 +1,13 @@
 """The gradient rule under a real half-precision ZeRO-2 engine on two ranks."""
 
 import os
-import socket
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 
 from b2t.quantize import ResidualVQ
+from tests.distributed.ports import free_port
 
 pytestmark = pytest.mark.distributed
 
@@ -84,12 +84,6 @@ def rank_main(rank, folder, port):
         )
     torch.save(result, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_codebooks_are_the_float32_master_in_a_half_precision_engine(tmp_path):

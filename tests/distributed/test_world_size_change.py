@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.distributed.ports import free_port
 
 pytestmark = pytest.mark.distributed
 
@@ -35,9 +36,7 @@ def ds_path(ds_file, tmp_path):
 
 
 def start(world, orders, *arguments):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = []
     for rank in range(world):
         environment = {
