@@ -71,6 +71,10 @@ PEER_BEST: dict[str, Any] = {
     "rotation_trick": False,
 }
 
+# The same with its beam search in evaluation, and with its dead codes replaced.
+PEER_BEAM = PEER_BEST | {"beam_size": 1, "eval_beam_size": 16}
+PEER_REVIVAL = PEER_BEAM | {"threshold_ema_dead_code": 0.1}
+
 # As many settings each, chosen among on validation epochs.
 _SLOW = {"decay": 0.98, "revival_until": 0.7, "revival_threshold": 0.1}
 _BASE = {"decay": 0.98, "commitment": 0.1}
@@ -117,18 +121,12 @@ SEARCH_PEER: list[dict[str, Any]] = [
     PEER_BEST | {"threshold_ema_dead_code": 0.1},
     # Its beam search in training fails after its k-means start.
     PEER_BEST | {"beam_size": 1, "eval_beam_size": 8},
-    PEER_BEST | {"beam_size": 1, "eval_beam_size": 16},
-    PEER_BEST | {"beam_size": 1, "eval_beam_size": 16, "threshold_ema_dead_code": 0.1},
-    PEER_BEST | {"beam_size": 1, "eval_beam_size": 16, "commitment_weight": 0.02},
-    PEER_BEST | {"beam_size": 1, "eval_beam_size": 16, "commitment_weight": 0.1},
+    PEER_BEAM,
+    PEER_REVIVAL,
+    PEER_BEAM | {"threshold_ema_dead_code": 0.3},
+    PEER_BEAM | {"commitment_weight": 0.02},
+    PEER_BEAM | {"commitment_weight": 0.1},
     PEER_BEST | {"kmeans_init": False, "beam_size": 8, "eval_beam_size": 16},
-    PEER_BEST
-    | {
-        "kmeans_init": False,
-        "beam_size": 8,
-        "eval_beam_size": 16,
-        "threshold_ema_dead_code": 0.1,
-    },
 ]
 
 
@@ -145,7 +143,9 @@ def options_of(condition: str) -> tuple[str, dict[str, Any]]:
     if condition == "vqp":
         return "peer", {}
     if condition == "vqp-best":
-        return "peer", PEER_BEST
+        return "peer", PEER_BEAM
+    if condition == "vqp-revival":
+        return "peer", PEER_REVIVAL
     if condition == "naive":
         gradient = {"update_rule": "gradient", "codebook_gradient_scale": 1.0}
         return "ours", NAIVE | gradient | {"narrow_start": True}
@@ -159,7 +159,7 @@ def options_of(condition: str) -> tuple[str, dict[str, Any]]:
 
 
 NAIVES = ("naive", "naive-normal", "naive-ema")
-CONDITIONS = ("full", *ABLATIONS, *NAIVES, "vqp", "vqp-best", "faiss", "none")
+CONDITIONS = ("full", *ABLATIONS, *NAIVES, "vqp", "vqp-best", "vqp-revival", "faiss", "none")
 
 
 # Steps and frames in a step for each number of codes: under a minute of one core for most.

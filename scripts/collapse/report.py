@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 from collapse.conditions import NAIVES
 
 BEGIN, END = "<!-- collapse study: begin -->", "<!-- collapse study: end -->"
-MAIN = ("full", *NAIVES, "vqp", "vqp-best", "faiss", "none")
+OTHERS = ("vqp", "vqp-best", "vqp-revival", "faiss", "naive-ema")
+MAIN = ("full", *NAIVES, "vqp", "vqp-best", "vqp-revival", "faiss", "none")
 SNRS = {"snr_pooled_db": "pooled", "snr_median_db": "median", "snr_train_db": "train"}
 # Worst layer's utilization, perplexity / K mean and worst layer, dB over naive.
 TARGETS = {
@@ -117,7 +118,9 @@ def verdicts(size: str, groups: dict[str, Group]) -> str:
             gain = full[key] - float(groups[naive][key].mean())
             text = f"{SNRS[key]} SNR over {naive} ≥ +{over} dB"
             checks.append((text, gain - over, "{:+.2f} dB"))
-    others = [name for name in ("vqp", "vqp-best", "faiss", "naive-ema") if name in groups]
+    others = [
+        name for name in ("vqp", "vqp-best", "vqp-revival", "faiss", "naive-ema") if name in groups
+    ]
     for key, label in SNRS.items() if others else ():
         best = max(others, key=lambda name: float(groups[name][key].mean()))
         lead = full[key] - float(groups[best][key].mean())
