@@ -1,6 +1,5 @@
 """The comparison at the end of `make soak` sees every kind of difference."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -9,14 +8,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.script_modules import script
+
 
 @pytest.fixture
 def soak(repository, monkeypatch):
-    spec = importlib.util.spec_from_file_location("soak", repository / "scripts" / "soak.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "transcripts", lambda folder: (folder / "said").read_text())
-    return module
+    with script(repository, "soak") as module:
+        monkeypatch.setattr(module, "transcripts", lambda folder: (folder / "said").read_text())
+        yield module
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.script_modules import script
+
 FLAGSHIP = ["--kernel", "nearest_kernel", "--width", "256"]
 
 
@@ -61,16 +63,13 @@ def test_every_configuration(repository, tmp_path):
     check(compile_reports(repository, tmp_path))
 
 
-def test_the_report_finds_what_is_wrong():
+def test_the_report_finds_what_is_wrong(repository):
     """A loop is found by its branch, and a spill, an overrun or a lost tensor core is named."""
-    import importlib.util
-    from pathlib import Path
+    with script(repository, "kernel_resources") as module:
+        check_report(module)
 
-    path = Path(__file__).resolve().parents[2] / "scripts" / "kernel_resources.py"
-    spec = importlib.util.spec_from_file_location("kernel_resources", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kernel_resources"] = module
-    spec.loader.exec_module(module)
+
+def check_report(module):
     code = [
         "MOV R1, R2 @0000",
         "HMMA.16816.F32 R4, R4, R8, R4 @0010",

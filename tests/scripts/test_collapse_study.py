@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import sys
 
@@ -6,16 +5,13 @@ import numpy as np
 import pytest
 import torch
 
+from tests.script_modules import script
+
 
 @pytest.fixture(scope="module")
 def study(repository):
-    path = repository / "scripts" / "collapse_study.py"
-    spec = importlib.util.spec_from_file_location("collapse_study", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["collapse_study"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["collapse_study"]
+    with script(repository, "collapse_study") as module:
+        yield module
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """The bare loop that the trainer is timed against takes the same steps, and the sums are right."""
 
-import importlib.util
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from b2t.train.callbacks import Callback
+from tests.script_modules import script
 from tests.train.small_runs import SMALL, zero2
 
 SETTINGS = """
@@ -19,13 +18,8 @@ SETTINGS = """
 
 @pytest.fixture(scope="module")
 def bench(repository):
-    path = repository / "scripts" / "bench_overhead.py"
-    spec = importlib.util.spec_from_file_location("bench_overhead", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_overhead"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["bench_overhead"]
+    with script(repository, "bench_overhead") as module:
+        yield module
 
 
 class Losses(Callback):
