@@ -11,7 +11,7 @@ from b2t.log import log_once
 from b2t.quantize.layers import Layers
 from b2t_kernels.blocked import CentredCodes
 
-_BLOCK_SCORES = {"cpu": 1 << 21, "cuda": 1 << 25}
+_BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
 
 
 class _Book(NamedTuple):
@@ -43,8 +43,10 @@ def beam_search(layers: Layers, latents: Tensor, quantizers: int, width: int) ->
     if latents.is_cuda:
         log_once("beam", "beam search runs in torch; the Triton kernel finds single nearest codes")
     books = [_book(layers.vectors(q)) for q in range(quantizers)]
-    K = books[0].codes.shape[0]
-    rows = max(1, _BLOCK_SCORES.get(latents.device.type, 1 << 21) // (width * K))
+    K, D = books[0].codes.shape
+    # A score for each code, and two candidates in float64 for each sum kept.
+    elements = width * max(K, 4 * D)
+    rows = max(1, _BLOCK_ELEMENTS.get(latents.device.type, 1 << 21) // elements)
     return torch.cat([_search(block, books, width) for block in latents.split(rows)])
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from b2t.errors import UserError
 from b2t.quantize import ResidualVQ, beam
@@ -104,8 +105,30 @@ def test_a_frame_does_not_depend_on_those_beside_it(N, width, seed):
 def test_blocks_of_any_size_give_the_same(monkeypatch):
     x, books = random_problem(300, 3, 64, 8)
     whole = beam_search(layers_of(books), x, 3, 4)
-    monkeypatch.setitem(beam._BLOCK_SCORES, "cpu", 4 * 64 * 7)
+    monkeypatch.setitem(beam._BLOCK_ELEMENTS, "cpu", 4 * 64 * 7)
     assert torch.equal(beam_search(layers_of(books), x, 3, 4), whole)
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that an operator makes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        made = function(*arguments, **(keywords or {}))
+        for tensor in made if isinstance(made, tuple) else (made,):
+            if isinstance(tensor, torch.Tensor) and tensor._base is None:
+                self.size = max(self.size, tensor.untyped_storage().nbytes())
+        return made
+
+
+@pytest.mark.parametrize(("N", "K", "D"), [(100_000, 8, 64), (2000, 4096, 16), (3000, 64, 256)])
+def test_no_block_outgrows_its_bound(N, K, D):
+    x, books = random_problem(N, 2, K, D)
+    with Largest() as largest:
+        beam_search(layers_of(books), x, 2, 8)
+    result_and_input = max(N * 2 * 8, N * D * 4)
+    assert largest.size <= max(1.1 * 4 * (1 << 21), result_and_input)
 
 
 def test_a_common_offset_changes_nothing():
