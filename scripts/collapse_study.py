@@ -10,14 +10,15 @@ Settings are searched on a validation part of the training epochs (``--search ou
 vqp``; ``--on validation`` for any condition). Without it, runs train on all training epochs and are
 measured on held-out ones. Times are processor time of one thread.
 
-Conditions: full, the recipe; no-X, one of its features off; with-X, an option that it does not use;
-fast-decay, running averages at 0.95; more-commitment, at 0.25; late-revival, of codes under 0.1 ×
-uniform use; naive, a codebook loss on uniform codes within ±1/K (van den Oord et al. 2017, as
-commonly written), naive-normal, running averages with decay 0.99 on codes as nn.Embedding draws
-them, and naive-ema, the same on uniform codes of Kaiming's bound, all three straight through and
-nothing else; vqp, vector-quantize-pytorch at its defaults, vqp-best, at the best of its search, and
-vqp-revival, at one as good, with its dead codes replaced; faiss, residual k-means on the finished
-latents of none, encoded with the same beam; none, no quantizer.
+Conditions: full, the recipe; no-X, one of its features off; with-X, an option that it does not use,
+to be compared with no-beam, the recipe with nearest codes; fast-decay, running averages at 0.95;
+more-commitment, at 0.25; late-revival, of codes under 0.1 × uniform use; naive, a codebook loss on
+uniform codes within ±1/K (van den Oord et al. 2017, as commonly written), naive-normal, running
+averages with decay 0.99 on codes as nn.Embedding draws them, and naive-ema, the same on uniform
+codes of Kaiming's bound, all three straight through and nothing else; vqp, vector-quantize-pytorch
+at its defaults, vqp-best, at the best of its search, and vqp-revival, at one as good, with its dead
+codes replaced; faiss, residual k-means on the finished latents of none, encoded with the same beam;
+none, no quantizer.
 """
 
 import argparse

@@ -22,7 +22,8 @@ RECIPE: dict[str, Any] = BEFORE | {"commitment": 0.1, "decay": 0.98} | BEAM
 
 _REGULARIZERS = {"diversity": 0.1, "perplexity": 0.05}
 
-# Each switches one feature of the recipe off (no-) or on (with-).
+# Each switches one feature of the recipe off (no-), or one on beside nearest codes (with-), to be
+# compared with no-beam.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no-beam": {"beam_size": 1, "eval_beam_size": 1},
     "no-training-beam": {"beam_size": 1},
@@ -41,12 +42,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "with-diversity": {"diversity": 0.1},
     "with-constant-temperature": _REGULARIZERS | {"temperature": 1.0, "temperature_end": 1.0},
     "with-frame-revival": {"revival": "frames"},
-    "with-sampling": {
-        "stochastic_sample_codes": True,
-        "temperature": 0.5,
-        "temperature_end": 0.02,
-        "beam_size": 1,
-    },
+    "with-sampling": {"stochastic_sample_codes": True, "temperature": 0.5, "temperature_end": 0.02},
     "with-cosine": {"use_cosine_sim": True},
     "with-dropout": {"quantize_dropout": True},
     "with-shared": {"shared_codebook": True},
@@ -130,11 +126,14 @@ SEARCH_PEER: list[dict[str, Any]] = [
 ]
 
 
-# A start from 16 frames a code and 10 Lloyd steps would take longer than the training here.
-BY_CODES: dict[int, dict[str, Any]] = {8192: {"frames_per_code": 4, "kmeans_iters": 4}}
+# 8192 codes have few frames each: the recipe holds the latents closer. Chosen on validation epochs.
+RECIPE_BY_CODES: dict[int, dict[str, Any]] = {8192: {"commitment": 0.5}}
+
+# What naive runs were given there; they start from random codes and make no use of it.
+NAIVE_BY_CODES: dict[int, dict[str, Any]] = {8192: {"frames_per_code": 4, "kmeans_iters": 4}}
 
 
-def options_of(condition: str) -> tuple[str, dict[str, Any]]:
+def options_of(condition: str, codes: int) -> tuple[str, dict[str, Any]]:
     """Kind of quantizer (ours, peer, faiss, none) and its options."""
     if condition == "none":
         return condition, {}
@@ -146,16 +145,20 @@ def options_of(condition: str) -> tuple[str, dict[str, Any]]:
         return "peer", PEER_BEAM
     if condition == "vqp-revival":
         return "peer", PEER_REVIVAL
+    naive = NAIVE | NAIVE_BY_CODES.get(codes, {})
+    recipe = RECIPE | RECIPE_BY_CODES.get(codes, {})
     if condition == "naive":
         gradient = {"update_rule": "gradient", "codebook_gradient_scale": 1.0}
-        return "ours", NAIVE | gradient | {"narrow_start": True}
+        return "ours", naive | gradient | {"narrow_start": True}
     if condition == "naive-normal":
-        return "ours", NAIVE | {"decay": 0.99, "normal_start": True}
+        return "ours", naive | {"decay": 0.99, "normal_start": True}
     if condition == "naive-ema":
-        return "ours", NAIVE | {"decay": 0.99}
+        return "ours", naive | {"decay": 0.99}
     if condition == "full":
-        return "ours", RECIPE
-    return "ours", RECIPE | ABLATIONS[condition]
+        return "ours", recipe
+    if condition.startswith("with-"):
+        recipe = {name: value for name, value in recipe.items() if name not in BEAM}
+    return "ours", recipe | ABLATIONS[condition]
 
 
 NAIVES = ("naive", "naive-normal", "naive-ema")
@@ -209,9 +212,7 @@ def plan_of(data: str, size: str, condition: str, seed: int, on: str) -> Plan:
     codes = int(size.split("x")[1])
     steps, frames = BUDGET.get(codes, BUDGET[1024])
     settings = searched("ours") | searched("vqp")
-    kind, options = settings.get(condition) or options_of(condition)
-    if kind == "ours":
-        options = options | BY_CODES.get(codes, {})
+    kind, options = settings.get(condition) or options_of(condition, codes)
     return Plan(data, size, condition, seed, on, steps, frames, kind, options)
 
 
