@@ -16,9 +16,9 @@ more-commitment, at 0.25; late-revival, of codes under 0.1 × uniform use; naive
 uniform codes within ±1/K (van den Oord et al. 2017, as commonly written), naive-normal, running
 averages with decay 0.99 on codes as nn.Embedding draws them, and naive-ema, the same on uniform
 codes of Kaiming's bound, all three straight through and nothing else; vqp, vector-quantize-pytorch
-at its defaults, vqp-best, at the best of its search, and vqp-revival, at one as good, with its dead
-codes replaced; faiss, residual k-means on the finished latents of none, encoded with the same beam;
-none, no quantizer.
+at its defaults, vqp-best, at the best of its search, vqp-revival, at one as good, with its dead
+codes replaced, and vqp-nearest, at the best without its beam; faiss, residual k-means on the
+finished latents of none, encoded with the same beam; none, no quantizer.
 """
 
 import argparse

@@ -10,11 +10,11 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from collapse.conditions import NAIVES
+from collapse.conditions import NAIVES, PEERS
 
 BEGIN, END = "<!-- collapse study: begin -->", "<!-- collapse study: end -->"
-OTHERS = ("vqp", "vqp-best", "vqp-revival", "faiss", "naive-ema")
-MAIN = ("full", *NAIVES, "vqp", "vqp-best", "vqp-revival", "faiss", "none")
+OTHERS = (*PEERS, "faiss", "naive-ema")
+MAIN = ("full", *NAIVES, *PEERS, "faiss", "none")
 SNRS = {"snr_pooled_db": "pooled", "snr_median_db": "median", "snr_train_db": "train"}
 # Worst layer's utilization, perplexity / K mean and worst layer, dB over naive.
 TARGETS = {
@@ -118,9 +118,7 @@ def verdicts(size: str, groups: dict[str, Group]) -> str:
             gain = full[key] - float(groups[naive][key].mean())
             text = f"{SNRS[key]} SNR over {naive} ≥ +{over} dB"
             checks.append((text, gain - over, "{:+.2f} dB"))
-    others = [
-        name for name in ("vqp", "vqp-best", "vqp-revival", "faiss", "naive-ema") if name in groups
-    ]
+    others = [name for name in OTHERS if name in groups]
     for key, label in SNRS.items() if others else ():
         best = max(others, key=lambda name: float(groups[name][key].mean()))
         lead = full[key] - float(groups[best][key].mean())
