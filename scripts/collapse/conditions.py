@@ -16,8 +16,8 @@ BEFORE: dict[str, Any] = {
 
 BEAM = {"beam_size": 8, "eval_beam_size": 16}
 
-# On validation epochs within 0.03 dB of the best mean of the three SNRs among settings that reach the
-# targets of use; decay and revival are the quantizer's defaults.
+# On validation epochs within 0.03 dB of the best mean of the three SNRs among settings that reach
+# the targets of use; decay and revival are the quantizer's defaults.
 RECIPE: dict[str, Any] = BEFORE | {"commitment": 0.1, "decay": 0.98} | BEAM
 
 _REGULARIZERS = {"diversity": 0.1, "perplexity": 0.05}
