@@ -237,7 +237,7 @@ class ResidualVQ(nn.Module):
 
     def _active_layers(self) -> int:
         """Layers of this step: all of them, or a number drawn from (seed, update)."""
-        if not (self.training and self.quantize_dropout):
+        if not self.quantize_dropout:
             return self.num_quantizers
         seed = signed64(int(self.codebooks.seed) * 7_919 + int(self.codebooks.updates))
         low = self.quantize_dropout_cutoff_index + 1
@@ -281,7 +281,9 @@ class ResidualVQ(nn.Module):
             return self._pass_through(x, rows, latents, nonfinite, losses)
         layers = self._layers(self.codebooks.value(self.codebook_gradient_scale))
         hashes, keep = self._draw(latents, rows, ids)
-        walk = self._walk(layers, latents.detach(), hashes, sums=self.training, keep=keep)
+        walk = self._walk(
+            layers, latents.detach(), hashes, self.training, keep, training=self.training
+        )
         stats = self._statistics(walk, nonfinite, hashes, keep)
         # Backward goes the other way round: commitment frees its errors before usage takes memory.
         regularizers = self._regularizers(
@@ -312,12 +314,14 @@ class ResidualVQ(nn.Module):
         hashes: Tensor | None = None,
         sums: bool = False,
         keep: Tensor | None = None,
+        *,
+        training: bool,
     ) -> Walk:
         """Walk the layers of this step, by beam, nearest code or draw."""
-        active = self._active_layers()
-        width = self.beam_size if self.training else self.eval_beam_size
+        active = self._active_layers() if training else self.num_quantizers
+        width = self.beam_size if training else self.eval_beam_size
         codes = beam_search(layers, latents, active, width) if width > 1 else None
-        draws = self.training and self.stochastic_sample_codes
+        draws = training and self.stochastic_sample_codes
         return layers.walk(latents, active, hashes if draws else None, sums, keep, codes)
 
     def _valid_latents(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -474,7 +478,7 @@ class ResidualVQ(nn.Module):
             return SoftUsage(latents.new_zeros(self.num_quantizers, self.codebook_size), frames)
         layers = self._layers(self.codebooks.value())
         hashes = self._draw(latents, rows, ids)[0] if self.stochastic_sample_codes else None
-        walk = self._walk(layers, latents, hashes)
+        walk = self._walk(layers, latents, hashes, training=self.training)
         frames[: walk.layers] = latents.shape[0]
         return SoftUsage(layers.soft_sums(latents, walk), frames)
 
@@ -504,10 +508,7 @@ class ResidualVQ(nn.Module):
         """Codes [B, P, Q] int64 of latents ``x`` [B, P, dim], as in evaluation, all layers."""
         self._require_start("encode")
         rows, latents, _ = self._valid_latents(x, mask)
-        layers, codes = self._layers(self.codebooks.value()), None
-        if self.eval_beam_size > 1:
-            codes = beam_search(layers, latents, self.num_quantizers, self.eval_beam_size)
-        walk = layers.walk(latents, codes=codes)
+        walk = self._walk(self._layers(self.codebooks.value()), latents, training=False)
         return self._scatter(walk.codes, rows, x, -1)
 
     @torch.no_grad()

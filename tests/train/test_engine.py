@@ -121,6 +121,12 @@ def differing(left: dict, right: dict) -> list[str]:
     return [name for name in left if not torch.equal(left[name], right[name])]
 
 
+def same_weights(engine, plain):
+    trained = engine.collect_masters()
+    for name, expected in plain.named_parameters():
+        torch.testing.assert_close(trained[name], expected.detach(), rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_groups_cover_every_trained_parameter_once():
     model = Toy()
     model.freeze(["adapter"])
@@ -158,9 +164,7 @@ def test_equals_plain_adamw_with_clipping(ds_file):
             (plain(batch(2 * step + micro)) / 2).backward()
         nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
         optimizer.step()
-    trained = engine.collect_masters()
-    for name, expected in plain.named_parameters():
-        torch.testing.assert_close(trained[name], expected.detach(), rtol=1e-4, atol=1e-6, msg=name)
+    same_weights(engine, plain)
     engine.close()
 
 
@@ -331,9 +335,7 @@ def test_no_gradient_is_a_gradient_of_zero(ds_file):
             (plain(x, adapted[micro]) / 2).backward()
         nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
         optimizer.step()
-    trained = engine.collect_masters()
-    for name, expected in plain.named_parameters():
-        torch.testing.assert_close(trained[name], expected.detach(), rtol=1e-4, atol=1e-6, msg=name)
+    same_weights(engine, plain)
     engine.close()
 
 
