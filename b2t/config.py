@@ -381,9 +381,9 @@ class EvaluationConfig(Section):
     every: PositiveInt = 500
     """Applied steps between validations; one more runs at the end of each phase."""
     max_trials: PositiveInt | None = None
-    """Validation trials at most (the first by row), null means all."""
+    """Validation trials at most, spread evenly over the sessions; null means all."""
     decode_trials: Annotated[int, Field(ge=0)] = 256
-    """Trials decoded freely after each phase."""
+    """Trials decoded freely after each phase, spread evenly over the sessions."""
     batch_size: PositiveInt = 16
     """Trials per rank and forward."""
     max_new_tokens: PositiveInt = 128

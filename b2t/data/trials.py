@@ -97,6 +97,53 @@ def require_finite(signal: np.ndarray, name: str) -> None:
         )
 
 
+def spread_over_sessions(dataset: Dataset, limit: int) -> list[int]:
+    """Choose ``limit`` rows, spread evenly over the sessions and over each session's rows.
+
+    Sessions give equally many, give or take one; short ones give all that they have. Where fewer
+    rows are chosen than there are sessions, every so many sessions give one.
+
+    Args:
+        dataset: trials; signals are not read.
+        limit: rows to choose; all of them where there are no more.
+
+    Returns:
+        Row indices, ascending, always the same.
+    """
+    if limit >= len(dataset):
+        return list(range(len(dataset)))
+    sessions: dict[str, list[int]] = {}
+    column = dataset.select_columns(["session"]).with_format("arrow")[:]["session"]
+    for row, session in enumerate(column.to_pylist()):
+        sessions.setdefault(session, []).append(row)
+    groups = list(sessions.values())
+    shares = _even_shares(np.array([len(rows) for rows in groups]), limit)
+    return sorted(
+        rows[place]
+        for rows, share in zip(groups, shares, strict=True)
+        for place in _evenly_spaced(len(rows), share)
+    )
+
+
+def _even_shares(sizes: np.ndarray, total: int) -> list[int]:
+    """Deal ``total`` to groups of these ``sizes`` as evenly as the smaller ones allow."""
+    shares = np.zeros_like(sizes)
+    while total:
+        open_ = np.flatnonzero(shares < sizes)
+        if total < len(open_):
+            shares[open_[_evenly_spaced(len(open_), total)]] += 1
+            break
+        each = min(total // len(open_), int((sizes - shares)[open_].min()))
+        shares[open_] += each
+        total -= each * len(open_)
+    return shares.tolist()
+
+
+def _evenly_spaced(count: int, chosen: int) -> np.ndarray:
+    """Return the middles of ``chosen`` equal stretches of ``count`` places."""
+    return (2 * np.arange(chosen) + 1) * count // (2 * max(1, chosen))
+
+
 class Fingerprint:
     """A hash of trials' content: the same after every preparation of the same data."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from b2t.data.batches import Batch, eval_batches
+from b2t.data.trials import spread_over_sessions
 from b2t.evaluate import usage
 from b2t.evaluate.evaluation import evaluate_model
 from b2t.log import logger
@@ -28,10 +29,10 @@ _NORMALISER = {
 
 
 def validation_batches(trainer: Trainer, limit: int | None) -> Iterator[Batch]:
-    """Return a rank's share of the validation trials (the first `limit` rows of the split)."""
+    """Return a rank's share of the validation trials (`limit` of them, from all sessions)."""
     dataset = trainer.materials.validation
-    if limit is not None and limit < len(dataset):
-        dataset = dataset.select(range(limit))
+    if limit is not None:
+        dataset = dataset.select(spread_over_sessions(dataset, limit))
     return eval_batches(
         dataset,
         trainer.materials.tokenizer,
