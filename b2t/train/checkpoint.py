@@ -74,7 +74,7 @@ class CheckpointStore:
         Args:
             step: applied steps of the run.
             checkpoint: what to write.
-            milestone: never to be removed, as the end of a phase.
+            milestone: never to be removed, as the end of a phase; so is what replaces one.
         """
         target = self.folder / f"{_PREFIX}{step:08d}"
         partial = self.folder / f"{_PARTIAL}{target.name}"
@@ -82,7 +82,7 @@ class CheckpointStore:
         try:
             self._clear_unfinished()
             partial.mkdir(parents=True)
-            if milestone:
+            if milestone or (target / KEEP).exists():
                 (partial / KEEP).touch()
             _write(partial, checkpoint)
             if target.exists():
