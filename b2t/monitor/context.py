@@ -19,7 +19,7 @@ class StepContext:
         phase: name of the phase.
         losses: global means of this step, 0-d, by name (`total`, `reconstruction` …), unweighted
             except `total`.
-        weights: weight of each loss in the total.
+        weights: weight of each loss in the total; 1 where none is named, as for the codebook loss.
         counts: [Q, K] frames per code, summed over micro-batches and ranks; None without a
             quantizer or before the codebooks are initialized.
         update_report: what `ResidualVQ.update` returned, None where it was not called.

@@ -168,7 +168,7 @@ class TrainingMonitor:
         for name, slope in zip(self._names, _slopes(ring).tolist(), strict=True):
             if math.isfinite(slope) and mean[name]:
                 found[f"loss_trend/{name}"] = slope / abs(mean[name])
-        parts = {n: self._weights.get(n, 0.0) * v for n, v in mean.items() if n != "total"}
+        parts = {n: self._weights.get(n, 1.0) * v for n, v in mean.items() if n != "total"}
         total = sum(parts.values())
         if total:
             found.update({f"loss_share/{n}": part / total for n, part in parts.items()})

@@ -50,6 +50,19 @@ def test_the_codebook_loss_belongs_to_the_quantizer():
     assert found["loss/vq_ratio"] == pytest.approx(expected)
 
 
+def test_the_codebook_loss_has_its_share():
+    """The gradient rule adds it to the total with weight 1; no configuration names it."""
+    losses = {"reconstruction": 2.0, "commitment": 5.0, "codebook": 3.0}
+    losses = {name: torch.tensor(value) for name, value in losses.items()}
+    losses["total"] = 0.5 * losses["reconstruction"] + 0.2 * losses["commitment"] + 3.0
+    one = StepContext(step=1, phase="p", losses=losses, weights=WEIGHTS)
+    found = run(TrainingMonitor(), [one]).metrics()
+    shares = {n.split("/")[1]: v for n, v in found.items() if n.startswith("loss_share/")}
+    assert shares == pytest.approx({"reconstruction": 0.2, "commitment": 0.2, "codebook": 0.6})
+    found = run(TrainingMonitor(), [StepContext(1, "p", losses, {"codebook": 0.0})]).metrics()
+    assert found["loss_share/codebook"] == 0.0, "unless its weight is named"
+
+
 def test_gradient_norms_are_those_of_the_last_step():
     norms = {"encoder": torch.tensor(2.0), "global": 3.5}
     found = run(TrainingMonitor(), [context(1), context(2, grad_norms=norms)]).metrics()
