@@ -228,6 +228,7 @@ class BrainToText(PreTrainedModel):
             usage=usage,
             micro_batches=micro_batches,
             ids=None if row_ids is None else frame_ids(row_ids, latents.shape[1]),
+            across_ranks=self.training,
         )
         return Encoded(latents, out.quantized, out.codes, mask, dict(out.losses), out.stats)
 

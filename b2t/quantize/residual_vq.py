@@ -257,11 +257,12 @@ class ResidualVQ(nn.Module):
         usage: SoftUsage | None = None,
         micro_batches: int = 1,
         ids: Tensor | None = None,
+        across_ranks: bool | None = None,
     ) -> RVQOutput:
         """Quantize latents.
 
-        In training with ``diversity`` or ``perplexity`` and without ``usage``, one all-reduce runs
-        over ``group``; every rank must call, also with no valid frame.
+        ``across_ranks`` with ``diversity`` or ``perplexity`` and without ``usage``, one all-reduce
+        runs over ``group``; every rank must call, also with no valid frame.
 
         Args:
             x: [B, P, dim] (any leading axes).
@@ -275,6 +276,9 @@ class ResidualVQ(nn.Module):
             micro_batches: forwards of this step on each rank; needed with ``usage``.
             ids: [B, P] int64, what each frame is (`b2t.quantize.frame_hash.frame_ids`): what is
                 drawn at random then depends on no rounding. None draws by the frames' values.
+            across_ranks: whether the two regularisers are those of all ranks' frames, as what
+                trains the latents needs, also where the quantizer itself is frozen. None means in
+                training mode.
         """
         rows, latents, nonfinite = self._valid_latents(x, mask)
         if not self.initialized:
@@ -286,8 +290,9 @@ class ResidualVQ(nn.Module):
         )
         stats = self._statistics(walk, nonfinite, hashes, keep)
         # Backward goes the other way round: commitment frees its errors before usage takes memory.
+        reduce = self.training if across_ranks is None else across_ranks
         regularizers = self._regularizers(
-            latents, layers, walk, losses, group, usage, micro_batches
+            latents, layers, walk, losses, group, usage, micro_batches, reduce
         )
         z = layers.sum_codes(walk.codes)
         terms = self._losses(latents, z, layers, walk, stats, losses, frames) | regularizers
@@ -450,6 +455,7 @@ class ResidualVQ(nn.Module):
         group: ProcessGroup | None,
         usage: SoftUsage | None,
         micro_batches: int,
+        reduce: bool,
     ) -> dict[str, Tensor]:
         wanted = [name for name in ("diversity", "perplexity") if name in names]
         if not wanted:
@@ -457,7 +463,7 @@ class ResidualVQ(nn.Module):
         local = layers.soft_sums(latents, walk)
         frames = torch.zeros_like(walk.counts[:, 0])
         frames[: walk.layers] = latents.shape[0]
-        mean = global_usage(local, frames, group, usage, micro_batches, reduce=self.training)
+        mean = global_usage(local, frames, group, usage, micro_batches, reduce)
         of = {"diversity": diversity_loss, "perplexity": perplexity_loss}
         return {name: of[name](mean[: walk.layers]) for name in wanted}
 

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from b2t.data.batches import Batch
+from b2t.model import BrainToText, BrainToTextConfig
 from b2t.quantize import ResidualVQ
 
 pytestmark = pytest.mark.distributed
@@ -95,6 +97,62 @@ def losses_and_gradients(rank, world, micro_batches=1, **options):
     }
 
 
+def frozen_quantizer(rank, world, micro_batches):
+    """What an encoder learns from the regularisers of codebooks that its phase has frozen."""
+    torch.manual_seed(0)
+    quantizer = {"codebook_size": 8, "num_quantizers": 2, "kmeans_init": False}
+    model = BrainToText(
+        BrainToTextConfig(
+            channels=6,
+            sessions=["a"],
+            encoder={
+                "patch_size": 1, "patch_stride": 1, "dim": 8, "depth": 1, "heads": 2, "dropout": 0,
+            },
+            quantizer=quantizer,
+            signal_decoder={"depth": 1, "heads": 2},
+            text_decoder={"enabled": False},
+        )
+    )  # fmt: skip
+    model.freeze(["quantizer"])
+    model.train()
+    signal, mask = (share(t, rank, world) for t in latents(3))
+    batches = [
+        as_batch(s, m)
+        for s, m in zip(*(t.chunk(micro_batches) for t in (signal, mask)), strict=True)
+    ]
+    usage = None
+    if micro_batches > 1:
+        with torch.no_grad():
+            pairs = [model.latents(b.signal, b.signal_mask, b.session) for b in batches]
+            usage = sum(model.quantizer.soft_usage(*pair) for pair in pairs).all_reduce()
+    values = []
+    for batch in batches:
+        out = model(
+            batch,
+            weights={"diversity": 1.0, "perplexity": 1.0},
+            usage=usage,
+            micro_batches=micro_batches,
+        )
+        (out.loss / micro_batches / world).backward()
+        values.append([out.losses[name].detach() for name in ("diversity", "perplexity")])
+    return torch.tensor(values), model.encoder.embed.weight.grad.clone()
+
+
+def as_batch(signal, mask):
+    rows, nothing = len(signal), torch.zeros(len(signal), dtype=torch.int64)
+    return Batch(
+        signal=signal,
+        target=signal,
+        signal_mask=mask,
+        session=nothing,
+        tokens=torch.full((rows, 1), -100),
+        phonemes=nothing[:, None],
+        phoneme_lengths=nothing,
+        rows=[f"a/0/{row}" for row in range(rows)],
+        texts=[None] * rows,
+    )
+
+
 def one_rank_masked(rank, world):
     quantizer = build(revival_every=1, kmeans_init=False)
     for step in range(3):
@@ -125,6 +183,8 @@ def everything(rank, world):
         "losses": losses_and_gradients(rank, world),
         "losses_gradient_rule": losses_and_gradients(rank, world, update_rule="gradient"),
         "losses_micro": losses_and_gradients(rank, world, micro_batches=2),
+        "frozen": frozen_quantizer(rank, world, micro_batches=1),
+        "frozen_micro": frozen_quantizer(rank, world, micro_batches=2),
         "masked": one_rank_masked(rank, world),
         "no_frames": one_rank_without_frames_at_the_start(rank, world),
         "built_before": built_before,
@@ -208,6 +268,17 @@ def test_micro_batches_on_two_ranks_are_those_of_one_batch(results):
             torch.testing.assert_close(found, single["losses"]["losses"][name])
     grad = torch.cat([rank["losses_micro"]["grad"] for rank in ranks])
     torch.testing.assert_close(grad, single["losses"]["grad"], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", ["frozen", "frozen_micro"])
+def test_an_encoder_before_frozen_codebooks_learns_on_two_ranks_as_on_one(results, case):
+    ranks, single = results
+    values, gradient = single["frozen"]
+    assert gradient.abs().max() > 1e-4
+    for rank in ranks:
+        torch.testing.assert_close(rank[case][0], values.expand_as(rank[case][0]))
+    found = sum(rank[case][1] for rank in ranks)
+    torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_a_rank_with_every_frame_masked_takes_part(results):
