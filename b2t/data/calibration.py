@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 
 from b2t.data.articulation import BIN_SECONDS
-from b2t.data.grammar import draw_sentences, load_grammar
+from b2t.data.sentence_source import load_source
 from b2t.data.simulate import Block, SimulationConfig, Simulator
 from b2t.errors import UserError
 
@@ -158,9 +158,8 @@ def simulated_recording(config: SimulationConfig, bins: int) -> Recording:
 
 
 def _one_block(config: SimulationConfig) -> Block:
-    texts = draw_sentences(
-        load_grammar(config.vocabulary), config.block_trials, np.random.default_rng(config.seed)
-    )
+    rng = np.random.default_rng(config.seed)
+    texts = load_source(config.vocabulary).draw_different(config.block_trials, rng)
     return Block(0, 1, "train", tuple(texts))
 
 

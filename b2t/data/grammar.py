@@ -13,8 +13,8 @@ import numpy as np
 
 from b2t.errors import UserError
 
-VOCABULARIES = (50, 1000)
-"""Sizes of vocabulary to choose from (the second is nominal)."""
+GRAMMARS = (50, 1000)
+"""Sizes of vocabulary that there is a grammar of (the second is nominal)."""
 
 _FUNCTION_WORDS = "a an the my your our their his her some to of i you we they is are do not and"
 _REPEATABLE = frozenset(_FUNCTION_WORDS.split())
@@ -68,6 +68,28 @@ class Grammar:
             if self.words[0] <= len(words) <= self.words[1] and len(set(content)) == len(content):
                 return _written(words, tokens[-1] if tokens[-1] == "?" else ".")
 
+    def draw_different(self, count: int, rng: np.random.Generator) -> list[str]:
+        """Draw ``count`` sentences, no two with the same words.
+
+        Raises:
+            UserError: the grammar does not yield that many.
+        """
+        seen: dict[str, str] = {}
+        for _ in range(_ATTEMPTS):
+            for _ in range(count):
+                text = self.draw(rng)
+                seen.setdefault(text.rstrip(".?").lower(), text)
+                if len(seen) == count:
+                    return list(seen.values())
+        raise UserError(
+            f"asked for {count} different sentences, the grammar gave {len(seen)} in "
+            f"{_ATTEMPTS * count} draws: ask for fewer trials or a larger --vocabulary"
+        )
+
+    def origin(self) -> dict[str, str | int]:
+        """Empty: the size of its vocabulary names a grammar."""
+        return {}
+
     def _expand(self, symbol: str, rng: np.random.Generator) -> list[str]:
         if symbol not in self.rules:
             return [symbol]
@@ -86,33 +108,6 @@ def _written(words: list[str], mark: str) -> str:
 
 
 def load_grammar(vocabulary: int) -> Grammar:
-    """The grammar of a vocabulary of 50 or (about) 1,000 words.
-
-    Raises:
-        UserError: there is no grammar of that size.
-    """
-    if vocabulary not in VOCABULARIES:
-        raise UserError(
-            f"unknown vocabulary {vocabulary}: expected one of {', '.join(map(str, VOCABULARIES))}"
-        )
+    """The grammar of a vocabulary of 50 or (about) 1,000 words, see `GRAMMARS`."""
     text = files("b2t.data").joinpath("grammars", f"english_{vocabulary}.txt").read_text("utf-8")
     return Grammar.parse(text, (3, 7) if vocabulary == 50 else (3, 12))
-
-
-def draw_sentences(grammar: Grammar, count: int, rng: np.random.Generator) -> list[str]:
-    """Draw ``count`` sentences, no two with the same words.
-
-    Raises:
-        UserError: the grammar does not yield that many.
-    """
-    seen: dict[str, str] = {}
-    for _ in range(_ATTEMPTS):
-        for _ in range(count):
-            text = grammar.draw(rng)
-            seen.setdefault(text.rstrip(".?").lower(), text)
-            if len(seen) == count:
-                return list(seen.values())
-    raise UserError(
-        f"asked for {count} different sentences, the grammar gave {len(seen)} in "
-        f"{_ATTEMPTS * count} draws: ask for fewer trials or a larger --vocabulary"
-    )

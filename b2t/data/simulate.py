@@ -1,9 +1,9 @@
 """Simulated recordings of attempted speech in the layout of the Brain-to-Text '25 release.
 
 Written are ``<out>/hdf5_data_final/t15.YYYY.MM.DD/data_{train,val,test}.hdf5`` and, beside them,
-``<out>/simulation.json`` with every parameter. Sentences come from a grammar, their movements from
-`b2t.data.articulation`, the neural activity from `b2t.data.population`. Every file carries the
-attribute ``simulated``.
+``<out>/simulation.json`` with every parameter. Sentences come from `b2t.data.sentence_source`,
+their movements from `b2t.data.articulation`, the neural activity from `b2t.data.population`. Every
+file carries the attribute ``simulated``.
 """
 
 import json
@@ -22,7 +22,6 @@ import numpy as np
 
 from b2t import __version__
 from b2t.data.articulation import BIN_SECONDS, Utterance, movements, time_sentence
-from b2t.data.grammar import draw_sentences, load_grammar
 from b2t.data.population import (
     ARRAYS,
     Population,
@@ -35,11 +34,10 @@ from b2t.data.population import (
     regressors,
     spike_power,
 )
+from b2t.data.sentence_source import LABEL_LENGTH, load_source
 from b2t.errors import UserError
 
 SPLITS = ("train", "val", "test")
-LABEL_LENGTH = 500
-"""Length to which the release pads class ids and character codes."""
 
 _FOLDER = "hdf5_data_final"
 _RECORD = "simulation.json"
@@ -59,7 +57,7 @@ class SimulationConfig:
         trials: trials of the train, val and test split, over all sessions.
         electrodes: electrodes; each gives two features (crossings, power). A multiple of 4.
         select_from: draw so many electrodes and record the best tuned; None = draw `electrodes`.
-        vocabulary: 50 or 1000 words.
+        vocabulary: 50 or 1000 words, "everyday", or a file with one sentence per line.
         seed: seed of everything random.
         speaking_rate: attempted words a minute, at the word length of ordinary English.
         variability: standard deviation of articulator targets between attempts at a phone.
@@ -72,7 +70,7 @@ class SimulationConfig:
     trials: tuple[int, int, int] = (2000, 200, 200)
     electrodes: int = 256
     select_from: int | None = None
-    vocabulary: int = 50
+    vocabulary: int | str | Path = 50
     seed: int = 0
     speaking_rate: float = 60.0
     variability: float = 0.05
@@ -193,8 +191,8 @@ class Simulator:
     def _scale(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the regressors over reference sentences, each [X]."""
         rng = self.config.rng(_REFERENCE)
-        grammar = load_grammar(self.config.vocabulary)
-        texts = [grammar.draw(rng) for _ in range(_REFERENCE_SENTENCES)]
+        source = load_source(self.config.vocabulary)
+        texts = [source.draw(rng) for _ in range(_REFERENCE_SENTENCES)]
         timed = [time_sentence(text, self.config.speaking_rate, rng) for text in texts]
         moved = regressors(movements(timed, self.config.variability, rng))
         return moved.mean(axis=0), moved.std(axis=0)
@@ -233,8 +231,8 @@ class Simulator:
 
 def plan_blocks(config: SimulationConfig) -> list[Block]:
     """Divide different sentences over sessions, splits and blocks; no sentence comes twice."""
-    grammar = load_grammar(config.vocabulary)
-    texts = deque(draw_sentences(grammar, sum(config.trials), config.rng(_SENTENCES)))
+    source = load_source(config.vocabulary)
+    texts = deque(source.draw_different(sum(config.trials), config.rng(_SENTENCES)))
     blocks = []
     for session in range(config.sessions):
         number = 0
@@ -265,7 +263,7 @@ def simulate(
         The folder ``<out>/hdf5_data_final``.
 
     Raises:
-        UserError: ``out`` already holds data, or the grammar has too few sentences.
+        UserError: ``out`` already holds data, or there are too few sentences.
     """
     if jobs < 1:
         raise UserError(f"cannot simulate with {jobs} jobs: at least 1 is needed")
@@ -290,10 +288,16 @@ def simulate(
 
 def describe(simulator: Simulator, blocks: list[Block]) -> dict:
     """Every parameter of a simulation, as written to ``simulation.json``."""
+    config = asdict(simulator.config)
+    origin = load_source(simulator.config.vocabulary).origin()
+    if isinstance(simulator.config.vocabulary, Path):
+        # The folders of one machine say nothing on another.
+        config["vocabulary"] = simulator.config.vocabulary.name
     return {
         "simulated": True,
         "generator": f"b2t simulate {__version__}",
-        "config": asdict(simulator.config),
+        "config": config,
+        **({"sentences": origin} if origin else {}),
         "bin_seconds": BIN_SECONDS,
         "transform": "log(1 + x) of crossings and of power, z-scored per block",
         "arrays": list(ARRAYS),

@@ -21,6 +21,8 @@ examples:
       a small array of well-tuned electrodes, decodable in minutes on a CPU
   b2t simulate data/large --vocabulary 1000 --sessions 45 --trials 8000 1400 1400 --jobs 16
       as large as the real release
+  b2t simulate data/everyday --vocabulary everyday
+      sentences as people say them, 450 words, no grammar; --sentences FILE takes yours instead
   b2t simulate --compare t15.2023.08.13/data_train.hdf5
       firing rates, Fano factor, autocorrelation … of a real recording beside the simulation's
 """
@@ -58,8 +60,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--block-trials", type=int, default=50, metavar="N", help="trials in a block (default: 50)"
     )
     speech = parser.add_argument_group("speech")
-    speech.add_argument(
-        "--vocabulary", type=int, default=50, metavar="50|1000", help="words (default: 50)"
+    source = speech.add_mutually_exclusive_group()
+    source.add_argument(
+        "--vocabulary",
+        type=_vocabulary,
+        metavar="50|1000|everyday",
+        help="sentences of a grammar of 50 or 1,000 words, or everyday English that follows no "
+        "grammar (default: 50)",
+    )
+    source.add_argument(
+        "--sentences",
+        type=Path,
+        metavar="FILE",
+        help="draw from the sentences of a text file, one per line; each is used once at most",
     )
     speech.add_argument(
         "--speaking-rate",
@@ -121,6 +134,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _vocabulary(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
 def run(args: argparse.Namespace) -> int:
     """Simulate, or compare."""
     if args.compare is not None:
@@ -133,9 +150,16 @@ def run(args: argparse.Namespace) -> int:
 def _simulate(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from b2t.data.sentence_source import SentenceList, load_source
     from b2t.data.simulate import simulate
 
     config = _config(args)
+    source = load_source(config.vocabulary)
+    if isinstance(source, SentenceList) and source.repeated:
+        total = len(source.texts) + source.repeated
+        print(
+            f"{source.name}: {total} sentences, {source.repeated} dropped (words of an earlier one)"
+        )
     with tqdm(total=sum(config.trials), unit="trial", desc="simulating", smoothing=0.05) as bar:
         folder = simulate(
             config, args.out, jobs=_jobs(args.jobs), force=args.force, progress=bar.update
@@ -179,7 +203,7 @@ def _config(args: argparse.Namespace):
         trials=tuple(args.trials),
         electrodes=args.electrodes,
         select_from=args.select_from,
-        vocabulary=args.vocabulary,
+        vocabulary=_source(args),
         seed=args.seed,
         speaking_rate=args.speaking_rate,
         variability=args.variability,
@@ -187,6 +211,13 @@ def _config(args: argparse.Namespace):
         labelled_test=not args.unlabelled_test,
         population=population,
     )
+
+
+def _source(args: argparse.Namespace) -> int | str | Path:
+    if args.sentences is not None:
+        return args.sentences
+    # No default in argparse: one equal to the value given would hide that both options were.
+    return 50 if args.vocabulary is None else args.vocabulary
 
 
 def _jobs(asked: int) -> int:

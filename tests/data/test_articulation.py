@@ -10,7 +10,7 @@ from b2t.data.articulation import (
     movements,
     time_sentence,
 )
-from b2t.data.grammar import draw_sentences, load_grammar
+from b2t.data.grammar import load_grammar
 from b2t.data.phonemes import PHONEMES, SIL, to_ids
 
 
@@ -38,7 +38,7 @@ def test_every_phone_has_a_duration():
 @pytest.mark.parametrize("rate", [30.0, 60.0, 120.0])
 def test_speaking_rate(rate):
     rng = np.random.default_rng(0)
-    texts = draw_sentences(load_grammar(1000), 400, rng)
+    texts = load_grammar(1000).draw_different(400, rng)
     timed = [time_sentence(text, rate, rng) for text in texts]
     minutes = sum(item.bins[1:-1].sum() for item in timed) * BIN_SECONDS / 60
     words = sum(item.labels.count(SIL) for item in timed)

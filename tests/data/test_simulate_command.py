@@ -47,12 +47,38 @@ def test_output_is_named_and_not_overwritten(tmp_path):
     with pytest.raises(UserError, match="--force"):
         call(tmp_path, *small)
     assert call(tmp_path, *small, "--force") == 0
+    assert json.loads((tmp_path / "simulation.json").read_text())["config"]["vocabulary"] == 50
+
+
+def test_sentences_of_a_file(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("I am cold.\nI'm late.\nYou know.\nI am, cold?\nNot me.\n")
+    small = ["--sessions", 1, "--trials", 2, 1, 1, "--electrodes", 4, "--jobs", 1]
+    options = [*small, "--sentences", tmp_path / "mine.txt"]
+    assert call(tmp_path / "out", *options) == 0
+    assert "mine.txt: 5 sentences, 1 dropped" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "simulation.json").read_text())
+    assert record["sentences"]["sentences"] == 4
+    assert call(tmp_path / "everyday", *small, "--vocabulary", "everyday") == 0
+    assert "dropped" not in capsys.readouterr().out
+    record = json.loads((tmp_path / "everyday" / "simulation.json").read_text())
+    assert record["config"]["vocabulary"] == "everyday"
+    assert record["sentences"]["file"] == "everyday.txt"
+
+
+@pytest.mark.parametrize("vocabulary", ["50", "everyday"])
+def test_a_file_and_a_vocabulary_exclude_each_other(tmp_path, vocabulary, capsys):
+    with pytest.raises(SystemExit):
+        call(tmp_path / "out", "--sentences", "mine.txt", "--vocabulary", vocabulary)
+    assert "not allowed with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--vocabulary", 60], "unknown vocabulary 60"),
+        (["--vocabulary", "daily"], "unknown vocabulary daily"),
+        (["--vocabulary", "everyday", "--trials", 2400, 200, 200], "holds 2561"),
+        (["--sentences", "absent.txt"], r"absent\.txt"),
         (["--trials", 0, 1, 1], "at least 1"),
         (["--drift", -1], "--drift"),
         (["--jobs", -1], "jobs"),
