@@ -108,8 +108,8 @@ class Report:
     def problems(self) -> list[str]:
         """What makes this configuration unfit."""
         found = []
-        if self.stack or self.local_memory_instructions:
-            found.append(f"spills ({self.stack} B, {self.local_memory_instructions} LDL/STL)")
+        if self.local_memory_instructions:
+            found.append(f"spills ({self.local_memory_instructions} LDL/STL, {self.stack} B)")
         if self.shared > self.shared_limit:
             found.append(f"shared memory {self.shared} > {self.shared_limit}")
         if not self.tensor_core and self.variant != PLAIN:
@@ -124,8 +124,8 @@ def jobs(kernels: set[str], architectures: set[int], widths: set[int]) -> Iterat
 
     for architecture in sorted(architectures):
         for kernel in sorted(kernels & tuning.PLAIN_KERNELS.keys()):
-            constants = tuple(tuning.PLAIN_KERNELS[kernel][1].items())
-            yield Job(kernel, architecture, max(widths), PLAIN, constants, 4, 3)
+            _, blocks, warps = tuning.PLAIN_KERNELS[kernel]
+            yield Job(kernel, architecture, max(widths), PLAIN, tuple(blocks.items()), warps, 3)
         for D in sorted(widths):
             width = padded_width(D)
             for kernel, space, variants in tuning.spaces(architecture, width):
@@ -275,30 +275,36 @@ def inner_loop(code: list[str]) -> list[str]:
 
 
 def table(reports: list[Report]) -> str:
-    """The reports as a Markdown table."""
+    """The reports as a Markdown table, under the versions that compiled them."""
+    import torch
+    import triton
+
     head = (
-        "| kernel | chip | D | tile N × K × D | warps, stages | registers | spills | shared (B) | "
+        "| kernel | chip | D | tile N × K × D | warps, stages | registers | LDL/STL, stack (B) | "
+        "shared (B) | "
         "tensor core | per tile: tensor, other | epilogue per score |"
     )
-    rows = [head, "|---" * 11 + "|"]
+    compiler = f"Compiled by triton {triton.__version__}, torch {torch.__version__}."
+    rows = [compiler, "", head, "|---" * 11 + "|"]
     for report in reports:
         rows.append(
             f"| {report.kernel} {report.variant} | sm_{report.architecture} | {report.D} | "
             f"{report.tile} | {report.warps}, {report.stages} | {report.registers} | "
-            f"{report.stack} | {report.shared:,} | {report.tensor_core} | "
+            f"{report.local_memory_instructions}, {report.stack} | {report.shared:,} | "
+            f"{report.tensor_core} | "
             f"{report.tensor_instructions_per_tile:g}, {report.other_instructions_per_tile:g} | "
             f"{report.epilogue_per_score:g} |"
         )
     return "\n".join(rows)
 
 
-def write_between_markers(path: Path, text: str) -> None:
+def write_between_markers(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
     """Replace what stands between the markers of ``path``."""
     old = path.read_text()
-    if BEGIN not in old or END not in old:
-        raise SystemExit(f"{path}: the markers {BEGIN} and {END} are missing")
-    before, rest = old.split(BEGIN, 1)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
+    if begin not in old or end not in old:
+        raise SystemExit(f"{path}: the markers {begin} and {end} are missing")
+    before, rest = old.split(begin, 1)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}")
 
 
 def report_all(selected: list[Job], workers: int) -> list[Report]:

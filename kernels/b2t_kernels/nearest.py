@@ -488,8 +488,8 @@ def search(
             D,
             SLOTS=slots,
             BLOCK_K=32,
-            BLOCK_D=min(padded_D, 128),
-            num_warps=4,
+            BLOCK_D=128,
+            num_warps=tuning.REFINE_WARPS,
         )
     return indices, counts
 

@@ -72,7 +72,7 @@ def exponent_of(value):
 def code_scale(statistics_ptr):
     """The power of two S that brings the largest |c − μ| into [2⁷, 2⁸); 1 if all codes are μ."""
     largest = tl.load(statistics_ptr + LARGEST)
-    exponent = CODE_EXPONENT - 1 - exponent_of(largest)
+    exponent = -exponent_of(largest) + (CODE_EXPONENT - 1)
     exponent = tl.minimum(tl.maximum(exponent, -100), 100)
     return tl.where(largest > 0, power_of_two(exponent), 1.0)
 
@@ -88,7 +88,7 @@ def centred_rows(values, mean, scale):
 @triton.jit
 def row_scale(largest):
     """The power of two r ≤ 1 that brings the largest element of a row under 2¹⁴."""
-    return power_of_two(tl.minimum(ROW_EXPONENT - 1 - exponent_of(largest), 0))
+    return power_of_two(tl.minimum(-exponent_of(largest) + (ROW_EXPONENT - 1), 0))
 
 
 @triton.jit

@@ -17,6 +17,10 @@ WIDEST_WHOLE = 256
 WIDEST_USAGE = 256
 WIDEST_FUSED = 128
 MOST_SLOTS = 32
+REFINE_WARPS = 8
+
+# Triton 3.4 (torch 2.8) keeps more alive at D = 256 than its registers hold: it gets smaller tiles.
+SHORT_OF_REGISTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 5)
 
 
 def config(warps: int, stages: int, **blocks: int) -> triton.Config:
@@ -54,11 +58,22 @@ def fused_space(architecture: int, padded_D: int) -> tuple[triton.Config, ...]:
     return _tiles(padded_D, (64, 64, 4 if padded_D > 64 else 8, 2))
 
 
-def usage_space(architecture: int, padded_D: int) -> tuple[triton.Config, ...]:
-    """Configurations of the passes that keep rows on chip."""
+def normalizer_space(architecture: int, padded_D: int) -> tuple[triton.Config, ...]:
+    """Configurations of the pass that normalizes the soft assignment of rows kept on chip."""
     if padded_D > 128:
         return _tiles(padded_D, (64, 32, 8, 1))
+    if padded_D > 64:
+        return _tiles(padded_D, (128, 64, 8, 2))
     return _tiles(padded_D, (64, 64, 4, 2))
+
+
+def row_gradient_space(architecture: int, padded_D: int) -> tuple[triton.Config, ...]:
+    """Configurations of the rows' gradient, whose sums [BLOCK_N, D] live in registers."""
+    if padded_D > 128:
+        return _tiles(padded_D, (32 if SHORT_OF_REGISTERS else 64, 32, 8, 1))
+    if architecture >= 90:
+        return _tiles(padded_D, (64, 64, 4, 2))
+    return _tiles(padded_D, (64, 64, 8, 2) if padded_D > 64 else (64, 32, 4, 2))
 
 
 def column_space(architecture: int, padded_D: int) -> tuple[triton.Config, ...]:
@@ -71,8 +86,8 @@ def column_space(architecture: int, padded_D: int) -> tuple[triton.Config, ...]:
 def code_gradient_space(architecture: int, padded_D: int) -> tuple[triton.Config, ...]:
     """Configurations of the codebook's gradient, whose sums [BLOCK_K, D] live in registers."""
     if padded_D > 128:
-        return _tiles(padded_D, (32, 32, 8, 1))
-    return _tiles(padded_D, (64, 64, 8, 1))
+        return _tiles(padded_D, (32, 16 if SHORT_OF_REGISTERS else 32, 8, 1))
+    return _tiles(padded_D, (32 if SHORT_OF_REGISTERS and padded_D > 64 else 64, 64, 8, 1))
 
 
 def bucket(N: int) -> int:
@@ -127,13 +142,17 @@ KERNELS = {
     "row_gradient_kernel": "usage",
     "code_gradient_kernel": "usage",
 }
-PLAIN_KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "mean_kernel": ("prepare", {"BLOCK_K": 128, "BLOCK_D": 32}),
-    "extent_kernel": ("prepare", {"BLOCK_K": 32, "BLOCK_D": 128}),
-    "round_kernel": ("prepare", {"BLOCK_K": 32, "BLOCK_D": 128}),
-    "refine_kernel": ("nearest", {"SLOTS": MOST_SLOTS, "BLOCK_K": 32, "BLOCK_D": 128}),
-    "segment_kernel": ("sums", {"BLOCK_N": 32, "BLOCK_D": 128}),
-    "scatter_kernel": ("sums", {"BLOCK_N": 16, "BLOCK_D": 128}),
+PLAIN_KERNELS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "mean_kernel": ("prepare", {"BLOCK_K": 128, "BLOCK_D": 32}, 4),
+    "extent_kernel": ("prepare", {"BLOCK_K": 32, "BLOCK_D": 128}, 4),
+    "round_kernel": ("prepare", {"BLOCK_K": 32, "BLOCK_D": 128}, 4),
+    "refine_kernel": (
+        "nearest",
+        {"SLOTS": MOST_SLOTS, "BLOCK_K": 32, "BLOCK_D": 128},
+        REFINE_WARPS,
+    ),
+    "segment_kernel": ("sums", {"BLOCK_N": 32, "BLOCK_D": 128}, 4),
+    "scatter_kernel": ("sums", {"BLOCK_N": 16, "BLOCK_D": 128}, 4),
 }
 
 
@@ -164,8 +183,9 @@ def spaces(
         fused = {"STEP": step(padded_D), "MASKED": True, "Q": 8}
         yield "rvq_kernel", fused_space(architecture, padded_D), {"": fused}
     if padded_D <= WIDEST_USAGE:
-        usage = usage_space(architecture, padded_D)
-        yield "normalizer_kernel", usage, {"": {"STEP": step(padded_D), "MASKED": True}}
+        flags = {"STEP": step(padded_D)}
+        normalizer = normalizer_space(architecture, padded_D)
+        yield "normalizer_kernel", normalizer, {"": {**flags, "MASKED": True}}
         yield "column_kernel", column_space(architecture, padded_D), {"": {}}
-        yield "row_gradient_kernel", usage, {"": {"STEP": step(padded_D)}}
+        yield "row_gradient_kernel", row_gradient_space(architecture, padded_D), {"": flags}
         yield "code_gradient_kernel", code_gradient_space(architecture, padded_D), {"": {}}

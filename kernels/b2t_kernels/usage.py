@@ -300,7 +300,7 @@ def usage_forward(
     chip = tuning.architecture(x.device)
     tuning.launch(
         normalizer_kernel,
-        tuning.usage_space(chip, width),
+        tuning.normalizer_space(chip, width),
         lambda meta: (triton.cdiv(N, meta["BLOCK_N"]),),
         (
             x,
@@ -361,7 +361,7 @@ def usage_backward(
     grad_x = torch.empty(N, D, dtype=torch.float32, device=x.device)
     tuning.launch(
         row_gradient_kernel,
-        tuning.usage_space(chip, width),
+        tuning.row_gradient_space(chip, width),
         lambda meta: (triton.cdiv(N, meta["BLOCK_N"]),),
         (
             rows,
