@@ -19,6 +19,7 @@ TOP_LEVEL = {
     "train_ds.py",
     "hostfile",
     "pyproject.toml",
+    "requirements.lock",
     "Makefile",
     "README.md",
     "CONTRIBUTING.md",
