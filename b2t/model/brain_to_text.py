@@ -167,8 +167,14 @@ class BrainToText(PreTrainedModel):
         return self.encoder.frame_mask(signal_mask)
 
     def counts(self, batch: "Batch") -> dict[str, Any]:
-        """Elements that normalise the losses: `Batch.counts` and `frames`, the real frames."""
-        return {**batch.counts(), "frames": self.frame_mask(batch.signal_mask).sum()}
+        """Elements that normalise the losses.
+
+        Those of `Batch.counts`, but of `phonemes` only those of rows that have enough frames for
+        them, which the loss leaves out too; and `frames`, the real frames.
+        """
+        frames, lengths = self.frame_mask(batch.signal_mask), batch.phoneme_lengths
+        used, _ = sums.fitting_rows(frames, batch.phonemes, lengths)
+        return {**batch.counts(), "frames": frames.sum(), "phonemes": (lengths * used).sum()}
 
     def latents(
         self, signal: Tensor, signal_mask: Tensor | None = None, session: Tensor | None = None

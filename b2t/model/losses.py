@@ -71,13 +71,33 @@ class PhonemeSums(NamedTuple):
     """0-d, rows left out because they have phonemes but too few frames for them."""
 
 
+def fitting_rows(frame_mask: Tensor, phonemes: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Tell rows whose phonemes CTC can lay on their frames from rows that are too short for them.
+
+    A path needs one frame per phoneme and one more between two equal ones.
+
+    Args:
+        frame_mask: [B, P] bool, True = real.
+        phonemes: [B, S] int64, ids 1–40, padded with 0.
+        lengths: [B] int64, 0 = no phonemes.
+
+    Returns:
+        Rows that count and rows that are too short, [B] bool each; rows without phonemes are
+        neither.
+    """
+    place = torch.arange(1, max(1, phonemes.shape[1]), device=phonemes.device)
+    repeated = (phonemes[:, 1:] == phonemes[:, :-1]) & (place < lengths[:, None])
+    fits = frame_mask.sum(1) >= lengths + repeated.sum(1)
+    return fits & (lengths > 0), ~fits & (lengths > 0)
+
+
 def phoneme_sums(
     logits: Tensor, frame_mask: Tensor, phonemes: Tensor, lengths: Tensor
 ) -> PhonemeSums:
     """CTC loss (Graves et al. 2006) with class 0 as the blank.
 
-    A path needs one frame per phoneme and one more between two equal ones; rows with fewer are left
-    out and counted. Rows without phonemes are left out.
+    Rows that have fewer frames than a path needs (`fitting_rows`) are left out and counted. Rows
+    without phonemes are left out.
 
     Args:
         logits: [B, P, 41].
@@ -87,20 +107,16 @@ def phoneme_sums(
     """
     if phonemes.shape[1] == 0:
         phonemes = phonemes.new_zeros(phonemes.shape[0], 1)
-    frames = frame_mask.sum(1)
-    place = torch.arange(1, phonemes.shape[1], device=phonemes.device)
-    repeated = (phonemes[:, 1:] == phonemes[:, :-1]) & (place < lengths[:, None])
-    fits = frames >= lengths + repeated.sum(1)
-    used = fits & (lengths > 0)
+    used, too_short = fitting_rows(frame_mask, phonemes, lengths)
     real_first = frame_mask.int().argsort(dim=1, descending=True, stable=True)
     logits = logits.float().masked_fill(~frame_mask[..., None], 0.0)
     logits = logits.gather(1, real_first[..., None].expand_as(logits))
     nll = F.ctc_loss(
         logits.log_softmax(-1).transpose(0, 1),
         phonemes,
-        frames.clamp(min=1),
+        frame_mask.sum(1).clamp(min=1),
         torch.where(used, lengths, 0),
         reduction="none",
     )
     total = torch.where(used, nll, 0.0).sum()
-    return PhonemeSums(total, used.sum(), (~fits & (lengths > 0)).sum())
+    return PhonemeSums(total, used.sum(), too_short.sum())

@@ -132,6 +132,19 @@ BUILT_IN: tuple[AlertRule, ...] = (
         remedy="lower the learning rate; more weight on reconstruction",
     ),
     AlertRule(
+        name="phonemes-left-out",
+        metric="phoneme/left_out_fraction",
+        comparison=">",
+        threshold=0.1,
+        patience=3,
+        expected=False,
+        message="{percent} of the trials with phonemes have too few latent frames for them, and "
+        "teach the phoneme head nothing",
+        cause="patches too long for this speech (CTC needs a frame for each phoneme, and one more "
+        "between two equal ones), or trials that are cut short",
+        remedy="lower model.encoder.patch_stride, or leave such trials out (b2t inspect)",
+    ),
+    AlertRule(
         name="ema-warm",
         metric="ema/warm",
         comparison=">",

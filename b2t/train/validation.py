@@ -13,6 +13,7 @@ from b2t.data.trials import spread_over_sessions
 from b2t.evaluate import usage
 from b2t.evaluate.evaluation import evaluate_model
 from b2t.log import logger
+from b2t.train.window import left_out
 
 if TYPE_CHECKING:
     from b2t.train.trainer import Trainer
@@ -26,6 +27,10 @@ _NORMALISER = {
     "phoneme": "phonemes",
 }
 """Losses that are means over elements; the regularisers of a batch are no validation metric."""
+
+_POOLED = (
+    "squared_error", "signal_power", "tokens_correct", "phoneme_rows", "phoneme_rows_too_short",
+)  # fmt: skip
 
 
 def validation_batches(trainer: Trainer, limit: int | None) -> Iterator[Batch]:
@@ -55,7 +60,7 @@ def validate(trainer: Trainer) -> dict[str, float]:
         if name in _NORMALISER
     }
     ones = dict.fromkeys(("bins", "frames", "tokens", "phonemes", "rows"), 1.0)
-    keys = (*_NORMALISER, *ones, "squared_error", "signal_power", "tokens_correct")
+    keys = (*_NORMALISER, *ones, *_POOLED)
     sums = dict.fromkeys(keys, 0.0)
     codes = None
     model.eval()
@@ -65,7 +70,7 @@ def validate(trainer: Trainer) -> dict[str, float]:
         output = model(batch.to(ranks.device, trainer.engine.dtype), counts=ones, weights=weights)
         for name in _NORMALISER.keys() & output.losses.keys():
             sums[name] += float(output.losses[name])
-        for name in ("squared_error", "signal_power", "tokens_correct"):
+        for name in _POOLED:
             sums[name] += float(output.metrics.get(name, 0.0))
         if output.codes is not None and model.quantizer.initialized:
             counts = usage.count_codes(output.codes, model.quantizer.codebook_size).cpu()
@@ -94,6 +99,7 @@ def _metrics(total: dict[str, float], weights: dict[str, float]) -> dict[str, fl
         metrics["val/snr_db"] = 10 * math.log10(ratio)
     if weights.get("generation") and total["tokens"] > 0:
         metrics["val/token_accuracy"] = total["tokens_correct"] / total["tokens"]
+    metrics.update({f"val/{name}": value for name, value in left_out(total).items()})
     return metrics
 
 

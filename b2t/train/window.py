@@ -1,7 +1,7 @@
 """Metrics between two log steps, summed on the device and read once."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor
 from b2t.train.ranks import Ranks
 
 _COUNTERS = ("steps", "frames", "bins", "padded", "seconds", "data_s", "revived", "nonfinite")
-_POOLED = ("squared_error", "signal_power", "bins", "tokens", "tokens_correct")
+_POOLED = (
+    "squared_error", "signal_power", "bins", "tokens", "tokens_correct", "phoneme_rows",
+    "phoneme_rows_too_short",
+)  # fmt: skip
 
 
 class Window:
@@ -137,6 +140,7 @@ class Window:
             )
         if total.get("tokens", 0) > 0:
             record["text/token_accuracy"] = total["tokens_correct"] / total["tokens"]
+        record |= left_out(total)
         seconds = max(self._seconds, 1e-9)
         record["time/step_s"] = seconds / steps
         record["time/data_wait_fraction"] = self._data_s / seconds
@@ -146,3 +150,9 @@ class Window:
         record["codebook/nonfinite_frames"] = float(self._nonfinite)
         self._start()
         return record
+
+
+def left_out(total: Mapping[str, float]) -> dict[str, float]:
+    """Share of the rows with phonemes that have too few frames for them; none without such rows."""
+    used, short = total.get("phoneme_rows", 0.0), total.get("phoneme_rows_too_short", 0.0)
+    return {"phoneme/left_out_fraction": short / (used + short)} if used + short else {}

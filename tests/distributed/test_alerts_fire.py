@@ -51,6 +51,7 @@ WARNINGS = [
     ("restless revival", "revival-churn"),
     ("codes that do not follow", "vq-ratio"),
     ("misspelt rule", "missing-metrics"),
+    ("few frames", "phonemes-left-out"),
 ]
 
 CRITICALS = [

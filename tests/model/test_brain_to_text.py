@@ -184,15 +184,20 @@ def test_rows_without_labels_contribute_nothing():
     assert float(model(width_zero).losses["generation"].detach()) == 0.0
 
 
-def test_phonemes_that_do_not_fit_are_counted_not_infinite():
-    model, batch = build(), batch_of([40, 2])
+def test_phonemes_that_do_not_fit_count_neither_above_nor_below_the_line():
+    model, batch = build(), batch_of([40, 2, 31])
     batch.phonemes[:] = torch.tensor([3, 3, 5, 5])
-    batch.phoneme_lengths[:] = 4
+    batch.phoneme_lengths[:] = torch.tensor([4, 4, 3])
     out = model(batch, weights={"phoneme": 1.0})
+    assert int(out.metrics["phoneme_rows"]) == 2
     assert int(out.metrics["phoneme_rows_too_short"]) == 1
-    assert torch.isfinite(out.loss)
-    alone = model(part(batch, 0, 1), counts=model.counts(batch), weights={"phoneme": 1.0})
-    torch.testing.assert_close(out.loss, alone.loss)
+    assert float(model.counts(batch)["phonemes"]) == 4 + 3
+    alone = [model(part(batch, row, row + 1), weights={"phoneme": 1.0}).loss for row in (0, 2)]
+    torch.testing.assert_close(out.loss, (4 * alone[0] + 3 * alone[1]) / 7)
+    none = model(part(batch, 1, 2), weights={"phoneme": 1.0})
+    assert (
+        float(none.loss.detach()) == 0.0 and float(model.counts(part(batch, 1, 2))["phonemes"]) == 0
+    )
 
 
 def test_a_wholly_masked_row_changes_nothing():
