@@ -160,6 +160,7 @@ HEALTHY = {
     "reconstruction/snr_drop_db": 0.3,
     "reconstruction/snr_db": 12.0,
     "reconstruction/cosine": 0.97,
+    "phoneme/left_out_fraction": 0.02,
 }
 FAILURES = {
     "loss-not-finite": {"loss/reconstruction": math.nan},
@@ -173,6 +174,7 @@ FAILURES = {
     "revival-churn": {"ema/revived_per_step": 40.0, "ema/revived_fraction": 0.02},
     "gradient-spike": {"optim/grad_norm": 50.0},
     "snr-falls": {"reconstruction/snr_drop_db": 4.0},
+    "phonemes-left-out": {"phoneme/left_out_fraction": 0.3},
     "ema-warm": {"ema/warm": 1.0},
 }
 

@@ -1,12 +1,16 @@
 """What a validation during training looks at, and what it makes of it."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
+import pytest
 from datasets import load_from_disk
 
 from b2t.config import load_config
 from b2t.data.augment import Augment
-from b2t.train.validation import validation_batches
+from b2t.train.build import build
+from b2t.train.validation import validate, validation_batches
+from tests.train.small_runs import SMALL
 
 
 def test_fewer_trials_come_from_all_sessions(tiny_trials):
@@ -25,3 +29,39 @@ def test_fewer_trials_come_from_all_sessions(tiny_trials):
     rows = [row for batch in validation_batches(trainer, 6) for row in batch.rows]
     assert sorted(row.split("/")[0] for row in rows) == ["day0"] * 3 + ["day1"] * 3
     assert len({row for batch in validation_batches(trainer, None) for row in batch.rows}) == 36
+
+
+def validated(data, ranks, *overrides):
+    """Metrics of an untrained model, and the trials that it was validated on."""
+    config = load_config("demo", [f"data.path={data}", *SMALL, "optim.weight_ema=null", *overrides])
+    materials = build(config)
+    trainer = SimpleNamespace(
+        config=config, ranks=ranks, materials=materials, model=materials.model,
+        engine=SimpleNamespace(dtype=next(materials.model.parameters()).dtype),
+        phase=config.phases[0],
+    )  # fmt: skip
+    return validate(trainer), materials.validation
+
+
+def test_no_row_with_enough_frames_is_no_perfect_phoneme_loss(tiny_trials, one_rank):
+    """A loss over nothing is not 0, which would be the best model there is."""
+    patches = ["model.encoder.patch_size=60", "model.encoder.patch_stride=60"]
+    metrics, _ = validated(tiny_trials, one_rank, *patches)
+    assert "val/phoneme" not in metrics
+    assert metrics["val/phoneme/left_out_fraction"] == 1.0
+
+
+def test_the_share_left_out_is_that_of_rows_with_fewer_frames_than_paths_need(
+    tiny_trials, one_rank
+):
+    patches = ["model.encoder.patch_size=24", "model.encoder.patch_stride=24"]
+    metrics, trials = validated(tiny_trials, one_rank, *patches)
+    short, rows = 0, 0
+    for trial in trials:
+        said = trial["phonemes"]
+        rows += len(said) > 0
+        repeats = sum(a == b for a, b in pairwise(said))
+        short += len(said) > 0 and -(-len(trial["signal"]) // 24) < len(said) + repeats
+    assert 0 < short < rows, "some fit and some do not"
+    assert metrics["val/phoneme/left_out_fraction"] == pytest.approx(short / rows)
+    assert metrics["val/phoneme"] > 0
