@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from b2t.quantize.frame_hash import frame_hash
 from b2t.quantize.gradients import master_value
 from b2t.quantize.statistics import QuantizerStats
 
@@ -16,11 +17,6 @@ Read = Callable[[nn.Parameter], "Tensor | None"]
 Write = Callable[[nn.Parameter, Tensor], None]
 
 _CLOCKS = ("seed", "updates", "initialized", "temperature", "progress")
-
-
-def default_decay(codebook_size: int) -> float:
-    """Decay of the running averages: more codes see each code's frames less often."""
-    return 0.95 if codebook_size < 256 else 0.98
 
 
 class Codebooks(nn.Module):
@@ -147,15 +143,32 @@ class Codebooks(nn.Module):
         return current
 
     @torch.no_grad()
-    def start_random(self) -> None:
-        """Uniform codes (Kaiming's bound, as vector-quantize-pytorch without k-means)."""
+    def checksum(self) -> Tensor:
+        """A number [] int64 that is equal on two ranks whose codebooks are bitwise equal."""
+        total = torch.zeros((), dtype=torch.int64, device=self.embed.device)
+        for state in (self.embed.flatten(0, 1), self.ema_sum.flatten(0, 1), self.ema_count):
+            place = torch.arange(1, 2 * state.shape[0], 2, device=state.device)
+            total = 31 * total + (frame_hash(state, 0, 0) * place).sum()
+        return total
+
+    @torch.no_grad()
+    def start_random(self, quantizers: int, cosine: bool) -> None:
+        """Uniform codes (Kaiming's bound, as vector-quantize-pytorch without k-means).
+
+        Args:
+            quantizers: layers that are started by it.
+            cosine: normalize codes to unit length.
+        """
         generator = torch.Generator().manual_seed(int(self.seed))
         bound = math.sqrt(6.0 / self.embed.shape[-1])
         values = torch.rand(self.embed.shape, generator=generator, device="cpu")
         self.embed.copy_((2.0 * values - 1.0) * bound)
         self.ema_count.fill_(1.0)
         self.ema_sum.copy_(self.embed)
+        if cosine:
+            self.embed.copy_(F.normalize(self.embed, dim=-1))
         self.push()
+        self.initialized.fill_(quantizers)
 
     @torch.no_grad()
     def start_layer(

@@ -12,8 +12,6 @@ from b2t.quantize.codebook import Codebooks
 from b2t.quantize.frame_hash import signed64
 from b2t.quantize.statistics import FramePool
 
-REVIVALS = ("split", "frames")
-
 # A child starts this many root-mean-square deviations from its parent. The plane that parts the
 # two then passes close to the cluster's centre, and each gets about half of its frames; a child
 # placed on a frame itself would in many dimensions get that frame alone and die again.

@@ -1,10 +1,12 @@
-"""Course of the temperature over training."""
+"""What changes from step to step by a rule: the temperature, and how many layers train."""
 
 from __future__ import annotations
 
 import math
 
-SCHEDULES = ("cosine", "linear", "exponential")
+import torch
+
+from b2t.quantize.frame_hash import signed64
 
 
 def anneal(start: float, end: float, progress: float, schedule: str = "cosine") -> float:
@@ -19,4 +21,17 @@ def anneal(start: float, end: float, progress: float, schedule: str = "cosine") 
         return start + (end - start) * p
     if schedule == "exponential":
         return start * (end / start) ** p
-    raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    raise ValueError(f"unknown schedule {schedule!r}; choose cosine, linear or exponential")
+
+
+def drawn_layers(lowest: int, highest: int, seed: int, update: int) -> int:
+    """Number of layers of a step under quantize dropout, the same on all ranks.
+
+    Args:
+        lowest: fewest layers.
+        highest: most layers.
+        seed: of the quantizer.
+        update: updates so far.
+    """
+    generator = torch.Generator().manual_seed(signed64(seed * 7_919 + update))
+    return int(torch.randint(lowest, highest + 1, (1,), generator=generator))

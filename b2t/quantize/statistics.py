@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from b2t.quantize.distributed import all_gather_rows, all_reduce_sum
+from b2t.quantize.layers import Walk
 
 
 @dataclass
@@ -78,6 +79,48 @@ class QuantizerStats:
     nonfinite: Tensor
     pool: FramePool | None = None
     empty: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        walk: Walk,
+        nonfinite: Tensor,
+        hashes: Tensor | None = None,
+        keep: Tensor | None = None,
+        pool_size: int = 0,
+    ) -> QuantizerStats:
+        """What a walk of N frames found.
+
+        Args:
+            walk: how the layers were walked.
+            nonfinite: [] frames left out before it.
+            hashes: [N] the frames' random numbers.
+            keep: [R] the frames for revival, whose residuals the walk has kept; None for none.
+            pool_size: greatest R.
+        """
+        frames = torch.zeros_like(walk.counts[:, 0])
+        frames[: walk.layers] = walk.codes.shape[0]
+        pool = None
+        if hashes is not None and keep is not None and walk.residuals is not None:
+            pool = FramePool(hashes[keep], walk.residuals, walk.codes[keep].T, pool_size)
+        return cls(
+            walk.counts, walk.sums, walk.squared_error, walk.projection, frames, nonfinite, pool
+        )
+
+    @classmethod
+    def none(cls, embed: Tensor, quantizers: int, nonfinite: Tensor, sums: bool) -> QuantizerStats:
+        """What a quantizer has to say whose codebooks ``embed`` [L, K, D] have not started."""
+        layers, K, D = embed.shape
+        nothing = torch.zeros(quantizers, dtype=torch.int64, device=embed.device)
+        return cls(
+            counts=nothing[:, None].repeat(1, K),
+            sums=embed.new_zeros(layers, 0, D) if sums else None,
+            squared_error=embed.new_zeros(quantizers),
+            projection=embed.new_zeros(quantizers),
+            frames=nothing,
+            nonfinite=nonfinite,
+            empty=True,
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
         names = ("counts", "sums", "squared_error", "projection", "frames", "nonfinite")

@@ -261,8 +261,8 @@ def test_no_frames():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"beam_size": 0}, "beam_size is 0, expected a positive integer"),
-        ({"eval_beam_size": 0}, "eval_beam_size is 0, expected a positive integer or none"),
+        ({"beam_size": 0}, "beam_size is 0: .*greater than or equal to 1"),
+        ({"eval_beam_size": 0}, "eval_beam_size is 0: .*greater than or equal to 1"),
         ({"beam_size": 2, "stochastic_sample_codes": True}, "a beam draws nothing"),
     ],
 )

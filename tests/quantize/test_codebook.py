@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from b2t.quantize import ResidualVQ
-from b2t.quantize.codebook import default_decay
+from b2t.quantize.options import default_decay
 
 
 def frames(N=400, D=6, seed=0, offset=0.0):

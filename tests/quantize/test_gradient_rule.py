@@ -22,8 +22,8 @@ def expected_gradient(quantizer, x):
     codes = quantizer.encode(x).flatten(0, 1)
     residual, loss = x.detach().flatten(0, 1).double(), 0.0
     for q in range(quantizer.num_quantizers):
-        book = books[0 if quantizer.shared_codebook else q]
-        if quantizer.use_cosine_sim:
+        book = books[0 if quantizer.options.shared_codebook else q]
+        if quantizer.options.use_cosine_sim:
             unit = torch.nn.functional.normalize(residual, dim=-1)
             loss = loss + (unit - book[codes[:, q]]).square().mean()
             gain = quantizer.codebooks.gain[q].double()
@@ -38,7 +38,7 @@ def expected_gradient(quantizer, x):
 def test_the_codebook_loss_pulls_codes_with_ten_times_its_gradient(options):
     quantizer = started(**options)
     x = latents()
-    if quantizer.use_cosine_sim:
+    if quantizer.options.use_cosine_sim:
         x = torch.nn.functional.normalize(x, dim=-1)
     x.requires_grad_()
     loss = quantizer(x, losses=()).losses["codebook"]

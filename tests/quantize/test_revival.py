@@ -119,7 +119,8 @@ def test_revival_runs_only_when_it_should():
     def revived(steps=10, **switches):
         quantizer = collapsed(clusters(), "split")
         for name, value in switches.items():
-            quantizer.set_progress(value) if name == "progress" else setattr(quantizer, name, value)
+            owner = quantizer.options if name == "revival" else quantizer
+            quantizer.set_progress(value) if name == "progress" else setattr(owner, name, value)
         x = batch_of(clusters())
         return [quantizer.update(quantizer(x, losses=()).stats).revived[0] for _ in range(steps)]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from b2t.quantize import ResidualVQ
-from b2t.quantize.regularizers import diversity_loss, perplexity_loss
+from b2t.quantize.objectives import diversity_loss, perplexity_loss
 
 
 def latents(B=4, P=25, D=6, seed=0, offset=0.0):
