@@ -9,7 +9,7 @@ pytestmark = pytest.mark.distributed
 ON_THE_CPU = {
     "b2t/train/ranks.py:sum": "sums of the CPU group",
     "b2t/train/trainer.py:_totals": "counts of a batch before it is moved to the device",
-    "b2t/quantize/residual_vq.py:_revives_next": "clocks of the quantizer, which stay on the CPU",
+    "b2t/quantize/update.py:revives_next": "clocks of the quantizer, which stay on the CPU",
     "b2t/quantize/residual_vq.py:initialized": "the same",
     "b2t/quantize/residual_vq.py:temperature": "the same",
     "b2t/quantize/residual_vq.py:_draw": "the same",
@@ -18,8 +18,8 @@ ON_THE_CPU = {
 }
 
 NEEDED = {
-    "b2t/quantize/residual_vq.py:_valid_latents": "rows of real frames: the search skips the rest",
-    "b2t/quantize/residual_vq.py:_revive": "whether a code is dead, every revival_every steps",
+    "b2t/quantize/frames.py:valid_latents": "rows of real frames: the search skips the rest",
+    "b2t/quantize/update.py:_revive": "whether a code is dead, every revival_every steps",
     "b2t/quantize/revival.py:parents_of": "which codes to split, where one is dead",
     "b2t/quantize/revival.py:revive_layer": "the same",
     "b2t/quantize/revival.py:dead_codes": "the same",
@@ -61,9 +61,9 @@ def test_monitors_read_nothing(reads):
 def test_the_probe_sees_what_is_known_to_read(reads):
     """A probe that is blind would pass the tests above."""
     known = ("b2t/train/ranks.py:sum", "b2t/train/trainer.py:_totals")
-    known += ("b2t/quantize/residual_vq.py:_valid_latents", "b2t/train/engine.py:step")
+    known += ("b2t/quantize/frames.py:valid_latents", "b2t/train/engine.py:step")
     assert set(known) <= set(reads)
 
 
 def test_frames_are_counted_once_a_step(reads):
-    assert reads["b2t/quantize/residual_vq.py:_valid_latents"] == 20
+    assert reads["b2t/quantize/frames.py:valid_latents"] == 20
