@@ -86,6 +86,7 @@ def prepare(
         (partial / "dataset").rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        source.remarks.say()
     if trials.skipped:
         logger(__name__).warning(
             "left out %d bad trials, the first: %s", len(trials.skipped), trials.skipped[0]

@@ -11,6 +11,7 @@ from datasets import load_from_disk
 
 from b2t.data import prepare_command
 from b2t.data.prepare import PrepareOptions, assign_splits, prepare
+from b2t.data.remarks import Remarks
 from b2t.data.sources import detect
 from b2t.data.sources.base import TrialInfo
 from b2t.errors import UserError
@@ -28,6 +29,7 @@ class Memory:
     def __init__(self, count=20, *, channels=3, texts=None, bad=(), bins=50, blocks=2, splits=None):
         self.channels = [f"c{index}" for index in range(channels)]
         self.bad = dict(bad)
+        self.remarks = Remarks()
         self.bins = bins
         self.trials = [
             TrialInfo(

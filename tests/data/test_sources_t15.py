@@ -75,12 +75,39 @@ def test_resampling_halves_the_bins(t15_release):
     assert source.read(0).shape == (10, 8)
 
 
+def replaced(name, content):
+    def damage(trial):
+        del trial[name]
+        trial[name] = content
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda trial: trial.pop("input_features"), r"trial_0002.*input_features.*found \['seq_"),
-        (lambda trial: trial.attrs.modify("n_time_steps", 99), r"trial_0002.*99.*26 bins"),
+        (lambda trial: trial.attrs.__setitem__("n_time_steps", 99), r"trial_0002.*99.*26 bins"),
         (lambda trial: trial["seq_class_ids"].write_direct(np.full(500, 41)), "1 to 40"),
+        (lambda trial: trial.attrs.__setitem__("n_time_steps", -3), r"n_time_steps is -3.*26 bins"),
+        (
+            lambda trial: trial.attrs.__setitem__("n_time_steps", np.nan),
+            r"n_time_steps is 'nan'.*whole",
+        ),
+        (
+            lambda trial: trial.attrs.__setitem__("n_time_steps", "all"),
+            r"n_time_steps is 'all'.*whole",
+        ),
+        (lambda trial: trial.attrs.__setitem__("seq_len", -1), r"seq_len is -1.*500 labels"),
+        (lambda trial: trial.attrs.__setitem__("block_num", "two"), "block_num is 'two'"),
+        (lambda trial: trial.attrs.__setitem__("session", [1, 2]), r"session is '\[1 2\]'.*text"),
+        (replaced("input_features", np.full((4, 8), b"words")), r"input_features holds \|S5.*real"),
+        (replaced("input_features", np.ones((4, 8)) * 1j), "input_features holds complex128"),
+        (replaced("input_features", np.ones((4, 0))), r"input_features \[bins, channels\]"),
+        (replaced("transcription", "a text"), r"transcription holds object of shape \(\)"),
+        (replaced("transcription", np.full(9, -7)), "transcription holds -7"),
+        (replaced("seq_class_ids", np.full(9, 1.5)), "seq_class_ids holds float64"),
+        (replaced("input_features", h5py.SoftLink("/gone")), "expected a dataset input_features"),
     ],
 )
 def test_damage_is_named(t15_release, damage, message):
@@ -91,6 +118,78 @@ def test_damage_is_named(t15_release, damage, message):
     with pytest.raises(UserError, match=message) as caught:
         detect(file).read(2)
     assert str(file) in str(caught.value)
+
+
+def test_a_trial_that_is_no_group_is_named(t15_release):
+    folder, _ = t15_release(8)
+    file = folder / "hdf5_data_final" / "t15.2023.08.11" / "data_train.hdf5"
+    with h5py.File(file, "a") as release:
+        release["trial_0009"] = 5
+    with pytest.raises(UserError, match=r"trial_0009: .* found no group"):
+        detect(file)
+
+
+def test_a_group_whose_bytes_are_gone_is_named(t15_release):
+    folder, _ = t15_release(8)
+    file = folder / "hdf5_data_final" / "t15.2023.08.11" / "data_train.hdf5"
+    content = bytearray(file.read_bytes())
+    for node in (b"TREE", b"SNOD", b"OHDR"):
+        content = content.replace(node, b"\0\0\0\0")
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{file}.*cannot be read"):
+        detect(file)
+
+
+def test_a_header_that_claims_too_much_is_refused_before_memory_is_taken(t15_release, t15_trial):
+    folder, _ = t15_release(8)
+    file = folder / "hdf5_data_final" / "t15.2023.08.11" / "data_train.hdf5"
+    with h5py.File(file, "a") as release:
+        group = release["trial_0002"]
+        del group["input_features"]
+        group.create_dataset("input_features", (2**40, 8), "f4", chunks=(64, 8))
+        group.attrs["n_time_steps"] = 2**40
+    with pytest.raises(UserError, match="trial_0002: claims 1099511627776 bins × 8 channels"):
+        detect(file).read(2)
+
+
+def test_what_is_not_read_is_counted(t15_release, caplog):
+    folder, _ = t15_release(8, (3, 2, 0))
+    session = folder / "hdf5_data_final" / "t15.2023.08.11"
+    for name in ("data_validation.hdf5", "Data_Train.h5"):
+        (session / name).write_bytes((session / "data_val.hdf5").read_bytes())
+    with h5py.File(session / "data_train.hdf5", "a") as release:
+        release.move("trial_0001", "Trial_0001")
+        release["trial_0002"].attrs["n_time_steps"] = 7
+    with caplog.at_level("WARNING", logger="b2t"):
+        source = detect(folder)
+        said = [record.getMessage() for record in caplog.records]
+        source.read(0)
+        source.read(1)
+        source.read(0)
+        source.remarks.say()
+    assert len(source.trials) == 9
+    assert said[0].startswith(f"2 HDF5 files, the first {session / 'Data_Train.h5'}: not read")
+    assert f"{session / 'data_train.hdf5'}, Trial_0001: not read; trials are named" in said[1]
+    assert said[2].startswith("2 files, the first") and "data_test.hdf5: holds no trial" in said[2]
+    padding = caplog.records[3].getMessage()
+    assert len(said) == 3 and len(caplog.records) == 4
+    assert "data_train.hdf5, trial_0002: bins after n_time_steps hold values" in padding
+
+
+def test_a_link_to_nothing_is_refused(t15_release):
+    folder, _ = t15_release(8)
+    link = folder / "hdf5_data_final" / "t15.2023.08.11" / "data_test.hdf5"
+    link.unlink()
+    link.symlink_to("gone.hdf5")
+    with pytest.raises(UserError, match=rf"{link} is a link to gone\.hdf5, which is not there"):
+        detect(folder)
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), 0.001, 1e9, -50.0])
+def test_a_rate_that_cannot_be_reached_is_refused(t15_release, rate):
+    folder, _ = t15_release(8)
+    with pytest.raises(UserError, match=r"--resample .*sampled at 50 Hz.*between 0\.5 and 500 Hz"):
+        detect(folder, SourceOptions(resample=rate))
 
 
 def test_unequal_channels_name_both_trials(t15_release, t15_trial):

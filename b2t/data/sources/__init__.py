@@ -1,10 +1,13 @@
 """Sources of trials: one module per file format, and the choice among them."""
 
+import os
 from pathlib import Path
 
 from b2t.data.sources import mne_files, t15
 from b2t.data.sources.base import Source, SourceFormat, SourceOptions, TrialInfo
 from b2t.errors import UserError
+
+_RECORDINGS = (".hdf5", ".h5", ".fdt", *mne_files.EXTENSIONS)
 
 FORMATS: tuple[SourceFormat, ...] = (t15, mne_files)
 
@@ -24,6 +27,7 @@ def detect(path: str | Path, options: SourceOptions | None = None) -> Source:
         raise UserError(
             f"{path} is a prepared dataset already: look at it with `b2t inspect {path}`"
         )
+    _require_whole_links(path)
     found = [(module, files) for module in FORMATS if (files := module.find(path))]
     if not found:
         raise UserError(
@@ -36,6 +40,21 @@ def detect(path: str | Path, options: SourceOptions | None = None) -> Source:
         raise UserError(f"{path} mixes formats: {names}: prepare them apart")
     module, files = found[0]
     return module.open_source(path, files, options or SourceOptions())
+
+
+def _require_whole_links(path: Path) -> None:
+    """Refuse a recording that is a link to nothing: looking for files would pass it over."""
+    places = sorted(path.rglob("*")) if path.is_dir() else []
+    dangling = [
+        place
+        for place in places
+        if place.name.lower().endswith(_RECORDINGS) and place.is_symlink() and not place.exists()
+    ]
+    if dangling:
+        raise UserError(
+            f"{dangling[0]} is a link to {os.readlink(dangling[0])}, which is not there "
+            f"({len(dangling)} such links): bring the file back, or remove the link"
+        )
 
 
 def _content(path: Path) -> str:

@@ -9,6 +9,9 @@ from typing import Protocol
 import numpy as np
 from scipy.signal import resample_poly
 
+from b2t.data.remarks import Remarks
+from b2t.errors import UserError
+
 SPLITS = ("train", "val", "test")
 
 
@@ -63,6 +66,7 @@ class Source(Protocol):
         own_splits: the release says which trial belongs to which split.
         simulated: the signals come from a simulation.
         trials: what is known before any signal is read.
+        remarks: what reading met that may be a mistake.
     """
 
     format: str
@@ -72,6 +76,7 @@ class Source(Protocol):
     own_splits: bool
     simulated: bool
     trials: list[TrialInfo]
+    remarks: Remarks
 
     def read(self, index: int) -> np.ndarray:
         """Return the signal [T, C] of ``trials[index]``."""
@@ -90,6 +95,46 @@ class SourceFormat(Protocol):
     def open_source(self, path: Path, files: list[Path], options: SourceOptions) -> Source:
         """Open the files that ``find`` returned."""
         ...
+
+
+_LARGEST_TRIAL = 2**28
+"""Values T × C; more is a damaged header, and 1 GiB as float32."""
+_RATIOS = (1e-2, 1e1)
+"""Least and most that `--resample` changes a sampling rate by."""
+
+
+def require_plausible_size(bins: int, channels: int, name: str) -> None:
+    """Refuse a trial [T, C] whose header claims more than can be meant, before it is read.
+
+    Raises:
+        UserError: names the trial as ``name``.
+    """
+    if bins * channels > _LARGEST_TRIAL:
+        raise UserError(
+            f"{name}: claims {bins} bins × {channels} channels, where a trial holds at most "
+            f"{_LARGEST_TRIAL} values: the file is damaged, or must be cut into shorter trials"
+        )
+
+
+def require_rate(recorded: float, wanted: float | None, file: str | Path) -> None:
+    """Refuse sampling rates in Hz that cannot be read, or not be reached from one another.
+
+    Raises:
+        UserError: names ``file``.
+    """
+    if not 0 < recorded < 1e9:
+        raise UserError(
+            f"{file}: its sampling rate is {recorded:g} Hz, where a number above 0 is expected: "
+            "the header is damaged; copy the file again"
+        )
+    if wanted is None:
+        return
+    low, high = (ratio * recorded for ratio in _RATIOS)
+    if not low <= wanted <= high:
+        raise UserError(
+            f"--resample {wanted:g}: {file} is sampled at {recorded:g} Hz; expected a rate "
+            f"between {low:g} and {high:g} Hz"
+        )
 
 
 def resampled(

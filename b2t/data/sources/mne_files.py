@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from b2t.data.remarks import Remarks
 from b2t.data.sources.base import SPLITS, SourceOptions, TrialInfo, resampled
 from b2t.errors import UserError
 from b2t.log import logger
@@ -48,6 +49,7 @@ class MNESource:
     def __init__(self, path: Path, files: list[Path], options: SourceOptions) -> None:
         _require_mne()
         _require_sensible(options)
+        self.remarks = Remarks()
         self._parts: list[_Part] = []
         self.trials: list[TrialInfo] = []
         self._places: list[tuple[_Part, int]] = []

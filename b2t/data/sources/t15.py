@@ -4,6 +4,8 @@ The layout is that of the public release: ``hdf5_data_final/t15.YYYY.MM.DD/data_
 groups ``trial_0000`` … with ``input_features`` [T, 512], ``seq_class_ids`` and ``transcription``.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,31 @@ import numpy as np
 from tqdm import tqdm
 
 from b2t.data.phonemes import PHONEMES
-from b2t.data.sources.base import SPLITS, SourceOptions, TrialInfo, resampled
+from b2t.data.remarks import Remarks
+from b2t.data.sources.base import (
+    SPLITS,
+    SourceOptions,
+    TrialInfo,
+    require_plausible_size,
+    require_rate,
+    resampled,
+)
 from b2t.errors import UserError
 
 NAME = "t15"
 SAMPLING_RATE = 50.0
 _AREAS = ("ventral6v", "area4", "55b", "dorsal6v")
 _FEATURES = ("crossings", "power")
+_SUFFIXES = (".hdf5", ".h5")
+_PADDING_LOOK = 64
+"""Bins after n_time_steps that are looked at."""
+_MOST_LABELS = 100_000
 
 
 def find(path: Path) -> list[Path]:
     """Return the release's files below ``path``, or the one file that ``path`` is."""
     if path.is_file():
-        return [path] if h5py.is_hdf5(path) and path.suffix in (".hdf5", ".h5") else []
+        return [path] if h5py.is_hdf5(path) and path.suffix in _SUFFIXES else []
     files = [file for split in SPLITS for file in path.glob(f"**/data_{split}.hdf5")]
     return sorted(files, key=lambda file: (file.parent.name, SPLITS.index(_split(file))))
 
@@ -47,14 +61,19 @@ class T15Source:
                 f"{path} is a T15 release: --channels, --text-column and --annotations are for "
                 "recordings that MNE reads"
             )
+        require_rate(SAMPLING_RATE, options.resample, path)
         self.sampling_rate = options.resample or SAMPLING_RATE
         self.simulated = False
         self.trials: list[TrialInfo] = []
+        self.remarks = Remarks()
         self._places: list[tuple[Path, str]] = []
         self._open: tuple[Path, h5py.File] | None = None
         widths: dict[int, str] = {}
+        self._name_unread(path, files)
         for file in tqdm(files, desc="reading labels", unit="file", disable=None):
-            self._list(file, widths)
+            with _reading(f"{file}"):
+                self._list(file, widths)
+        self.remarks.say()
         if not self.trials:
             raise UserError(
                 f"{path}: no trial in {len(files)} HDF5 files: expected groups trial_0000 …"
@@ -64,33 +83,62 @@ class T15Source:
     def read(self, index: int) -> np.ndarray:
         """Return the signal [T, C] of one trial."""
         file, key = self._places[index]
-        group = self._file(file)[key]
-        features = group["input_features"]
-        bins = int(group.attrs.get("n_time_steps", len(features)))
-        if bins > len(features):
-            raise UserError(
-                f"{file}, {key}: n_time_steps is {bins}, but input_features holds {len(features)} "
-                "bins: the file is damaged or cut short; copy it again"
+        name = f"{file}, {key}"
+        with _reading(name):
+            group = self._file(file)[key]
+            features = group["input_features"]
+            bins = _bins(group, len(features), name)
+            require_plausible_size(bins, features.shape[1], name)
+            if not bins:
+                return np.zeros((0, features.shape[1]), np.float32)
+            self._look_at_padding(features, bins, name)
+            return resampled(
+                lambda start, stop: _float32(features[start:stop]),
+                0,
+                bins,
+                (0, bins),
+                (SAMPLING_RATE, self.sampling_rate),
             )
-        if not bins:
-            return np.zeros((0, features.shape[1]), np.float32)
-        return resampled(
-            lambda start, stop: features[start:stop].astype(np.float32),
-            0,
-            bins,
-            (0, bins),
-            (SAMPLING_RATE, self.sampling_rate),
-        )
+
+    def _look_at_padding(self, features: h5py.Dataset, bins: int, name: str) -> None:
+        rest = features[bins : bins + _PADDING_LOOK]
+        if rest.any():
+            self.remarks.add(
+                "bins after n_time_steps hold values; they were left out as padding. If they "
+                "belong to the trial, n_time_steps is too small",
+                name,
+            )
+
+    def _name_unread(self, path: Path, files: list[Path]) -> None:
+        """Say which HDF5 files below ``path`` are no part of a release by their names."""
+        if path.is_file():
+            return
+        for other in sorted(set(path.rglob("*")) - set(files)):
+            if other.suffix.lower() in _SUFFIXES and other.is_file():
+                self.remarks.add(
+                    "not read; a release's files are named data_train.hdf5, data_val.hdf5 and "
+                    "data_test.hdf5",
+                    str(other),
+                    "HDF5 file",
+                )
 
     def _list(self, path: Path, widths: dict[int, str]) -> None:
         file = self._file(path)
         self.simulated |= bool(file.attrs.get("simulated", False))
-        for key in sorted(name for name in file if name.startswith("trial_")):
-            group = file[key]
-            self.simulated |= bool(group.attrs.get("simulated", False))
-            self.trials.append(_trial(path, key, group))
+        keys = sorted(name for name in file if name.startswith("trial_"))
+        for key in sorted(set(file) - set(keys)):
+            self.remarks.add("not read; trials are named trial_0000 …", f"{path}, {key}", "group")
+        if not keys:
+            self.remarks.add("holds no trial_0000 …: is the download complete?", str(path), "file")
+        for key in keys:
+            with _reading(f"{path}, {key}"):
+                group = file[key]
+                trial = _trial(path, key, group)
+                self.simulated |= bool(group.attrs.get("simulated", False))
+                channels = int(group["input_features"].shape[1])
+            self.trials.append(trial)
             self._places.append((path, key))
-            widths.setdefault(int(group["input_features"].shape[1]), f"{path}, {key}")
+            widths.setdefault(channels, trial.name)
             if len(widths) > 1:
                 (one, at_one), (other, at_other) = widths.items()
                 raise UserError(
@@ -104,13 +152,28 @@ class T15Source:
                 self._open[1].close()
             try:
                 self._open = (path, h5py.File(path, "r"))
-            except OSError as error:
+            except (OSError, RuntimeError) as error:
                 self._open = None
                 raise UserError(
                     f"{path} cannot be read as HDF5 ({error}): the download may be incomplete; "
                     "fetch it again"
                 ) from None
         return self._open[1]
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn what h5py raises on a damaged file into a message that names the place."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # h5py passes on whatever HDF5 met, as many kinds of exceptions
+        reason = next(iter(str(error).splitlines()), "no detail")[:200]
+        raise UserError(
+            f"{name}: cannot be read ({type(error).__name__}: {reason}): the file is damaged or "
+            "cut short; copy it again"
+        ) from None
 
 
 def channel_names(channels: int) -> list[str]:
@@ -129,47 +192,112 @@ def _split(file: Path) -> str:
     return file.stem.removeprefix("data_")
 
 
-def _trial(path: Path, key: str, group: h5py.Group) -> TrialInfo:
-    if "input_features" not in group or group["input_features"].ndim != 2:
+def _trial(path: Path, key: str, group: Any) -> TrialInfo:
+    name = f"{path}, {key}"
+    if not isinstance(group, h5py.Group) or not _is_table(group.get("input_features")):
+        found = sorted(group) if isinstance(group, h5py.Group) else "no group"
         raise UserError(
-            f"{path}, {key}: expected a dataset input_features [bins, channels], found "
-            f"{sorted(group)}: is this a Brain-to-Text '25 file?"
+            f"{name}: expected a dataset input_features [bins, channels], found {found}: is this "
+            "a Brain-to-Text '25 file?"
         )
-    session = _text(group.attrs.get("session", path.parent.name))
+    features = group["input_features"]
+    if features.dtype.kind not in "fiu":
+        raise UserError(
+            f"{name}: input_features holds {features.dtype}, where real numbers are expected: "
+            "store the signal as float32"
+        )
+    _bins(group, len(features), name)
+    session = _text(group.attrs.get("session", path.parent.name), f"{name}, session")
     split = _split(path)
+    number = key.removeprefix("trial_")
     return TrialInfo(
-        name=f"{path}, {key}",
+        name=name,
         session=session,
         subject=session.split(".")[0],
-        block=int(group.attrs.get("block_num", 0)),
-        trial=int(group.attrs.get("trial_num", key.removeprefix("trial_"))),
-        text=_transcription(group),
-        phonemes=_phonemes(path, key, group),
+        block=_whole(group.attrs.get("block_num", 0), f"{name}: block_num"),
+        trial=_whole(group.attrs.get("trial_num", number), f"{name}: trial_num"),
+        text=_transcription(group, name),
+        phonemes=_phonemes(group, name),
         split=split if split in SPLITS else None,
     )
 
 
-def _transcription(group: h5py.Group) -> str | None:
+def _is_table(value: Any) -> bool:
+    return isinstance(value, h5py.Dataset) and value.ndim == 2 and value.shape[1] > 0
+
+
+def _bins(group: h5py.Group, held: int, name: str) -> int:
+    bins = _whole(group.attrs.get("n_time_steps", held), f"{name}: n_time_steps")
+    if not 0 <= bins <= held:
+        raise UserError(
+            f"{name}: n_time_steps is {bins}, but input_features holds {held} bins: the file is "
+            "damaged or cut short; copy it again"
+        )
+    return bins
+
+
+def _float32(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what becomes infinite is refused with its place
+        return values.astype(np.float32)
+
+
+def _whole(value: Any, name: str) -> int:
+    """Read a whole number from an attribute, which may be a float or an array of one."""
+    try:
+        number = float(np.asarray(value).item())
+        if number == int(number) and abs(number) < 2**53:
+            return int(number)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise UserError(f"{name} is {str(value)[:60]!r}, where a whole number is expected")
+
+
+def _transcription(group: h5py.Group, name: str) -> str | None:
     """Return the sentence; None in the release's test split, which has no labels."""
     if "transcription" in group:
-        codes = np.asarray(group["transcription"]).astype(np.int64)
-        text = "".join(map(chr, codes[: _first_zero(codes)])).strip()
+        codes = _labels(group, "transcription", name)
+        codes = codes[: _first_zero(codes)]
+        strange = codes[(codes < 0) | (codes > 0x10FFFF) | ((codes >= 0xD800) & (codes < 0xE000))]
+        if strange.size:
+            raise UserError(
+                f"{name}: transcription holds {strange[0]}, where codes of characters are expected"
+            )
+        text = "".join(map(chr, codes)).strip()
     else:
-        text = _text(group.attrs.get("sentence_label", "")).strip()
+        text = _text(group.attrs.get("sentence_label", ""), f"{name}, sentence_label").strip()
     return text or None
 
 
-def _phonemes(path: Path, key: str, group: h5py.Group) -> tuple[int, ...] | None:
+def _phonemes(group: h5py.Group, name: str) -> tuple[int, ...] | None:
     if "seq_class_ids" not in group:
         return None
-    ids = np.asarray(group["seq_class_ids"]).astype(np.int64)
-    ids = ids[: int(group.attrs.get("seq_len", _first_zero(ids)))]
+    ids = _labels(group, "seq_class_ids", name)
+    length = _whole(group.attrs.get("seq_len", _first_zero(ids)), f"{name}: seq_len")
+    if not 0 <= length <= len(ids):
+        raise UserError(
+            f"{name}: seq_len is {length}, but seq_class_ids holds {len(ids)} labels: the file is "
+            "damaged or cut short; copy it again"
+        )
+    ids = ids[:length]
     if ids.size and (ids.min() < 1 or ids.max() >= len(PHONEMES)):
         raise UserError(
-            f"{path}, {key}: seq_class_ids holds {ids.min()} to {ids.max()} within seq_len "
-            f"{ids.size}; expected classes 1 to {len(PHONEMES) - 1}"
+            f"{name}: seq_class_ids holds {ids.min()} to {ids.max()} within seq_len {ids.size}; "
+            f"expected classes 1 to {len(PHONEMES) - 1}"
         )
     return tuple(ids.tolist()) or None
+
+
+def _labels(group: h5py.Group, key: str, name: str) -> np.ndarray:
+    """Return whole numbers [L] of a dataset of labels."""
+    labels = group[key]
+    fits = isinstance(labels, h5py.Dataset) and labels.ndim == 1 and labels.size <= _MOST_LABELS
+    if not fits or labels.dtype.kind not in "iu":
+        shape = getattr(labels, "shape", "no")
+        raise UserError(
+            f"{name}: {key} holds {getattr(labels, 'dtype', 'a group')} of shape {shape}, where "
+            f"up to {_MOST_LABELS} whole numbers are expected"
+        )
+    return np.asarray(labels).astype(np.int64)
 
 
 def _first_zero(values: np.ndarray) -> int:
@@ -177,5 +305,8 @@ def _first_zero(values: np.ndarray) -> int:
     return int(zeros[0]) if zeros.size else len(values)
 
 
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+def _text(value: Any, name: str) -> str:
+    value = value.decode() if isinstance(value, bytes) else value
+    if not isinstance(value, str):
+        raise UserError(f"{name} is {str(value)[:60]!r}, where text is expected")
+    return value
