@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import fft
-from scipy.ndimage import gaussian_filter1d
+
+from b2t.smoothing import smooth
 
 
 class Augmented(NamedTuple):
@@ -139,10 +140,3 @@ class Augment:
             first = int(generator.integers(0, len(signal) - width + 1))
             signal[first : first + width] = 0
         return signal
-
-
-def smooth(signal: np.ndarray, bins: float) -> np.ndarray:
-    """Smooth ``signal`` [T, C] along time with a Gaussian of standard deviation ``bins``."""
-    if not bins:
-        return np.array(signal)
-    return gaussian_filter1d(signal, bins, axis=0, mode="nearest").astype(np.float32)

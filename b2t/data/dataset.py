@@ -28,6 +28,7 @@ from b2t.data.trials import (
     signal_lengths,
 )
 from b2t.errors import UserError
+from b2t.signal_spec import Z_SCORE
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_TIMEOUT_SECONDS = 5.0
@@ -49,6 +50,7 @@ class DatasetInfo:
         fingerprint: hash of the content, the same whenever the same data is prepared again.
         channel_names: C names, where the dataset carries them.
         z_scored: the signals are z-scored per block; False where this is not known.
+        unit: `z-score`, or the unit of the recordings; None where this is not known.
     """
 
     channels: int
@@ -61,6 +63,7 @@ class DatasetInfo:
     fingerprint: str
     channel_names: list[str] | None = None
     z_scored: bool = False
+    unit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ def _open(path: str, stamp: tuple[float, ...]) -> _Opened:
         fingerprint=fingerprint,
         channel_names=record.get("channels"),
         z_scored=bool(record.get("z_scored", False)),
+        unit=record.get("unit") or (Z_SCORE if record.get("z_scored") else None),
     )
     return _Opened(splits, info)
 

@@ -20,6 +20,7 @@ from b2t.data.sources.base import SPLITS
 from b2t.data.trials import Fingerprint, require_finite, trial_features
 from b2t.errors import UserError
 from b2t.log import logger
+from b2t.signal_spec import Z_SCORE
 
 RECORD = "b2t.json"
 VERSION = 1
@@ -248,13 +249,15 @@ def _content(
     trials: _Trials,
     record: dict[str, Any],
 ) -> dict[str, Any]:
+    z_scored = source.standardized or trials.normalization == "block"
     return {
         "version": VERSION,
         "format": source.format,
         "simulated": source.simulated,
         "fingerprint": fingerprint,
         "normalization": trials.normalization,
-        "z_scored": source.standardized or trials.normalization == "block",
+        "z_scored": z_scored,
+        "unit": Z_SCORE if z_scored else source.unit,
         "sampling_rate": source.sampling_rate,
         "channels": source.channels,
         "phonemes": list(PHONEMES) if any(info.phonemes for info in source.trials) else None,

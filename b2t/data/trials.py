@@ -97,6 +97,25 @@ def require_finite(signal: np.ndarray, name: str) -> None:
         )
 
 
+def typical_rms(dataset: Dataset, limit: int = 32) -> float | None:
+    """Return the root mean square of a typical trial, in the unit of the signals.
+
+    Args:
+        dataset: trials.
+        limit: trials to read, spread evenly over the sessions; the result is their median.
+
+    Returns:
+        None where no trial has a finite one above 0.
+    """
+    rows = dataset.with_format("arrow")
+    powers = [
+        np.mean(np.square(read_signal(rows[index]), dtype=np.float64))
+        for index in spread_over_sessions(dataset, limit)
+    ]
+    usable = [power for power in powers if np.isfinite(power) and power > 0]
+    return float(np.sqrt(np.median(usable))) if usable else None
+
+
 def spread_over_sessions(dataset: Dataset, limit: int) -> list[int]:
     """Choose ``limit`` rows, spread evenly over the sessions and over each session's rows.
 

@@ -31,7 +31,7 @@ def tokenize_trials(
     found: dict[str, list[list[int]]] = {}
     for batch in batches:
         batch = to_model(batch, model)
-        encoded = model.encode(batch.signal, batch.signal_mask, batch.session)
+        encoded = model.encode_batch(batch.signal, batch.signal_mask, batch.session)
         codes, mask = encoded.codes[..., :layers].cpu(), encoded.frame_mask.cpu()
         for row, row_codes, keep in zip(batch.rows, codes, mask, strict=True):
             valid = row_codes[keep]

@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=positive, help="longest text (default: the run's)")
     parser.add_argument("--device", help="torch device (default: a GPU where there is one)")
     parser.add_argument("--out", type=Path, help="JSONL file to write instead of printing")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="go on where the data are of another kind than the model was trained on",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
             "`b2t tokenize` writes its codes"
         )
     batches = run_folder.load_batches(
-        opened, model, args.dataset, split, tokenizer, args.batch_size
+        opened, model, args.dataset, split, tokenizer, args.batch_size, force=args.force
     )
     options = generation_options(opened, args.beams, args.max_new_tokens)
     texts = dict(decode_batches(model, batches, tokenizer, **options))

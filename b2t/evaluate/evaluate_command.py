@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the controls (0)")
     parser.add_argument("--device", help="torch device (default: a GPU where there is one)")
     parser.add_argument("--out", type=Path, help="folder for the results (default: the run's)")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="go on where the data are of another kind than the model was trained on",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     split = run_folder.choose_split(path, args.split)
     model, tokenizer = run_folder.load_model(opened, args.device)
     batches = run_folder.load_batches(
-        opened, model, path, split, tokenizer, args.batch_size, args.limit
+        opened, model, path, split, tokenizer, args.batch_size, args.limit, args.force
     )
     result = evaluate_model(
         model,

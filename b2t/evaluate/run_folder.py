@@ -1,12 +1,14 @@
 """What a finished or running training left on disk: its best model and its configuration."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from b2t.config import Config, load_config
 from b2t.errors import UserError
+from b2t.log import log_once
+from b2t.signal_spec import SignalSpec, compare, require_fit
 
 if TYPE_CHECKING:
     from b2t.data.batches import Batch
@@ -90,6 +92,7 @@ def load_model(run: Run, device: str | None = None) -> tuple[Any, Any | None]:
 
     model = BrainToText.from_pretrained(run.checkpoint, dtype=torch.float32)
     tokenizer = load_tokenizer(run.checkpoint) if model.text_decoder is not None else None
+    model.tokenizer = tokenizer
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return model.eval().to(chosen), tokenizer
@@ -132,35 +135,84 @@ def load_batches(
     tokenizer: Any | None,
     batch_size: int,
     limit: int | None = None,
+    force: bool = False,
 ) -> Iterator["Batch"]:
     """Yield the rows of a split as batches for ``model``, after checking that they fit it.
 
+    Channels in another order are brought by name into that of the model. The smoothing of the
+    training configuration is applied.
+
+    Args:
+        run: where the model comes from.
+        model: a `BrainToText`.
+        path: dataset.
+        split: of the dataset.
+        tokenizer: None leaves texts out.
+        batch_size: most rows in a batch.
+        limit: rows at most.
+        force: warn instead of refusing signals of another kind than the model was trained on.
+
     Raises:
-        UserError: another number of channels, or rows that cannot be read.
+        UserError: signals of another kind, or rows that cannot be read.
     """
     from b2t.data.augment import Augment
     from b2t.data.batches import eval_batches
-    from b2t.data.dataset import dataset_info, load_trials
+    from b2t.data.dataset import load_trials
 
-    info = dataset_info(path)
-    if info.channels != model.config.channels:
-        raise UserError(
-            f"{path}: trials have {info.channels} channels, the model in {run.checkpoint} reads "
-            f"{model.config.channels}; prepare the data as for training"
-        )
     trials = load_trials(path, split)
     if limit is not None:
         trials = trials.select(range(min(limit, len(trials))))
+    order = require_same_kind(run, model, path, trials, force)
     if tokenizer is None:
         trials = trials.remove_columns("text").add_column("text", [None] * len(trials))
-    section = run.config.data.augment.model_dump() if run.config else {}
-    return eval_batches(
+    batches = eval_batches(
         trials,
         tokenizer,
         model.config.sessions,
-        augment=Augment(**{**section, "enabled": False}),
+        augment=Augment(smoothing_bins=_smoothing(run, model), enabled=False),
         batch_size=batch_size,
     )
+    return batches if order is None else (_reordered(batch, order) for batch in batches)
+
+
+def require_same_kind(
+    run: Run, model: Any, path: str, trials: Any, force: bool = False
+) -> list[int] | None:
+    """Refuse trials of another kind than the model was trained on; see `require_fit`."""
+    from b2t.data.dataset import dataset_info
+    from b2t.data.trials import typical_rms
+
+    info = dataset_info(path)
+    found = SignalSpec(
+        channels=info.channels,
+        sampling_rate=info.sampling_rate,
+        channel_names=info.channel_names,
+        unit=info.unit,
+        rms=typical_rms(trials),
+        sessions=sorted(trials.unique("session")),
+    )
+    wanted = SignalSpec.of_model(model.config)
+    order = require_fit(wanted, found, path, str(run.checkpoint), force=force, how="--force")
+    unchecked = compare(wanted, found).unchecked
+    if unchecked and model.config.signal is not None:
+        log_once(
+            f"unchecked {path}",
+            f"{path}: {' and '.join(unchecked)} could not be compared with those of the training, "
+            "as the model or the dataset does not say",
+        )
+    return order
+
+
+def _smoothing(run: Run, model: Any) -> float:
+    """Return the smoothing of the model; older ones leave it to the run's configuration."""
+    if model.config.signal is not None:
+        return float(model.config.signal["smoothing_bins"])
+    return run.config.data.augment.smoothing_bins if run.config else 0.0
+
+
+def _reordered(batch: "Batch", order: list[int]) -> "Batch":
+    signal, target = batch.signal[..., order], batch.target[..., order]
+    return replace(batch, signal=signal, target=target, _counts=None)
 
 
 def is_simulated(model: Any, path: str) -> bool:

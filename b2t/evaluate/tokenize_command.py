@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=positive, help="only the first LAYERS quantizer layers")
     parser.add_argument("--keep-signal", action="store_true", help="keep the signals as well")
     parser.add_argument("--device", help="torch device (default: a GPU where there is one)")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="go on where the data are of another kind than the model was trained on",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
         )
     tokenized = {}
     for split in splits:
-        batches = run_folder.load_batches(opened, model, args.dataset, split, None, args.batch_size)
+        batches = run_folder.load_batches(
+            opened, model, args.dataset, split, None, args.batch_size, force=args.force
+        )
         trials = load_trials(args.dataset, split)
         codes = tokenize_trials(model, batches, layers)
         kept = trials if args.keep_signal else trials.remove_columns("signal")

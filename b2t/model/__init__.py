@@ -2,14 +2,9 @@
 
 from transformers import AutoConfig, AutoModel
 
-from b2t.model.brain_to_text import (
-    COMPONENTS,
-    DEFAULT_WEIGHTS,
-    BrainToText,
-    BrainToTextOutput,
-    Encoded,
-)
+from b2t.model.brain_to_text import COMPONENTS, DEFAULT_WEIGHTS, BrainToText
 from b2t.model.configuration import BrainToTextConfig
+from b2t.model.outputs import BrainToTextOutput, Encoded
 from b2t.model.tokenizer import (
     build_tokenizer,
     decode_texts,

@@ -2,28 +2,29 @@
 
 import copy
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers import GenerationConfig
 
 from b2t.errors import UserError
 from b2t.model import losses as sums
+from b2t.model.assembly import (
+    build_adapter,
+    build_quantizer,
+    build_signal_decoder,
+    resolve_text_decoder,
+    without,
+)
 from b2t.model.configuration import BrainToTextConfig
 from b2t.model.encoder import Encoder
+from b2t.model.inference import Inference
+from b2t.model.outputs import BrainToTextOutput, Encoded
 from b2t.model.phoneme_head import PhonemeHead
-from b2t.model.session_adapter import SessionAdapter
-from b2t.model.signal_decoder import SignalDecoder
-from b2t.model.text_decoder import (
-    TextDecoder,
-    config_from_checkpoint,
-    config_from_mapping,
-    small_config,
-)
-from b2t.quantize import QuantizerStats, ResidualVQ, SoftUsage
+from b2t.model.pretrained import Pretrained
+from b2t.model.text_decoder import TextDecoder
+from b2t.quantize import SoftUsage
 from b2t.quantize.frame_hash import frame_ids
 
 if TYPE_CHECKING:
@@ -54,58 +55,7 @@ DEFAULT_WEIGHTS: Mapping[str, float] = {
 Number = Tensor | float
 
 
-class Encoded(NamedTuple):
-    """What the first half of the model makes of a signal."""
-
-    latents: Tensor
-    """[B, P, D], zero under the mask."""
-    quantized: Tensor
-    """[B, P, D]; the latents themselves in a model without a quantizer."""
-    codes: Tensor | None
-    """[B, P, Q] int64, −1 under the mask; None without a quantizer."""
-    frame_mask: Tensor
-    """[B, P] bool, True = real."""
-    losses: dict[str, Tensor]
-    """Losses of the quantizer that were asked for."""
-    stats: QuantizerStats | None
-    """What the codebook update needs; None without a quantizer."""
-
-
-@dataclass
-class BrainToTextOutput(ModelOutput):
-    """Result of `BrainToText.forward`.
-
-    Attributes:
-        loss: weighted sum of `losses`, 0-d float32.
-        losses: unweighted losses by name, those of weight 0 left out.
-        reconstruction: [B, T, C] float32, None where its weight is 0.
-        latents: [B, P, D].
-        quantized: [B, P, D].
-        codes: [B, P, Q] int64, −1 under the mask; None without a quantizer.
-        frame_mask: [B, P] bool.
-        phoneme_logits: [B, P, 41], None where its weight is 0.
-        text_logits: [B, L, V], None where its weight is 0.
-        stats: `QuantizerStats`, None without a quantizer.
-        metrics: detached sums that can be added over batches: `squared_error` and `signal_power`
-            over `bins` elements (SNR in dB is 10·log10(signal_power / squared_error)),
-            `tokens_correct` of `tokens` under teacher forcing, `phoneme_rows` and
-            `phoneme_rows_too_short`, `frames`.
-    """
-
-    loss: Tensor | None = None
-    losses: dict[str, Tensor] | None = None
-    reconstruction: Tensor | None = None
-    latents: Tensor | None = None
-    quantized: Tensor | None = None
-    codes: Tensor | None = None
-    frame_mask: Tensor | None = None
-    phoneme_logits: Tensor | None = None
-    text_logits: Tensor | None = None
-    stats: Any = None
-    metrics: dict[str, Tensor] | None = None
-
-
-class BrainToText(PreTrainedModel):
+class BrainToText(Inference, Pretrained):
     """Brain signals to discrete codes, and codes to signal, phonemes and text.
 
     Attributes:
@@ -128,23 +78,24 @@ class BrainToText(PreTrainedModel):
 
     def __init__(self, config: BrainToTextConfig) -> None:
         config = copy.deepcopy(config)
-        text_config = _resolve_text_decoder(config) if config.text_decoder["enabled"] else None
+        text_config = resolve_text_decoder(config) if config.text_decoder["enabled"] else None
         checkpoint = config.text_decoder["checkpoint"]
         config.text_decoder["checkpoint"] = None
         super().__init__(config)
         self._frozen: frozenset[str] = frozenset()
-        self.adapter = _build_adapter(config)
+        self.adapter = build_adapter(config)
         self.encoder = Encoder(config.channels, **config.encoder)
-        self.quantizer = _build_quantizer(config)
-        self.signal_decoder = _build_signal_decoder(config)
+        self.quantizer = build_quantizer(config)
+        self.signal_decoder = build_signal_decoder(config)
         dim = config.encoder["dim"]
-        head = _without(config.phoneme_head, "enabled")
+        head = without(config.phoneme_head, "enabled")
         self.phoneme_head = PhonemeHead(dim, **head) if config.phoneme_head["enabled"] else None
         self.text_decoder = (
             TextDecoder(dim, text_config, checkpoint, config.text_decoder["max_tokens"])
             if text_config is not None
             else None
         )
+        self.generation_config = _decoding(config) if self.text_decoder is not None else None
         self.post_init()
 
     @torch.no_grad()
@@ -199,7 +150,7 @@ class BrainToText(PreTrainedModel):
             signal = self.adapter(signal, session)
         return self.encoder(signal, signal_mask), self.frame_mask(signal_mask)
 
-    def encode(
+    def encode_batch(
         self,
         signal: Tensor,
         signal_mask: Tensor | None = None,
@@ -211,10 +162,10 @@ class BrainToText(PreTrainedModel):
         micro_batches: int = 1,
         row_ids: Tensor | None = None,
     ) -> Encoded:
-        """Encode and quantize.
+        """Encode and quantize signals as batches hold them; `encode` takes a user's own.
 
         Args:
-            signal: [B, T, C].
+            signal: [B, T, C], smoothed.
             signal_mask: [B, T] bool, True = real; None is all real.
             session: [B] int64, −1 = unseen; None is all unseen.
             frames: normaliser of the commitment loss; None is the batch's own real frames.
@@ -266,7 +217,7 @@ class BrainToText(PreTrainedModel):
         """
         weights = self._active_weights(weights)
         counts = self.counts(batch) if counts is None else counts
-        encoded = self.encode(
+        encoded = self.encode_batch(
             batch.signal,
             batch.signal_mask,
             batch.session,
@@ -374,44 +325,6 @@ class BrainToText(PreTrainedModel):
             return tokens.new_full((tokens.shape[0], 1), sums.IGNORE)
         return tokens
 
-    @torch.no_grad()
-    def generate(
-        self,
-        signal: "Batch | Tensor",
-        signal_mask: Tensor | None = None,
-        session: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Decode text freely, without labels and without dropout.
-
-        Args:
-            signal: a batch, or signals [B, T, C].
-            signal_mask: [B, T] bool, True = real; None is all real.
-            session: [B] int64, −1 = unseen; None is all unseen.
-            kwargs: as in transformers' `generate` (`num_beams`, `max_new_tokens`, …).
-
-        Returns:
-            Tokens [B, ≤ max_tokens + 1] with the start token; `decode_texts` makes texts of them.
-
-        Raises:
-            UserError: the model has no text decoder, or too many tokens are asked for.
-        """
-        if self.text_decoder is None:
-            raise UserError(
-                "this model has no text decoder (text_decoder.enabled=false): it tokenizes "
-                "signals; train with text to decode text"
-            )
-        if not isinstance(signal, Tensor):
-            batch = signal
-            signal, signal_mask, session = batch.signal, batch.signal_mask, batch.session
-        training = self.training
-        self.eval()
-        try:
-            encoded = self.encode(signal, signal_mask, session)
-            return self.text_decoder.generate(encoded.quantized, encoded.frame_mask, **kwargs)
-        finally:
-            self.train(training)
-
     def freeze(self, components: Iterable[str] = ()) -> None:
         """Freeze exactly these components and train all others.
 
@@ -470,40 +383,16 @@ class BrainToText(PreTrainedModel):
     activation_checkpointing_enable = gradient_checkpointing_enable
     activation_checkpointing_disable = gradient_checkpointing_disable
 
-    @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a saved model; arguments as in transformers.
 
-        Whatever the dtype asked for, codebooks and their averages come back in float32, bit for
-        bit.
-
-        Raises:
-            UserError: no model there, or one that lacks weights.
-        """
-        with_info = kwargs.pop("output_loading_info", False)
-        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
-        try:
-            if dtype in ("auto", None):
-                dtype = BrainToTextConfig.from_pretrained(path).dtype
-            # Not every transformers 5 spares buffers the cast to `dtype`; `.to` below always does.
-            model, info = super().from_pretrained(
-                path, *args, output_loading_info=True, dtype=torch.float32, **kwargs
-            )
-        except OSError as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(
-                f"{path}: no trained model ({reason}); expected a folder with config.json and "
-                "model.safetensors, such as RUN/checkpoints/best"
-            ) from None
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise UserError(
-                f"{path}: its model.safetensors lacks {len(missing)} tensors of this architecture, "
-                f"such as {missing[0]}; it was written by another version or cut short"
-            )
-        if dtype is not None:
-            model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        return (model, info) if with_info else model
+def _decoding(config: BrainToTextConfig) -> GenerationConfig:
+    """Return greedy decoding of texts as long as the text decoder allows."""
+    return GenerationConfig(
+        max_new_tokens=config.text_decoder["max_tokens"],
+        num_beams=1,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+    )
 
 
 def _normalise(total: Tensor, count: Number) -> Tensor:
@@ -511,64 +400,3 @@ def _normalise(total: Tensor, count: Number) -> Tensor:
     if isinstance(count, Tensor):
         return total / count.to(total.device, torch.float32).clamp(min=1e-6)
     return total / max(float(count), 1e-6)
-
-
-def _without(section: dict[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: value for key, value in section.items() if key not in keys}
-
-
-def _build_adapter(config: BrainToTextConfig) -> SessionAdapter | None:
-    if not config.adapter["enabled"]:
-        return None
-    options = _without(config.adapter, "enabled")
-    return SessionAdapter(config.channels, len(config.sessions), **options)
-
-
-def _build_quantizer(config: BrainToTextConfig) -> ResidualVQ | None:
-    if not config.quantizer["enabled"]:
-        return None
-    return ResidualVQ(config.encoder["dim"], **_without(config.quantizer, "enabled"))
-
-
-def _build_signal_decoder(config: BrainToTextConfig) -> SignalDecoder:
-    encoder = config.encoder
-    return SignalDecoder(
-        config.channels,
-        encoder["dim"],
-        encoder["patch_size"],
-        encoder["patch_stride"],
-        **config.signal_decoder,
-    )
-
-
-def _resolve_text_decoder(config: BrainToTextConfig) -> PretrainedConfig:
-    """Find the seq2seq config and store it, so that a saved model needs no checkpoint."""
-    section = config.text_decoder
-    special = {
-        "vocab_size": config.vocab_size,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
-    }
-    if section["checkpoint"] is not None:
-        resolved = config_from_checkpoint(section["checkpoint"])
-        section["initialized_from"] = section["checkpoint"]
-    elif section["config"] is not None:
-        resolved = config_from_mapping(section["config"], **special)
-    else:
-        keys = ("dim", "depth", "heads", "ffn_dim", "dropout", "max_tokens")
-        resolved = small_config(**{key: section[key] for key in keys}, **special)
-    vocabulary = resolved.get_text_config(decoder=True).vocab_size
-    if vocabulary < config.vocab_size:
-        raise UserError(
-            f"text_decoder: the tokenizer has {config.vocab_size} tokens, the model's vocabulary "
-            f"only {vocabulary}; use the checkpoint's own tokenizer or a larger vocab_size"
-        )
-    limit = getattr(resolved, "max_position_embeddings", None)
-    if limit is not None and limit < section["max_tokens"]:
-        raise UserError(
-            f"text_decoder: texts of up to {section['max_tokens']} tokens need as many positions, "
-            f"its config has max_position_embeddings={limit}; lower data.max_text_tokens"
-        )
-    section["config"] = _without(resolved.to_dict(), "dtype", "torch_dtype", "_name_or_path")
-    return resolved

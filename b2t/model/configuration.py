@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
+    "signal": {"channel_names": None, "unit": None, "rms": None, "smoothing_bins": 0.0},
     "adapter": {"enabled": True, "softsign": False, "dropout": 0.0},
     "encoder": {
         "patch_size": 4,
@@ -57,6 +58,10 @@ class BrainToTextConfig(PretrainedConfig):
         eos_token_id: ends a text.
         pad_token_id: fills up.
         simulated_data: the model was trained on a simulation; say so beside its results.
+        signal: what the signals were that it was trained on: `channel_names` (C names in order),
+            `unit` (`z-score`, V …), `rms` (root mean square of a typical trial), and
+            `smoothing_bins`, the Gaussian smoothing that belongs to the model's input. None in
+            models that do not say; a value of None is not known.
 
     Raises:
         ValueError: an unknown key in a section.
@@ -80,6 +85,7 @@ class BrainToTextConfig(PretrainedConfig):
         eos_token_id: int = 1,
         pad_token_id: int = 0,
         simulated_data: bool = False,
+        signal: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.channels = channels
@@ -93,6 +99,7 @@ class BrainToTextConfig(PretrainedConfig):
         self.text_decoder = _section("text_decoder", text_decoder)
         self.vocab_size = vocab_size
         self.simulated_data = simulated_data
+        self.signal = None if signal is None else _section("signal", signal)
         super().__init__(
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,

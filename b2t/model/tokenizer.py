@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import (
@@ -62,15 +63,16 @@ def bpe_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedTok
     return PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
-def load_tokenizer(checkpoint: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder or Hub id.
+def load_tokenizer(checkpoint: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or Hub id; options as in transformers.
 
     Raises:
         UserError: no tokenizer there, or one without an end token.
     """
     path = Path(checkpoint).expanduser()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else str(checkpoint))
+        place = str(path) if path.is_dir() else str(checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(

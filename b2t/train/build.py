@@ -11,6 +11,7 @@ from b2t.config import Config
 from b2t.data.augment import Augment
 from b2t.data.batches import TrialRows
 from b2t.data.dataset import DatasetInfo, dataset_info, load_trials
+from b2t.data.trials import typical_rms
 from b2t.errors import UserError
 from b2t.log import logger
 from b2t.model.brain_to_text import BrainToText
@@ -62,7 +63,10 @@ def build(config: Config) -> Materials:
         TrialRows(split, tokenizer, info.sessions, max_tokens=data.max_text_tokens)
     # Weights are made on every rank from the same seed.
     torch.manual_seed(config.run.seed)
-    model = BrainToText(model_config(config, info, tokenizer))
+    model = BrainToText(model_config(config, info, tokenizer, typical_rms(train)))
+    if model.generation_config is not None:
+        model.generation_config.num_beams = config.evaluation.num_beams
+        model.generation_config.max_new_tokens = config.evaluation.max_new_tokens
     knobs = config.model.activation_checkpointing
     model.checkpoint_activations(knobs.encoder, knobs.signal_decoder, knobs.text_decoder)
     return Materials(
@@ -79,9 +83,12 @@ def _tokenizer(config: Config, train: Dataset) -> PreTrainedTokenizerBase:
 
 
 def model_config(
-    config: Config, info: DatasetInfo, tokenizer: PreTrainedTokenizerBase | None
+    config: Config,
+    info: DatasetInfo,
+    tokenizer: PreTrainedTokenizerBase | None,
+    rms: float | None = None,
 ) -> BrainToTextConfig:
-    """Resolve the architecture for one dataset."""
+    """Resolve the architecture for one dataset, whose typical trial has this root mean square."""
     model = config.model
     text: dict[str, Any] = model.text_decoder.model_dump()
     text["enabled"] = tokenizer is not None
@@ -112,5 +119,11 @@ def model_config(
         phoneme_head=phonemes,
         text_decoder=text,
         simulated_data=info.simulated,
+        signal={
+            "channel_names": info.channel_names,
+            "unit": info.unit,
+            "rms": rms,
+            "smoothing_bins": config.data.augment.smoothing_bins,
+        },
         **special,
     )

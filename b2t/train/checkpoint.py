@@ -12,7 +12,6 @@ format is not used: it is a set of pickles tied to the number of ranks, not atom
 conversion for another number of ranks drops buffers.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from b2t import manifest
 from b2t.errors import UserError
 from b2t.log import logger
 
@@ -152,36 +152,14 @@ class CheckpointStore:
 
 def find_problem(path: Path) -> str | None:
     """Compare a checkpoint with its manifest; None means whole."""
-    manifest = path / "manifest.json"
-    if not manifest.is_file():
-        return "manifest.json is missing"
-    try:
-        entries = json.loads(manifest.read_text("utf-8"))
-    except ValueError:
-        return "manifest.json is not valid JSON"
-    for name in _FILES:
-        file = path / name
-        entry = entries.get(name) if isinstance(entries, dict) else None
-        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= set(entry):
-            return f"manifest.json does not describe {name}"
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, expected {entry['bytes']}"
-        if sha256(file) != entry["sha256"]:
-            return f"{name} has another checksum than when it was written"
-    return None
+    return manifest.find_problem(path, _FILES)
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
     save_file(_contiguous(checkpoint.weights), folder / "weights.safetensors")
     save_file(_contiguous(checkpoint.moments), folder / "moments.safetensors")
     (folder / "state.json").write_text(json.dumps(checkpoint.state, indent=1), "utf-8")
-    manifest = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-        for name in _FILES
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
+    manifest.write_manifest(folder, _FILES)
     for file in folder.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -201,15 +179,6 @@ def _read(path: Path) -> Checkpoint:
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-
-
-def sha256(path: Path) -> str:
-    """Checksum of a file, as hexadecimal text."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while chunk := handle.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _replace_text(path: Path, text: str) -> None:

@@ -32,9 +32,9 @@ def export_model(
     replaced = folder.with_name(f".replaced-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
+    copy.tokenizer = tokenizer
+    copy.generation_config = model.generation_config
     copy.save_pretrained(partial)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
     if folder.exists():
         folder.rename(replaced)
     partial.rename(folder)

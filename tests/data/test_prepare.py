@@ -23,6 +23,7 @@ class Memory:
     format = "made"
     simulated = False
     standardized = False
+    unit = "mV"
     sampling_rate = 100.0
     own_splits = False
 

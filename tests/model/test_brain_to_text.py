@@ -475,6 +475,7 @@ def test_broken_folders_say_so(tmp_path):
         BrainToText.from_pretrained(tmp_path / "nowhere")
     build(phoneme_head={"enabled": False}).save_pretrained(tmp_path)
     config().save_pretrained(tmp_path)
+    (tmp_path / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"lacks .*phoneme_head"):
         BrainToText.from_pretrained(tmp_path)
 

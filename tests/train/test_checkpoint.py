@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from b2t import manifest
 from b2t.errors import UserError
+from b2t.manifest import sha256
 from b2t.train import checkpoint as module
-from b2t.train.checkpoint import Checkpoint, CheckpointStore, find_problem, sha256
+from b2t.train.checkpoint import Checkpoint, CheckpointStore, find_problem
 
 FILES = ("weights.safetensors", "moments.safetensors", "state.json", "manifest.json")
 
@@ -227,7 +229,7 @@ def test_an_error_while_writing_leaves_the_older_one(tmp_path, errors, monkeypat
     if stage == "rename":
         monkeypatch.setattr(Path, "rename", full)
     elif stage == "manifest":
-        monkeypatch.setattr(module, "sha256", full)
+        monkeypatch.setattr(manifest, "sha256", full)
     else:
 
         def save_file(tensors, path):

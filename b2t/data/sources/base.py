@@ -63,6 +63,7 @@ class Source(Protocol):
         channels: channel names, the same for every trial.
         sampling_rate: in Hz, after any resampling.
         standardized: the signals are z-scored per block already.
+        unit: of the signals as recorded, for example V; None where it is not known.
         own_splits: the release says which trial belongs to which split.
         simulated: the signals come from a simulation.
         trials: what is known before any signal is read.
@@ -73,6 +74,7 @@ class Source(Protocol):
     channels: list[str]
     sampling_rate: float
     standardized: bool
+    unit: str | None
     own_splits: bool
     simulated: bool
     trials: list[TrialInfo]

@@ -43,6 +43,7 @@ class MNESource:
 
     format = NAME
     standardized = False
+    unit: str | None = "SI (V, T)"
     own_splits = False
     simulated = False
 

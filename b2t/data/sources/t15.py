@@ -53,6 +53,7 @@ class T15Source:
 
     format = NAME
     standardized = True
+    unit: str | None = None
     own_splits = True
 
     def __init__(self, path: Path, files: list[Path], options: SourceOptions) -> None:

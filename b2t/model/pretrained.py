@@ -1,0 +1,132 @@
+"""Saving and loading: weights, config, tokenizer, generation config, and their checksums."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from b2t.errors import UserError
+from b2t.log import log_once
+from b2t.manifest import MANIFEST, find_problem, write_manifest
+from b2t.model.configuration import BrainToTextConfig
+from b2t.model.tokenizer import load_tokenizer
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+class Pretrained(PreTrainedModel):
+    """What travels with a saved `BrainToText`, besides its weights.
+
+    Attributes:
+        generation_config: how `generate` decodes where a call does not say.
+    """
+
+    _tokenizer: PreTrainedTokenizerBase | None = None
+    _tokenizer_source: tuple[str, dict[str, Any]] | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that the model was trained with; None where it came without one."""
+        if self._tokenizer is None and self._tokenizer_source is not None:
+            (source, options), self._tokenizer_source = self._tokenizer_source, None
+            try:
+                self._tokenizer = load_tokenizer(source, **options)
+            except UserError:
+                self._tokenizer = None
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self._tokenizer, self._tokenizer_source = tokenizer, None
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write config, weights, tokenizer, generation config and their checksums.
+
+        Arguments as in transformers.
+        """
+        folder = Path(save_directory)
+        main = kwargs.get("is_main_process", True)
+        if main:
+            (folder / MANIFEST).unlink(missing_ok=True)
+        super().save_pretrained(save_directory, **kwargs)
+        if not main:
+            return
+        written = [path.name for path in folder.glob("*.safetensors*")]
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(folder)
+            written.append(GENERATION_FILE)
+        if self.tokenizer is not None:
+            files = self.tokenizer.save_pretrained(folder)
+            written += [os.path.relpath(file, folder) for file in files if Path(file).is_file()]
+        write_manifest(folder, {CONFIG_FILE, *written})
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a saved model; arguments as in transformers.
+
+        Whatever the dtype asked for, codebooks and their averages come back in float32, bit for
+        bit.
+
+        Raises:
+            UserError: no model there, one that lacks weights, or files that are not as they were
+                written.
+        """
+        _require_whole(Path(path))
+        with_info = kwargs.pop("output_loading_info", False)
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
+        hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        try:
+            if dtype in ("auto", None):
+                dtype = BrainToTextConfig.from_pretrained(path, **hub).dtype
+            # Not every transformers 5 spares buffers the cast to `dtype`; `.to` below always does.
+            model, info = super().from_pretrained(
+                path, *args, output_loading_info=True, dtype=torch.float32, **kwargs
+            )
+        except (OSError, SafetensorError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"{path}: no trained model ({reason}); expected a folder with config.json and "
+                "model.safetensors, such as RUN/checkpoints/best"
+            ) from None
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise UserError(
+                f"{path}: its model.safetensors lacks {len(missing)} tensors of this architecture, "
+                f"such as {missing[0]}; it was written by another version or cut short"
+            )
+        if dtype is not None:
+            model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        model._take_company(str(path), hub)
+        return (model, info) if with_info else model
+
+    def _take_company(self, path: str, hub: dict[str, Any]) -> None:
+        """Take the generation config, and the tokenizer when it is asked for."""
+        self._tokenizer_source = (path, hub) if self.text_decoder is not None else None
+        try:
+            if self.text_decoder is not None:
+                self.generation_config = GenerationConfig.from_pretrained(path, **hub)
+        except OSError:
+            pass  # saved by an earlier version: the config's own limits hold
+        if self.config.signal is None:
+            log_once(
+                f"unknown signals {path}",
+                f"{path}: its config.json does not say what signals it was trained on (names of "
+                "channels, unit, smoothing): whether others are of that kind cannot be checked",
+            )
+
+
+def _require_whole(folder: Path) -> None:
+    """Refuse a local folder whose files are not those of its manifest; older ones have none."""
+    if not (folder / MANIFEST).is_file():
+        return
+    problem = find_problem(folder, [CONFIG_FILE])
+    if problem is not None:
+        raise UserError(
+            f"{folder}: {problem}: the saved model was damaged or changed after it was written; "
+            f"restore it from a copy, or remove {folder / MANIFEST} if the change was meant"
+        )
