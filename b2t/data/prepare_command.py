@@ -128,7 +128,9 @@ def parse_split(text: str) -> tuple[float, float, float]:
         shares = tuple(float(part) for part in text.split("/"))
     except ValueError:
         shares = ()
-    if len(shares) != 3 or min(shares) < 0 or not shares[0] or abs(sum(shares) - 1) > 1e-6:
+    # Written so that NaN fails.
+    fit = len(shares) == 3 and shares[0] > 0 and shares[1] >= 0 and shares[2] >= 0
+    if not fit or not abs(sum(shares) - 1) <= 1e-6:
         raise UserError(
             f"--split {text}: expected three shares of train, val and test that sum to 1, "
             "such as 0.8/0.1/0.1"

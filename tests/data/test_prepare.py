@@ -245,9 +245,12 @@ def test_an_empty_split_is_refused(tmp_path):
     prepare(Memory(3), tmp_path / "out", PrepareOptions(fractions=(1.0, 0.0, 0.0)))
 
 
-@pytest.mark.parametrize("split", ["0.8", "a/b/c", "0.8/0.1/0.2", "0/0.5/0.5", "1.2/-0.1/-0.1"])
+@pytest.mark.parametrize(
+    "split",
+    ["0.8", "a/b/c", "0.8/0.1/0.2", "0/0.5/0.5", "1.2/-0.1/-0.1", "nan/0/0", "1/nan/0", "inf/0/0"],
+)
 def test_shares_that_make_no_sense(split):
-    with pytest.raises(UserError, match="--split"):
+    with pytest.raises(UserError, match=f"--split {split}: expected three shares"):
         prepare_command.parse_split(split)
 
 

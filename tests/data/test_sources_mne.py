@@ -1,12 +1,17 @@
 """The MNE reader on files written here and on real recordings."""
 
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy.io import loadmat, savemat
 
+from b2t.data.remarks import Remarks
 from b2t.data.sources import SourceOptions, detect
 from b2t.data.sources.base import resampled
+from b2t.data.sources.cutting import windows
 from b2t.errors import UserError
 
 mne = pytest.importorskip("mne")
@@ -133,6 +138,16 @@ def test_unequal_channels_and_rates_name_both_files(tmp_path):
         ({"overlap": 1.0}, "--overlap 1"),
         ({"window": 30.0}, "lasts 20.0 s"),
         ({"annotations": True}, "no annotations"),
+        ({"window": float("nan")}, "--window nan"),
+        ({"window": float("inf")}, "--window inf"),
+        ({"window": 1e-9}, r"--window 1e-09.*100 Hz.*less than 2 bins"),
+        ({"window": 0.02, "resample": 20.0}, r"--window 0\.02.*20 Hz.*less than 2 bins"),
+        ({"overlap": float("nan")}, "--overlap nan"),
+        ({"resample": float("nan")}, r"--resample nan.*100 Hz.*between 1 and 1000 Hz"),
+        ({"resample": float("inf")}, "--resample inf"),
+        ({"resample": 0.001}, r"--resample 0\.001"),
+        ({"resample": 1e9}, r"--resample 1e\+09"),
+        ({"channels": ("Fz", "Pz", "Fz")}, "--channels names Fz more than once"),
     ],
 )
 def test_options_that_make_no_sense(tmp_path, options, message):
@@ -141,9 +156,113 @@ def test_options_that_make_no_sense(tmp_path, options, message):
         detect(tmp_path, SourceOptions(**options))
 
 
-def test_a_damaged_file_is_named(tmp_path):
-    (tmp_path / "broken.edf").write_bytes(b"0       " + b"x" * 300)
-    with pytest.raises(UserError, match=r"broken\.edf cannot be read as EDF"):
+def test_more_windows_than_can_be_meant_are_refused_at_once():
+    raw = SimpleNamespace(info={"sfreq": 1000.0}, n_times=10**12)
+    with pytest.raises(UserError, match=r"a\.fif: .*cuts 500000000 windows, more than 1048576"):
+        windows(raw, Path("a.fif"), SourceOptions(window=2.0), Remarks())
+
+
+def said(caplog, path, **options):
+    with caplog.at_level("INFO", logger="b2t"):
+        source = detect(path, SourceOptions(**options))
+        for index in range(len(source.trials)):
+            source.read(index)
+        source.remarks.say()
+    return [record.getMessage() for record in caplog.records if record.name.startswith("b2t")]
+
+
+def test_an_overlap_that_repeats_everything_is_remarked_on(tmp_path, caplog):
+    write_fif(tmp_path / "a_raw.fif")
+    assert "in about 100 windows" in "".join(said(caplog, tmp_path, window=1.0, overlap=0.9999))
+    caplog.clear()
+    assert "lower --overlap" not in "".join(said(caplog, tmp_path, overlap=0.5))
+
+
+def test_a_recording_cut_short_is_said_or_refused(tmp_path, write_edf, write_set, caplog):
+    write_edf(tmp_path / "a.edf", microvolts(), RATE, LABELS)
+    content = (tmp_path / "a.edf").read_bytes()
+    (tmp_path / "a.edf").write_bytes(content[: int(0.9 * len(content))])
+    lines = said(caplog, tmp_path / "a.edf")
+    assert "Number of records from the header does not match" in lines[-1]
+    write_set(tmp_path / "a.set", microvolts(), RATE, LABELS)
+    write_fif(tmp_path / "a_raw.fif")
+    for name in ("a.set", "a_raw.fif"):
+        content = (tmp_path / name).read_bytes()
+        for share in (0.1, 0.5, 0.7, 0.9, 0.99):
+            (tmp_path / name).write_bytes(content[: int(share * len(content))])
+            with pytest.raises(UserError, match=rf"{name} (cannot be read as|is cut short)"):
+                said(caplog, tmp_path / name)
+
+
+def test_what_is_left_out_is_said(tmp_path, caplog):
+    write_fif(tmp_path / "a_raw.fif", seconds=15)
+    lines = said(caplog, tmp_path)
+    # Splits of 12, 1.5 and 1.5 s: six windows of 2 s, and none in the others.
+    assert f"{tmp_path}/a_raw.fif: left out 3.0 s of 15.0 s" in lines[0]
+    assert "its val share is shorter than a window" in lines[1]
+    assert "its test share is shorter than a window" in lines[2]
+    marks = [(1.0, 2.0, "hello"), (14.0, 0.0, "cut off")]
+    write_fif(tmp_path / "b_raw.fif", seconds=15, annotations=marks)
+    caplog.clear()
+    lines = said(caplog, tmp_path / "b_raw.fif", annotations=True, window=1.5)
+    assert lines == [f"{tmp_path}/b_raw.fif, cut off: left out, as it ends after the recording"]
+
+
+def test_microvolts_taken_for_volts_are_remarked_on(tmp_path, write_edf, caplog):
+    write_edf(tmp_path / "a.edf", microvolts() * 1e6, RATE, LABELS)
+    write_edf(tmp_path / "b.edf", microvolts() * 2e6, RATE, LABELS)
+    lines = said(caplog, tmp_path)
+    assert len(lines) == 1
+    assert lines[0].startswith(f"2 files, the first {tmp_path}/a.edf (3e+00 V): eeg varies by")
+    assert "microvolts taken for volts" in lines[0]
+
+
+def test_a_channel_named_twice_is_said(tmp_path, write_edf, caplog):
+    write_edf(tmp_path / "a.edf", microvolts(), RATE, ["Fz", "Cz", "Fz"])
+    assert "Channel names are not unique" in said(caplog, tmp_path)[0]
+
+
+def test_a_recording_in_several_files_is_read_once(tmp_path):
+    write_fif(tmp_path / "whole_raw.fif", seconds=400, labels=[f"E{n}" for n in range(20)])
+    raw = mne.io.read_raw(tmp_path / "whole_raw.fif", verbose="ERROR")
+    (tmp_path / "split").mkdir()
+    raw.save(tmp_path / "split" / "a_raw.fif", split_size="2MB", verbose="ERROR")
+    assert len(list((tmp_path / "split").iterdir())) > 1
+    source, whole = detect(tmp_path / "split"), detect(tmp_path / "whole_raw.fif")
+    assert {info.session for info in source.trials} == {"a"}
+    assert len(source.trials) == len(whole.trials) == 200
+    np.testing.assert_array_equal(source.read(150), whole.read(150))
+
+
+def test_two_files_of_one_session_are_refused(tmp_path):
+    write_fif(tmp_path / "a_raw.fif")
+    write_fif(tmp_path / "a_eeg.fif")
+    with pytest.raises(UserError, match=r"a_eeg\.fif and .*a_raw\.fif would both be session 'a'"):
+        detect(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["broken.edf", "broken.bdf", "broken.set", "broken_raw.fif"])
+@pytest.mark.parametrize("content", [b"", b"0       " + b"x" * 300], ids=["empty", "noise"])
+def test_a_damaged_file_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} cannot be read as {name[-3:].upper()}"):
+        detect(tmp_path)
+
+
+@pytest.mark.parametrize("content", [{"other": 1.0}, {"EEG": np.zeros((0, 0))}, {"EEG": "text"}])
+def test_a_set_without_a_recording_is_named(tmp_path, content):
+    savemat(tmp_path / "a.set", content, appendmat=False)
+    with pytest.raises(UserError, match=r"a\.set cannot be read as SET"):
+        detect(tmp_path)
+
+
+@pytest.mark.parametrize("rate", [0.0, float("nan"), -100.0, 1e300])
+def test_a_sampling_rate_that_cannot_be_is_named(tmp_path, write_set, rate):
+    write_set(tmp_path / "a.set", microvolts(), RATE, LABELS)
+    content = loadmat(tmp_path / "a.set")
+    content["EEG"]["srate"][0, 0] = rate
+    savemat(tmp_path / "a.set", {"EEG": content["EEG"]}, appendmat=False)
+    with pytest.raises(UserError, match=r"a\.set"):
         detect(tmp_path)
 
 

@@ -5,24 +5,39 @@ without text; its beginning, middle and end become the splits, so that no two sp
 Epochs are trials as they are, with text from a column of their metadata.
 """
 
+import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from b2t.data.remarks import Remarks
-from b2t.data.sources.base import SPLITS, SourceOptions, TrialInfo, resampled
+from b2t.data.sources.base import SourceOptions, TrialInfo, require_rate, resampled
+from b2t.data.sources.cutting import annotated, require_sensible, windows
 from b2t.errors import UserError
 from b2t.log import logger
 
 NAME = "mne"
 EXTENSIONS = (".fif", ".fif.gz", ".edf", ".bdf", ".set")
 EVENT_COLUMN = "event"
+_HARMLESS = ("naming conventions", "head radius")
+"""Parts of MNE's warnings that say nothing about the signals."""
+_DAMAGE = ("Invalid tag",)
+"""Parts of MNE's warnings that only a damaged file brings; what follows would be left out."""
+_PLAUSIBLE = {
+    "eeg": ("V", 1e-8, 1e-2),
+    "seeg": ("V", 1e-8, 1e-1),
+    "ecog": ("V", 1e-8, 1e-1),
+    "dbs": ("V", 1e-8, 1e-1),
+    "mag": ("T", 1e-16, 1e-8),
+    "grad": ("T/m", 1e-15, 1e-6),
+}
+"""Standard deviations of channels over a trial that a recording may have; wide on purpose: EEG
+lies about 1e-6 to 1e-3 V, MEG about 1e-13 to 1e-11 T."""
 
 
 def find(path: Path) -> list[Path]:
@@ -49,17 +64,18 @@ class MNESource:
 
     def __init__(self, path: Path, files: list[Path], options: SourceOptions) -> None:
         _require_mne()
-        _require_sensible(options)
+        require_sensible(options)
         self.remarks = Remarks()
-        self._parts: list[_Part] = []
+        opened = [_open(file, _session(file, path), options, self.remarks) for file in files]
+        self._parts = _without_continuations(opened)
         self.trials: list[TrialInfo] = []
         self._places: list[tuple[_Part, int]] = []
-        for file in files:
-            part = _open(file, _session(file, path), options)
+        for part in self._parts:
             self._require_agreement(part, options)
-            self._parts.append(part)
             self.trials.extend(part.trials)
             self._places.extend((part, index) for index in range(len(part.trials)))
+        _require_distinct_sessions(self._parts, path)
+        self.remarks.say()
         if not self.trials:
             raise UserError(f"{path}: no trial: {self._parts[0].nothing()}")
         self.channels = self._parts[0].channels
@@ -68,11 +84,11 @@ class MNESource:
     def read(self, index: int) -> np.ndarray:
         """Return the signal [T, C] of one trial."""
         part, position = self._places[index]
-        with _quiet_mne():
+        with _listening(part.file, self.remarks):
             return part.read(position)
 
     def _require_agreement(self, part: "_Part", options: SourceOptions) -> None:
-        first = self._parts[0] if self._parts else part
+        first = self._parts[0]
         if part.channels != first.channels:
             raise UserError(
                 f"{first.file} has {_shown(first.channels)} and {part.file} has "
@@ -87,9 +103,14 @@ class MNESource:
 
 
 class _Part(Protocol):
-    """One opened file."""
+    """One opened file.
+
+    ``continued`` names the files that it goes on in, where MNE split a long recording.
+    """
 
     file: Path
+    session: str
+    continued: list[Path]
     channels: list[str]
     sampling_rate: float
     trials: list[TrialInfo]
@@ -103,32 +124,28 @@ class _Part(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Stretch:
-    """Samples [start, stop) of a recording; its resampling may read within ``limits``."""
-
-    start: int
-    stop: int
-    limits: tuple[int, int]
-    split: str | None = None
-    text: str | None = None
-
-
 class _Continuous:
     """A continuous recording cut into stretches, read from disk when asked."""
 
     def __init__(
-        self, raw: Any, picks: list[int], file: Path, session: str, options: SourceOptions
+        self,
+        raw: Any,
+        picks: list[int],
+        file: Path,
+        session: str,
+        options: SourceOptions,
+        remarks: Remarks,
     ) -> None:
         self.file = file
+        self.session = session
+        self.continued = [Path(name) for name in raw.filenames[1:] if name]
         self.options = options
         self.channels = [raw.ch_names[pick] for pick in picks]
         self.sampling_rate = float(raw.info["sfreq"])
         self._raw = raw
         self._picks = picks
-        self._stretches = (
-            _annotated(raw, options) if options.annotations else _windows(raw, options)
-        )
+        cut = annotated if options.annotations else windows
+        self._stretches = cut(raw, file, options, remarks)
         self.trials = [
             TrialInfo(
                 name=f"{file}, {stretch.start / self.sampling_rate:g} s",
@@ -166,9 +183,17 @@ class _Epochs:
     """Epochs, each a trial."""
 
     def __init__(
-        self, epochs: Any, picks: list[int], file: Path, session: str, options: SourceOptions
+        self,
+        epochs: Any,
+        picks: list[int],
+        file: Path,
+        session: str,
+        options: SourceOptions,
+        remarks: Remarks,
     ) -> None:
         self.file = file
+        self.session = session
+        self.continued: list[Path] = []
         self.options = options
         self.channels = [epochs.ch_names[pick] for pick in picks]
         self.sampling_rate = float(epochs.info["sfreq"])
@@ -201,19 +226,15 @@ class _Epochs:
         return f"{self.file} holds no epoch that is not marked bad"
 
 
-def _open(file: Path, session: str, options: SourceOptions) -> _Part:
-    try:
-        with _quiet_mne():
-            recording, kind = _read(file)
-            picks = _picks(recording, file, options)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AssertionError) as error:
-        reason = next(iter(str(error).splitlines()), "no detail")
-        raise UserError(
-            f"{file} cannot be read as {file.suffix.lstrip('.').upper()} "
-            f"({type(error).__name__}: {reason}): it may be damaged or incomplete; check that "
-            "mne.io.read_raw opens it"
-        ) from None
-    return kind(recording, picks, file, session, options)
+def _open(file: Path, session: str, options: SourceOptions, remarks: Remarks) -> _Part:
+    with _listening(file, remarks):
+        recording, kind = _read(file)
+        require_rate(float(recording.info["sfreq"]), options.resample, file)
+        picks = _picks(recording, file, options)
+        part = kind(recording, picks, file, session, options, remarks)
+        if part.trials:
+            _look_at_scale(part, recording.get_channel_types(picks), remarks)
+        return part
 
 
 def _read(file: Path) -> tuple[Any, type]:
@@ -223,13 +244,55 @@ def _read(file: Path) -> tuple[Any, type]:
     if name.endswith((".fif", ".fif.gz")):
         content = mne.what(file)
         if content == "epochs":
-            epochs = mne.read_epochs(file, preload=False)
-            return epochs.drop_bad(), _Epochs
+            return _good_epochs(mne.read_epochs(file, preload=False), file), _Epochs
+        if content == "unknown":
+            raise ValueError("it holds no recording that MNE knows")
         if content != "raw":
             raise UserError(f"{file} holds MNE {content}, where raw data or epochs are expected")
     if name.endswith(".set") and _eeglab_epochs(file):
         return mne.io.read_epochs_eeglab(file), _Epochs
     return mne.io.read_raw(file, preload=False), _Continuous
+
+
+def _good_epochs(epochs: Any, file: Path) -> Any:
+    count = len(epochs.events)
+    epochs.drop_bad()
+    if len(epochs.events) < count:
+        logger(__name__).info("%s: left out %d epochs marked bad", file, count - len(epochs.events))
+    return epochs
+
+
+def _look_at_scale(part: _Part, kinds: list[str], remarks: Remarks) -> None:
+    """Remark on channels that vary by more or less than tissue does, judged by the first trial."""
+    deviations = part.read(0).std(axis=0)
+    for kind, (unit, low, high) in _PLAUSIBLE.items():
+        chosen = deviations[[name == kind for name in kinds]]
+        typical = float(np.median(chosen)) if chosen.size else 0.0
+        if typical and not low <= typical <= high:
+            remarks.add(
+                f"{kind} varies by {low:.0e} to {high:.0e} {unit} at the most: is the file's unit "
+                "right (microvolts taken for volts)? Z-scores by block do not depend on it, "
+                "--normalize none does",
+                f"{part.file} ({typical:.0e} {unit})",
+                "file",
+            )
+
+
+def _without_continuations(parts: list[_Part]) -> list[_Part]:
+    """Leave out files that MNE reads with the one before, or their trials would come twice."""
+    continued = {file.resolve() for part in parts for file in part.continued}
+    return [part for part in parts if part.file.resolve() not in continued]
+
+
+def _require_distinct_sessions(parts: list[_Part], path: Path) -> None:
+    files: dict[str, Path] = {}
+    for part in parts:
+        if part.session in files:
+            raise UserError(
+                f"{files[part.session]} and {part.file} would both be session {part.session!r}: "
+                "if they are one recording, remove one of them; otherwise rename one"
+            )
+        files[part.session] = part.file
 
 
 def _eeglab_epochs(file: Path) -> bool:
@@ -257,69 +320,13 @@ def _picks(recording: Any, file: Path, options: SourceOptions) -> list[int]:
                 "those to read with --channels A,B,…"
             )
         return picks
+    twice = [name for name in options.channels if options.channels.count(name) > 1]
+    if twice:
+        raise UserError(f"--channels names {twice[0]} more than once: name each channel once")
     missing = [name for name in options.channels if name not in names]
     if missing:
         raise UserError(f"{file} has no channel {', '.join(missing)}: it has {_shown(names)}")
     return [names.index(name) for name in options.channels]
-
-
-def _windows(raw: Any, options: SourceOptions) -> list[_Stretch]:
-    rate = float(raw.info["sfreq"])
-    length = max(1, round(options.window * rate))
-    step = max(1, round(length * (1 - options.overlap)))
-    bounds = np.round(np.cumsum((0.0, *options.fractions)) * raw.n_times).astype(int)
-    bad = _bad_stretches(raw)
-    windows = [
-        _Stretch(start, start + length, (int(low), int(high)), split)
-        for split, low, high in zip(SPLITS, bounds[:-1], bounds[1:], strict=True)
-        for start in range(int(low), int(high) - length + 1, step)
-    ]
-    kept = [
-        window
-        for window in windows
-        if not any(window.start < end and begin < window.stop for begin, end in bad)
-    ]
-    if len(kept) < len(windows):
-        logger(__name__).info(
-            "%s: left out %d windows that touch a BAD annotation",
-            raw.filenames[0],
-            len(windows) - len(kept),
-        )
-    return kept
-
-
-def _annotated(raw: Any, options: SourceOptions) -> list[_Stretch]:
-    """Cut at annotations; one without a duration lasts a window."""
-    limits = (0, raw.n_times)
-    stretches = []
-    for start, duration, description in _annotations(raw):
-        length = round((duration or options.window) * float(raw.info["sfreq"]))
-        if description.upper().startswith("BAD") or start + length > raw.n_times:
-            continue
-        stretches.append(
-            _Stretch(start, start + max(1, length), limits, text=description.strip() or None)
-        )
-    return stretches
-
-
-def _bad_stretches(raw: Any) -> list[tuple[int, int]]:
-    rate = float(raw.info["sfreq"])
-    return [
-        (start, start + max(1, round(duration * rate)))
-        for start, duration, description in _annotations(raw)
-        if description.upper().startswith("BAD")
-    ]
-
-
-def _annotations(raw: Any) -> Iterator[tuple[int, float, str]]:
-    annotations = raw.annotations
-    # Onsets count from the measurement's date where there is one, samples from the first sample.
-    offset = raw.first_time if annotations.orig_time is not None else 0.0
-    for onset, duration, description in zip(
-        annotations.onset, annotations.duration, annotations.description, strict=True
-    ):
-        start = round((float(onset) - offset) * float(raw.info["sfreq"]))
-        yield max(0, start), float(duration), str(description)
 
 
 def _texts(epochs: Any, file: Path, options: SourceOptions) -> list[str | None]:
@@ -367,16 +374,6 @@ def _shown(channels: Sequence[str]) -> str:
     return f"{len(channels)} channels ({names})"
 
 
-def _require_sensible(options: SourceOptions) -> None:
-    if options.window <= 0:
-        raise UserError(f"--window {options.window:g}: a window lasts more than 0 seconds")
-    if not 0 <= options.overlap < 1:
-        raise UserError(
-            f"--overlap {options.overlap:g}: the share of a window that the next one repeats lies "
-            "in 0 ≤ overlap < 1"
-        )
-
-
 def _require_mne() -> None:
     try:
         import mne  # noqa: F401
@@ -385,13 +382,40 @@ def _require_mne() -> None:
 
 
 @contextmanager
-def _quiet_mne() -> Iterator[None]:
+def _listening(file: Path, remarks: Remarks) -> Iterator[None]:
+    """Keep MNE off the terminal: its warnings become remarks, its exceptions messages."""
     import mne
 
-    level = mne.set_log_level("ERROR", return_old_level=True)
+    said: list[str] = []
+
+    def overhear(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING:
+            said.append(record.getMessage())
+        return False
+
+    level = mne.set_log_level("WARNING", return_old_level=True)
+    mne.utils.logger.addFilter(overhear)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             yield
+    except UserError:
+        raise
+    except Exception as error:  # MNE's readers raise whatever damage leads them to
+        reason = next(iter(str(error).splitlines()), "no detail")[:200]
+        raise UserError(
+            f"{file} cannot be read as {file.suffix.lstrip('.').upper()} "
+            f"({type(error).__name__}: {reason}): it may be damaged or incomplete; check that "
+            "mne.io.read_raw opens it"
+        ) from None
     finally:
+        mne.utils.logger.removeFilter(overhear)
         mne.set_log_level(level)
+    kinds = (RuntimeWarning, UserWarning)
+    said += [str(warning.message) for warning in caught if issubclass(warning.category, kinds)]
+    for text in said:
+        if any(damage in text for damage in _DAMAGE):
+            raise UserError(f"{file} is cut short or damaged ({text[:200]}): copy it again")
+        if not any(harmless in text for harmless in _HARMLESS):
+            text = " ".join(text.replace(str(file), file.name).split())
+            remarks.add(f"MNE warns: {text[:300]}", str(file), "file")
