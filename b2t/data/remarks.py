@@ -1,33 +1,38 @@
 """What may be meant and may be a mistake: counted by kind, said once each."""
 
+import logging
+
 from b2t.log import logger
 
 
 class Remarks:
-    """Collects remarks while a source is read and says each kind in one warning.
+    """Collects remarks while a source is read and says each kind in one record.
 
     A place that is met again, as in a second pass over the trials, counts once.
     """
 
     def __init__(self) -> None:
-        self._places: dict[tuple[str, str], dict[str, None]] = {}
+        self._places: dict[tuple[str, str, int], dict[str, None]] = {}
 
-    def add(self, what: str, place: str, unit: str = "trial") -> None:
+    def add(self, what: str, place: str, unit: str = "trial", level: int = logging.WARNING) -> None:
         """Count one place.
 
         Args:
             what: what was found, and what is done about it.
             place: the file, trial or key that it was found at.
             unit: what ``place`` is one of, in the singular.
+            level: of the log record; what the user asked for is only information.
         """
-        self._places.setdefault((what, unit), {})[place] = None
+        self._places.setdefault((what, unit, level), {})[place] = None
 
     def say(self) -> None:
-        """Log one warning for each kind, then forget them."""
-        for (what, unit), places in self._places.items():
+        """Log one record for each kind, then forget them."""
+        for (what, unit, level), places in self._places.items():
             first = next(iter(places))
             if len(places) == 1:
-                logger(__name__).warning("%s: %s", first, what)
+                logger(__name__).log(level, "%s: %s", first, what)
             else:
-                logger(__name__).warning("%d %ss, the first %s: %s", len(places), unit, first, what)
+                logger(__name__).log(
+                    level, "%d %ss, the first %s: %s", len(places), unit, first, what
+                )
         self._places.clear()

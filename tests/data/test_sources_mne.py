@@ -183,7 +183,7 @@ def test_a_recording_cut_short_is_said_or_refused(tmp_path, write_edf, write_set
     content = (tmp_path / "a.edf").read_bytes()
     (tmp_path / "a.edf").write_bytes(content[: int(0.9 * len(content))])
     lines = said(caplog, tmp_path / "a.edf")
-    assert "Number of records from the header does not match" in lines[-1]
+    assert "Number of records from the header does not match" in "".join(lines)
     write_set(tmp_path / "a.set", microvolts(), RATE, LABELS)
     write_fif(tmp_path / "a_raw.fif")
     for name in ("a.set", "a_raw.fif"):
@@ -198,9 +198,9 @@ def test_what_is_left_out_is_said(tmp_path, caplog):
     write_fif(tmp_path / "a_raw.fif", seconds=15)
     lines = said(caplog, tmp_path)
     # Splits of 12, 1.5 and 1.5 s: six windows of 2 s, and none in the others.
-    assert f"{tmp_path}/a_raw.fif: left out 3.0 s of 15.0 s" in lines[0]
-    assert "its val share is shorter than a window" in lines[1]
-    assert "its test share is shorter than a window" in lines[2]
+    assert "its val share is shorter than a window" in lines[0]
+    assert "its test share is shorter than a window" in lines[1]
+    assert lines[2].startswith(f"{tmp_path}/a_raw.fif (3.0 s of 15.0 s): the ends of its splits")
     marks = [(1.0, 2.0, "hello"), (14.0, 0.0, "cut off")]
     write_fif(tmp_path / "b_raw.fif", seconds=15, annotations=marks)
     caplog.clear()

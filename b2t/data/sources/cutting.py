@@ -1,5 +1,6 @@
 """Where a continuous recording is cut: in windows, or at its annotations."""
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ import numpy as np
 from b2t.data.remarks import Remarks
 from b2t.data.sources.base import SPLITS, SourceOptions
 from b2t.errors import UserError
-from b2t.log import logger
 
 _MOST_WINDOWS = 2**20
 """Windows of one file; more of them are a mistake in an option or in a header."""
@@ -70,8 +70,8 @@ def windows(raw: Any, file: Path, options: SourceOptions, remarks: Remarks) -> l
         for split, low, high in parts
         for start in range(low, high - length + 1, step)
     ]
-    _say_remainder(raw, file, parts, (length, step))
-    return _without_bad(raw, file, cut)
+    _say_remainder(raw, file, parts, (length, step), remarks)
+    return _without_bad(raw, file, cut, remarks)
 
 
 def _window(raw: Any, file: Path, options: SourceOptions) -> tuple[int, int]:
@@ -89,7 +89,11 @@ def _window(raw: Any, file: Path, options: SourceOptions) -> tuple[int, int]:
 
 
 def _say_remainder(
-    raw: Any, file: Path, parts: list[tuple[str, int, int]], window: tuple[int, int]
+    raw: Any,
+    file: Path,
+    parts: list[tuple[str, int, int]],
+    window: tuple[int, int],
+    remarks: Remarks,
 ) -> None:
     """Say how much lies after the last window of each split."""
     length, step = window
@@ -99,15 +103,15 @@ def _say_remainder(
     )
     rate = float(raw.info["sfreq"])
     if left:
-        logger(__name__).info(
-            "%s: left out %.1f s of %.1f s, which fill no window at the ends of its splits",
-            file,
-            left / rate,
-            raw.n_times / rate,
+        remarks.add(
+            "the ends of its splits fill no window and are left out",
+            f"{file} ({left / rate:.1f} s of {raw.n_times / rate:.1f} s)",
+            "file",
+            logging.INFO,
         )
 
 
-def _without_bad(raw: Any, file: Path, cut: list[Stretch]) -> list[Stretch]:
+def _without_bad(raw: Any, file: Path, cut: list[Stretch], remarks: Remarks) -> list[Stretch]:
     bad = [
         (start, start + length)
         for start, length, description in _annotations(raw)
@@ -119,8 +123,11 @@ def _without_bad(raw: Any, file: Path, cut: list[Stretch]) -> list[Stretch]:
         if not any(window.start < end and begin < window.stop for begin, end in bad)
     ]
     if len(kept) < len(cut):
-        logger(__name__).info(
-            "%s: left out %d windows that touch a BAD annotation", file, len(cut) - len(kept)
+        remarks.add(
+            "windows that touch a BAD annotation are left out",
+            f"{file} ({len(cut) - len(kept)} of {len(cut)})",
+            "file",
+            logging.INFO,
         )
     return kept
 

@@ -228,7 +228,7 @@ class _Epochs:
 
 def _open(file: Path, session: str, options: SourceOptions, remarks: Remarks) -> _Part:
     with _listening(file, remarks):
-        recording, kind = _read(file)
+        recording, kind = _read(file, remarks)
         require_rate(float(recording.info["sfreq"]), options.resample, file)
         picks = _picks(recording, file, options)
         part = kind(recording, picks, file, session, options, remarks)
@@ -237,14 +237,14 @@ def _open(file: Path, session: str, options: SourceOptions, remarks: Remarks) ->
         return part
 
 
-def _read(file: Path) -> tuple[Any, type]:
+def _read(file: Path, remarks: Remarks) -> tuple[Any, type]:
     import mne
 
     name = file.name.lower()
     if name.endswith((".fif", ".fif.gz")):
         content = mne.what(file)
         if content == "epochs":
-            return _good_epochs(mne.read_epochs(file, preload=False), file), _Epochs
+            return _good_epochs(mne.read_epochs(file, preload=False), file, remarks), _Epochs
         if content == "unknown":
             raise ValueError("it holds no recording that MNE knows")
         if content != "raw":
@@ -254,7 +254,7 @@ def _read(file: Path) -> tuple[Any, type]:
     return mne.io.read_raw(file, preload=False), _Continuous
 
 
-def _good_epochs(epochs: Any, file: Path) -> Any:
+def _good_epochs(epochs: Any, file: Path, remarks: Remarks) -> Any:
     count = len(epochs.events)
     epochs.drop_bad()
     if len(epochs.events) < count:
