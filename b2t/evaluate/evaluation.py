@@ -316,10 +316,12 @@ def _score_text(result: Evaluation, predictions: list[Prediction], seed: int) ->
         if any(p.prediction is not None for p in predictions):
             result.notes.append("the split has no text: WER, CER, BLEU and ROUGE are null")
         return
-    targets = [metrics.normalise_text(p.target or "") for p in scored]
-    said = [metrics.normalise_text(p.prediction or "") for p in scored]
-    words = metrics.count_edits(targets, said, "word")
-    characters = metrics.count_edits(targets, said, "character")
+    targets = [p.target or "" for p in scored]
+    said = [p.prediction or "" for p in scored]
+    plain_targets = [metrics.normalise_text(text) for text in targets]
+    plain_said = [metrics.normalise_text(text) for text in said]
+    words = metrics.count_edits(plain_targets, plain_said, "word")
+    characters = metrics.count_edits(plain_targets, plain_said, "character")
     result.wer, result.wer_interval = words.rate(), words.interval(seed=seed)
     result.cer, result.cer_interval = characters.rate(), characters.interval(seed=seed)
     result.bleu = metrics.bleu(targets, said)

@@ -15,22 +15,33 @@ import numpy as np
 import sacrebleu
 from rouge_score import rouge_scorer
 
-_APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "'", "‐": "-", "‑": "-"})
-_NOT_SPOKEN = re.compile(r"[^\w\s'\-]|_")
-_LONE_MARK = re.compile(r"(?<!\w)['\-]+(?!\w)")
+_PLAIN = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "'", "‐": "-", "‑": "-"})
+_NOT_SCORED = re.compile(r"[^\w\s'\-]|_")
+_REPAIRS = (("- ", " "), ("--", ""), (" '", "'"))
+"""What the benchmark does to hyphens and apostrophes, in its order."""
 
 NORMALISATION = (
-    "Unicode NFKC, lower case, typographic apostrophes and hyphens made plain, apostrophes and "
-    "hyphens kept where they touch a word, every other punctuation mark removed, white space "
-    "collapsed"
+    "as Brain-to-Text '25: every character but letters, digits, hyphens, apostrophes and spaces "
+    "deleted (a.m. is am, 1,000 is 1000), lower case, a hyphen before a space and double hyphens "
+    "deleted, an apostrophe joined to the word before it, spaces collapsed; before that Unicode "
+    "NFKC, typographic apostrophes and hyphens made plain"
 )
 
 
 def normalise_text(text: str) -> str:
-    """Return ``text`` as it is scored; ``NORMALISATION`` says what is done to it."""
-    text = unicodedata.normalize("NFKC", text).translate(_APOSTROPHES).lower()
-    text = _NOT_SPOKEN.sub(" ", text)
-    return " ".join(_LONE_MARK.sub(" ", text).split())
+    """Return ``text`` as it is scored; ``NORMALISATION`` says what is done to it.
+
+    Source: the scoring of Brain-to-Text '25, `remove_punctuation` in
+    model_training/evaluate_model_helpers.py of Neuroprosthetics-Lab/nejm-brain-to-text, commit
+    77dbcf8. That one also deletes digits and letters outside ASCII, which would make sentences
+    equal that differ in a number, or empty ones of other languages: they are kept here. On ASCII
+    text without digits the two agree. A text is normalised once: doing it again may change it.
+    """
+    text = unicodedata.normalize("NFKC", text).translate(_PLAIN).lower()
+    text = _NOT_SCORED.sub("", re.sub(r"\s", " ", text))
+    for found, kept in _REPAIRS:
+        text = text.replace(found, kept)
+    return " ".join(text.split())
 
 
 @dataclass(frozen=True)
