@@ -1,7 +1,9 @@
 """The `b2t` command: one subcommand per job, each defined beside the code that does it."""
 
 import argparse
+import errno
 import importlib
+import os
 import sys
 
 from b2t.errors import UserError
@@ -18,6 +20,18 @@ COMMANDS = {
     "watch": "b2t.monitor.watch_command",
     "doctor": "b2t.doctor_command",
 }
+
+_PLACE_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+}
+"""What a disk says of a place, whichever command meets it; other errors are ours."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,6 +70,16 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        if error.errno not in _PLACE_ERRORS:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(
+            f"b2t {arguments.command}: error: {place}{os.strerror(error.errno)}: free some space, "
+            "or choose another place to read or write",
+            file=sys.stderr,
+        )
+        return 2
 
 
 if __name__ == "__main__":

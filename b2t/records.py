@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from b2t.errors import UserError
+
 
 class JsonLines(NamedTuple):
     """Records of a file in order, and the numbers (from 1) of lines that could not be read."""
@@ -60,6 +62,30 @@ class JsonlSink:
             self._file.truncate(size)
         except OSError:
             self._torn = True
+
+
+def require_writable(folder: Path, option: str = "run.dir") -> None:
+    """Refuse a folder that cannot be made or written; nothing is left behind.
+
+    Args:
+        folder: the folder, which need not exist yet.
+        option: what the user named it with.
+
+    Raises:
+        UserError: a read-only disk, missing rights, a file in its place.
+    """
+    place = folder
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    try:
+        tempfile.TemporaryDirectory(prefix=".b2t-", dir=place).cleanup()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if not place.is_dir():
+            reason = f"{place} is not a folder"
+        raise UserError(
+            f"{option}={folder}: cannot be written ({reason}); choose another {option}"
+        ) from None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -202,11 +202,13 @@ def _remarks(info: "DatasetInfo", summaries: dict[str, dict[str, Any]]) -> list[
 def _plot(trials: "Dataset", row: int, info: "DatasetInfo", file: Path) -> None:
     from b2t.data.trial_plot import plot_trial
     from b2t.data.trials import read_signal, row_id
+    from b2t.records import require_writable
 
     if file.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise UserError(f"--plot {file}: expected a name ending in .png, .pdf or .svg")
     if not file.absolute().parent.is_dir():
         raise UserError(f"--plot {file}: no folder {file.absolute().parent}")
+    require_writable(file.absolute().parent, "--plot")
     record = trials.select_columns(["session", "block", "trial", "text"]).with_format(None)[row]
     signal = read_signal(trials.with_format("arrow")[row])
     name = row_id(record)

@@ -12,11 +12,13 @@ import numpy as np
 from scipy.signal import lfilter
 
 from b2t.data.articulation import BIN_SECONDS
+from b2t.errors import UserError
 
 ARRAYS = ("ventral 6v", "area 4", "55b", "dorsal 6v")
 """Arrays of the T15 participant in channel order; the electrodes are divided equally."""
 
 _MAX_LEAD = 5
+_HIGHEST_RATE = 1e6
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,16 @@ def noise_sources(bins: int, config: PopulationConfig, rng: np.random.Generator)
 
 
 def crossings(rates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Poisson counts of expected ``rates`` [T, E] per bin."""
+    """Poisson counts of expected ``rates`` [T, E] per bin.
+
+    Raises:
+        UserError: rates that overflow.
+    """
+    if not rates.max(initial=0.0) < _HIGHEST_RATE:
+        raise UserError(
+            f"simulated activity reaches {rates.max():g} crossings in a bin, where at most "
+            f"{_HIGHEST_RATE:g} make sense: lower --tuning, --noise, --drift or --variability"
+        )
     return rng.poisson(rates)
 
 

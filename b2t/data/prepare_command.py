@@ -4,7 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from b2t.arguments import seed
 from b2t.errors import UserError
+from b2t.records import require_writable
 
 SUMMARY = "read recordings (T15 HDF5, FIF, EDF, BDF, SET) into an Arrow dataset"
 
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep all trials of one text in one split: no test sentence was seen in training",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random split (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the random split (default: 0)")
     recordings = parser.add_argument_group("recordings that MNE reads")
     recordings.add_argument(
         "--window",
@@ -93,11 +95,10 @@ def run(args: argparse.Namespace) -> int:
     from b2t.log import quiet_libraries
 
     quiet_libraries()
+    require_writable(args.out.parent, "OUT")
     from b2t.data.prepare import PrepareOptions, prepare, source_options
     from b2t.data.sources import detect
 
-    if args.resample is not None and args.resample <= 0:
-        raise UserError(f"--resample {args.resample:g}: a sampling rate is above 0 Hz")
     options = PrepareOptions(
         normalize=args.normalize,
         fractions=parse_split(args.split),

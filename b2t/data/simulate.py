@@ -41,6 +41,8 @@ SPLITS = ("train", "val", "test")
 
 _FOLDER = "hdf5_data_final"
 _RECORD = "simulation.json"
+_MOST_TRIALS = 1_000_000
+_MOST_ELECTRODES = 2**16
 _FIRST_DAY = date(2023, 8, 11)
 _DAYS_BETWEEN = (2, 5, 7)
 _REFERENCE_SENTENCES = 64
@@ -86,9 +88,14 @@ class SimulationConfig:
     def _checks(self) -> list[tuple[bool, str]]:
         drawn = self.electrodes if self.select_from is None else self.select_from
         arrays = len(ARRAYS)
+        # Comparisons are written so that NaN fails.
         return [
             (self.sessions < 1, f"{self.sessions} sessions, at least 1 is needed"),
             (min(self.trials) < 1, f"trials {self.trials}, each split needs at least 1"),
+            (
+                sum(self.trials) > _MOST_TRIALS,
+                f"trials {self.trials}, more than {_MOST_TRIALS} altogether",
+            ),
             (
                 self.trials[0] < self.sessions,
                 f"{self.trials[0]} training trials for {self.sessions} sessions, "
@@ -103,17 +110,24 @@ class SimulationConfig:
                 f"cannot select {self.electrodes} electrodes from {drawn}, "
                 f"a multiple of {arrays} not below {self.electrodes} is needed",
             ),
-            (self.speaking_rate <= 0, f"speaking rate {self.speaking_rate}, must be positive"),
-            (self.variability < 0, f"variability {self.variability}, must not be negative"),
+            (drawn > _MOST_ELECTRODES, f"{drawn} electrodes, more than {_MOST_ELECTRODES}"),
             (self.block_trials < 1, f"{self.block_trials} trials in a block, at least 1 is needed"),
             (self.seed < 0, f"seed {self.seed}, must not be negative"),
-            (self.population.tuning < 0, f"tuning {self.population.tuning}, must not be negative"),
-            (self.population.noise < 0, f"noise {self.population.noise}, must not be negative"),
+            _outside("speaking rate", self.speaking_rate, (1, 1000)),
+            _outside("variability", self.variability, (0, 10)),
+            _outside("tuning", self.population.tuning, (0, 100)),
+            _outside("noise", self.population.noise, (0, 100)),
         ]
 
     def rng(self, *stream: int) -> np.random.Generator:
         """Random numbers of one part of the simulation, the same wherever it runs."""
         return np.random.default_rng([self.seed, *stream])
+
+
+def _outside(name: str, value: float, limits: tuple[float, float]) -> tuple[bool, str]:
+    low, high = limits
+    wrong = not low <= value <= high
+    return wrong, f"{name} {value}, expected {low} to {high}"
 
 
 @dataclass(frozen=True)
@@ -270,6 +284,7 @@ def simulate(
     out = Path(out)
     _check_free(out, force)
     blocks = plan_blocks(config)
+    jobs = min(jobs, len(blocks))
     partial = out / f"{_FOLDER}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -5,7 +5,9 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from b2t.arguments import finite, seed
 from b2t.errors import UserError
+from b2t.records import require_writable
 
 SUMMARY = "write simulated recordings of attempted speech in the Brain-to-Text '25 layout"
 
@@ -76,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     speech.add_argument(
         "--speaking-rate",
-        type=float,
+        type=finite,
         default=60.0,
         metavar="WPM",
         help="attempted words a minute at ordinary word length (default: 60; the participant of "
@@ -84,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     speech.add_argument(
         "--variability",
-        type=float,
+        type=finite,
         default=0.05,
         metavar="X",
         help="variation of articulator targets, which span -1 to 1, between attempts at the same "
@@ -97,24 +99,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     activity = parser.add_argument_group("activity (1 = calibrated on a real trial)")
     activity.add_argument(
-        "--tuning", type=float, default=1.0, metavar="X", help="strength of tuning (default: 1)"
+        "--tuning", type=finite, default=1.0, metavar="X", help="strength of tuning (default: 1)"
     )
     activity.add_argument(
         "--noise",
-        type=float,
+        type=finite,
         default=1.0,
         metavar="X",
         help="noise that electrodes share (default: 1)",
     )
     activity.add_argument(
         "--drift",
-        type=float,
+        type=finite,
         default=1.0,
         metavar="X",
         help="speed at which tuning changes between sessions, 0 = not at all (default: 1)",
     )
     running = parser.add_argument_group("running")
-    running.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default: 0)")
+    running.add_argument("--seed", type=seed, default=0, help="same seed, same bytes (default: 0)")
     running.add_argument(
         "--jobs",
         type=int,
@@ -154,6 +156,7 @@ def _simulate(args: argparse.Namespace) -> int:
     from b2t.data.simulate import simulate
 
     config = _config(args)
+    require_writable(args.out, "OUT")
     source = load_source(config.vocabulary)
     if isinstance(source, SentenceList) and source.repeated:
         total = len(source.texts) + source.repeated

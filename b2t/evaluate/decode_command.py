@@ -42,8 +42,12 @@ def run(args: argparse.Namespace) -> int:
     from b2t.errors import UserError
     from b2t.evaluate import run_folder
     from b2t.evaluate.decode import decode_batches
-    from b2t.records import write_atomically
+    from b2t.records import require_writable, write_atomically
 
+    if args.out is not None:
+        if args.out.is_dir():
+            raise UserError(f"--out={args.out}: it is a folder; name a file")
+        require_writable(args.out.parent, "--out")
     opened = run_folder.open_run(args.run)
     split = run_folder.choose_split(args.dataset, args.split)
     model, tokenizer = run_folder.load_model(opened, args.device)

@@ -4,6 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from b2t.arguments import seed
+from b2t.records import require_writable
+
 SUMMARY = "score a trained model on held-out trials, with a noise control beside it"
 EPILOG = """\
 examples:
@@ -29,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=positive, help="longest text (default: the run's)")
     parser.add_argument("--limit", type=positive, help="only the first LIMIT trials of the split")
     parser.add_argument("--no-noise", action="store_true", help="leave out the noise control")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the controls (0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the controls (0)")
     parser.add_argument("--device", help="torch device (default: a GPU where there is one)")
     parser.add_argument("--out", type=Path, help="folder for the results (default: the run's)")
     parser.add_argument(
@@ -48,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from b2t.records import read_jsonl
 
     opened = run_folder.open_run(args.run)
+    require_writable(args.out or opened.folder, "--out")
     path = opened.data_path(args.data)
     split = run_folder.choose_split(path, args.split)
     model, tokenizer = run_folder.load_model(opened, args.device)

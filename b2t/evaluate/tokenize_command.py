@@ -42,9 +42,11 @@ def run(args: argparse.Namespace) -> int:
     from b2t.errors import UserError
     from b2t.evaluate import run_folder
     from b2t.evaluate.codes import tokenize_trials
+    from b2t.records import require_writable
 
     if args.out.exists():
         raise UserError(f"{args.out}: exists already; name a new folder or remove it")
+    require_writable(args.out.parent, "OUT")
     opened = run_folder.open_run(args.run)
     wanted = args.splits or list(dataset_info(args.dataset).splits)
     splits = [run_folder.choose_split(args.dataset, split) for split in wanted]

@@ -17,7 +17,7 @@ from b2t.monitor.health import TABLE, verdict
 from b2t.monitor.report_page import PAGE
 from b2t.monitor.run_data import RunData, load_run
 from b2t.monitor.sizing import Sizing, SizingPoints, fit_sizing, sizing_points
-from b2t.records import write_atomically
+from b2t.records import require_writable, write_atomically
 
 HTML, JSON = "report.html", "report.json"
 _EXAMPLES = 12
@@ -131,6 +131,7 @@ def write_report(folders: Sequence[str | Path], out: Path | None = None) -> Path
     """
     runs = [load_run(folder) for folder in folders]
     out = out or Path(folders[0]) / ("report" if len(runs) == 1 else "comparison")
+    require_writable(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
     plots = plots_of(runs[0]) if len(runs) == 1 else plots_of_several(runs)
     summaries = [summarize(run) for run in runs]

@@ -4,6 +4,8 @@ import argparse
 import time
 from pathlib import Path
 
+from b2t.arguments import seconds
+
 SUMMARY = "show the live state of a run in the terminal"
 EPILOG = """\
 examples:
@@ -19,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--every", type=float, default=5.0, help="seconds between looks (5)")
+    parser.add_argument("--every", type=seconds, default=5.0, help="seconds between looks (5)")
     parser.add_argument("--once", action="store_true", help="print the state and leave")
 
 

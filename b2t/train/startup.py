@@ -4,7 +4,6 @@ import hashlib
 import json
 import shutil
 import socket
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from b2t.config import COMPONENTS, Config, PhaseConfig
 from b2t.data.batches import TrialRows, collate
 from b2t.errors import UserError
 from b2t.log import logger
+from b2t.records import require_writable
 from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.ranks import Ranks
 
@@ -139,26 +139,6 @@ def checkpoint_bytes(model: nn.Module, averaged: bool = False) -> int:
     return (16 if averaged else 12) * weights + sum(
         b.numel() * b.element_size() for b in model.buffers()
     )
-
-
-def require_writable(folder: Path) -> None:
-    """Refuse a run folder that cannot be made or written; nothing is left behind.
-
-    Raises:
-        UserError: a read-only disk, missing rights, a file in its place.
-    """
-    place = folder
-    while not (place.exists() or place.is_symlink()) and place != place.parent:
-        place = place.parent
-    try:
-        tempfile.TemporaryDirectory(prefix=".b2t-", dir=place).cleanup()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if not place.is_dir():
-            reason = f"{place} is not a folder"
-        raise UserError(
-            f"run.dir={folder}: cannot be written ({reason}); choose another run.dir"
-        ) from None
 
 
 def require_disk(folder: Path, size: int, wanted: int) -> None:

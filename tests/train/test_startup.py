@@ -13,6 +13,7 @@ from torch import nn
 
 from b2t.config import load_config
 from b2t.errors import UserError
+from b2t.records import require_writable
 from b2t.train import startup
 from b2t.train.build import build
 from b2t.train.callbacks import Callback
@@ -230,8 +231,8 @@ def test_the_hash_of_sources_sees_every_byte_and_name(tmp_path):
 
 
 def test_a_run_folder_that_can_be_written_is_left_as_it_was(tmp_path):
-    startup.require_writable(tmp_path / "not" / "yet" / "there")
-    startup.require_writable(tmp_path)
+    require_writable(tmp_path / "not" / "yet" / "there")
+    require_writable(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -239,10 +240,10 @@ def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, m
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match=r"cannot be written \(.*file is not a folder\)"):
-            startup.require_writable(folder)
+            require_writable(folder)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"link is not a folder\); choose another run\.dir"):
-        startup.require_writable(tmp_path / "link")
+        require_writable(tmp_path / "link")
     for number in (errno.EROFS, errno.EACCES):
 
         def refuse(*_, number=number):
@@ -251,9 +252,9 @@ def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, m
         with monkeypatch.context() as patch:
             patch.setattr(os, "mkdir", refuse)
             with pytest.raises(UserError, match=re.escape(os.strerror(number))):
-                startup.require_writable(tmp_path / "run")
+                require_writable(tmp_path / "run")
     with pytest.raises(UserError, match=r"run: cannot be written \(Read-only file system\)"):
-        startup.require_writable(mounted("ro,size=64k") / "run")
+        require_writable(mounted("ro,size=64k") / "run")
 
 
 def test_all_ranks_hear_that_rank_0_cannot_write(tmp_path):
