@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from b2t.evaluate.evaluate_command import generation_options, positive
+from b2t.evaluate.evaluate_command import add_checkpoint, generation_options, positive
 
 SUMMARY = "decode the text of trials with a trained model"
 EPILOG = """\
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=positive, help="longest text (default: the run's)")
     parser.add_argument("--device", help="torch device (default: a GPU where there is one)")
     parser.add_argument("--out", type=Path, help="JSONL file to write instead of printing")
+    add_checkpoint(parser)
     parser.add_argument(
         "--force",
         action="store_true",
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         if args.out.is_dir():
             raise UserError(f"--out={args.out}: it is a folder; name a file")
         require_writable(args.out.parent, "--out")
-    opened = run_folder.open_run(args.run)
+    opened = run_folder.open_run(args.run, args.checkpoint)
     split = run_folder.choose_split(args.dataset, args.split)
     model, tokenizer = run_folder.load_model(opened, args.device)
     if tokenizer is None:
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     batches = run_folder.load_batches(
         opened, model, args.dataset, split, tokenizer, args.batch_size, force=args.force
     )
-    options = generation_options(opened, args.beams, args.max_new_tokens)
+    options = generation_options(opened, model, args.beams, args.max_new_tokens)
     texts = dict(decode_batches(model, batches, tokenizer, **options))
     rows = row_ids(load_trials(args.dataset, split))
     if args.out is None:

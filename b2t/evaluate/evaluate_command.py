@@ -30,11 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, default=16, help="trials per forward (16)")
     parser.add_argument("--beams", type=positive, help="beams; 1 is greedy (default: the run's)")
     parser.add_argument("--max-new-tokens", type=positive, help="longest text (default: the run's)")
-    parser.add_argument("--limit", type=positive, help="only the first LIMIT trials of the split")
+    parser.add_argument("--limit", type=positive, help="at most LIMIT trials, from all sessions")
     parser.add_argument("--no-noise", action="store_true", help="leave out the noise control")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the controls (0)")
     parser.add_argument("--device", help="torch device (default: a GPU where there is one)")
     parser.add_argument("--out", type=Path, help="folder for the results (default: the run's)")
+    add_checkpoint(parser)
     parser.add_argument(
         "--force",
         action="store_true",
@@ -47,10 +48,11 @@ def run(args: argparse.Namespace) -> int:
     from b2t.evaluate import run_folder
     from b2t.evaluate.evaluation import evaluate_model
     from b2t.evaluate.figure import draw_evaluation
+    from b2t.evaluate.provenance import note_provenance
     from b2t.evaluate.table import print_evaluation
     from b2t.records import read_jsonl
 
-    opened = run_folder.open_run(args.run)
+    opened = run_folder.open_run(args.run, args.checkpoint)
     require_writable(args.out or opened.folder, "--out")
     path = opened.data_path(args.data)
     split = run_folder.choose_split(path, args.split)
@@ -67,8 +69,9 @@ def run(args: argparse.Namespace) -> int:
         noise_control=not args.no_noise,
         seed=args.seed,
         progress=True,
-        **generation_options(opened, args.beams, args.max_new_tokens),
+        **generation_options(opened, model, args.beams, args.max_new_tokens),
     )
+    note_provenance(result, opened, model, path, args.split)
     folder = args.out or opened.folder
     result.save(folder)
     print_evaluation(result, str(args.run))
@@ -78,9 +81,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def generation_options(run: Any, beams: int | None, max_new_tokens: int | None) -> dict[str, Any]:
+def generation_options(
+    run: Any, model: Any, beams: int | None, max_new_tokens: int | None
+) -> dict[str, Any]:
     """Options of text generation: the arguments, else the run's own, else the model's."""
     options: dict[str, Any] = {}
+    if model.generation_config is not None:
+        own = model.generation_config
+        options = {"num_beams": own.num_beams or 1, "max_new_tokens": own.max_new_tokens}
     if run.config is not None:
         options["num_beams"] = run.config.evaluation.num_beams
         options["max_new_tokens"] = run.config.evaluation.max_new_tokens
@@ -89,6 +97,16 @@ def generation_options(run: Any, beams: int | None, max_new_tokens: int | None) 
     if max_new_tokens is not None:
         options["max_new_tokens"] = max_new_tokens
     return options
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Declare `--checkpoint`."""
+    parser.add_argument(
+        "--checkpoint",
+        default="best",
+        metavar="WHICH",
+        help="model of the run: best, last, the number of a step, or a folder (best)",
+    )
 
 
 def positive(text: str) -> int:

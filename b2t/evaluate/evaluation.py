@@ -48,6 +48,10 @@ class Evaluation:
 
     Attributes:
         split: name of the split.
+        checkpoint: which model of the run: `best`, `step 200` or a folder.
+        role: what the split was to the training, `chose the model` or `trained on`; None where it
+            was neither, or where that is not known.
+        known_sentences: share of the rows with text whose sentence occurs in training.
         simulated: whether the recordings come from `b2t simulate`.
         rows, frames: trials and valid latent frames evaluated.
         per, cer, wer: pooled error rates; `*_interval` are 95 % bootstrap intervals over rows.
@@ -71,6 +75,9 @@ class Evaluation:
     """
 
     split: str
+    checkpoint: str | None = None
+    role: str | None = None
+    known_sentences: float | None = None
     simulated: bool = False
     rows: int = 0
     frames: int = 0

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from b2t.evaluate.evaluation import Evaluation
-from b2t.evaluate.table import SIMULATED
+from b2t.evaluate.table import SIMULATED, heading
 
 MODEL, NOISE, SHUFFLED, FAINT = "#2563a8", "#b5b9c0", "#dd8a3c", "#8a8f98"
 
@@ -43,10 +43,10 @@ def draw_evaluation(
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5.6 * columns, 0.7 + 3.6 * rows), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    heading = f"{title} · {result.split} · {result.rows:,} trials"
+    title = f"{heading(title, result)} · {result.rows:,} trials"
     if result.snr_db is not None:
-        heading += f" · SNR {result.snr_db:.1f} dB"
-    figure.suptitle(heading + (f"\n{SIMULATED}" if result.simulated else ""), fontsize=11)
+        title += f" · SNR {result.snr_db:.1f} dB"
+    figure.suptitle(title + (f"\n{SIMULATED}" if result.simulated else ""), fontsize=11)
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, panel in zip(grid, panels, strict=False):
         panel(axes)

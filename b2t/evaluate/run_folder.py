@@ -7,6 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from b2t.config import Config, load_config
 from b2t.errors import UserError
+from b2t.evaluate.checkpoints import (
+    BEST,
+    MODEL_FILE,
+    STEP_PREFIX,
+    choose_checkpoint,
+    is_training_checkpoint,
+    load_training_checkpoint,
+)
 from b2t.log import log_once
 from b2t.signal_spec import SignalSpec, compare, require_fit
 
@@ -15,8 +23,6 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
-BEST = Path("checkpoints") / "best"
-MODEL_FILE = "config.json"
 
 
 @dataclass(frozen=True)
@@ -25,13 +31,28 @@ class Run:
 
     Attributes:
         folder: the run folder; for a saved model on its own, the model's folder.
-        checkpoint: folder that `BrainToText.from_pretrained` reads.
+        checkpoint: folder of the model: one that `BrainToText.from_pretrained` reads, or one that
+            training goes on from.
         config: the run's configuration, None for a saved model on its own.
     """
 
     folder: Path
     checkpoint: Path
     config: Config | None
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the model is the one that validation chose."""
+        return self.checkpoint.name == BEST.name
+
+    @property
+    def label(self) -> str:
+        """Name the model: `best`, `step 200`, or its folder."""
+        name = self.checkpoint.name
+        step = name.removeprefix(STEP_PREFIX)
+        if self.is_best:
+            return BEST.name
+        return f"step {int(step)}" if step != name and step.isdigit() else str(self.checkpoint)
 
     def data_path(self, override: str | None = None) -> str:
         """Return the dataset to use: ``override``, else the one that the run was trained on.
@@ -47,11 +68,15 @@ class Run:
         return path
 
 
-def open_run(folder: str | Path) -> Run:
-    """Find the best model of a run, or a saved model on its own.
+def open_run(folder: str | Path, checkpoint: str = "best") -> Run:
+    """Find a model of a run, or a saved model on its own.
+
+    Args:
+        folder: run folder, or folder of a saved model.
+        checkpoint: `best`, `last`, the number of a step, or a folder.
 
     Raises:
-        UserError: there is no such folder, or no trained model in it.
+        UserError: there is no such folder, or no such model in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -61,19 +86,17 @@ def open_run(folder: str | Path) -> Run:
         )
     config_file = folder / CONFIG_FILE
     if (folder / MODEL_FILE).is_file() and not config_file.is_file():
+        if checkpoint != BEST.name:
+            raise UserError(
+                f"--checkpoint {checkpoint}: {folder} is a saved model on its own; name its run"
+            )
         return Run(folder, folder, None)
     if not config_file.is_file():
         raise UserError(
             f"{folder}: not a run folder: it has neither {CONFIG_FILE} (written when training "
             f"starts) nor {MODEL_FILE} of a saved model"
         )
-    checkpoint = folder / BEST
-    if not (checkpoint / MODEL_FILE).is_file():
-        raise UserError(
-            f"{checkpoint}: no best model yet; it is written at the first validation "
-            "(evaluation.every). Wait for it, or train with --resume"
-        )
-    return Run(folder, checkpoint, load_config(config_file))
+    return Run(folder, choose_checkpoint(folder, checkpoint), load_config(config_file))
 
 
 def load_model(run: Run, device: str | None = None) -> tuple[Any, Any | None]:
@@ -88,11 +111,18 @@ def load_model(run: Run, device: str | None = None) -> tuple[Any, Any | None]:
     """
     import torch
 
-    from b2t.model import BrainToText, load_tokenizer
+    if is_training_checkpoint(run.checkpoint):
+        model = load_training_checkpoint(run.checkpoint, run.folder / BEST)
+    else:
+        from b2t.model import BrainToText
 
-    model = BrainToText.from_pretrained(run.checkpoint, dtype=torch.float32)
-    tokenizer = load_tokenizer(run.checkpoint) if model.text_decoder is not None else None
-    model.tokenizer = tokenizer
+        model = BrainToText.from_pretrained(run.checkpoint, dtype=torch.float32)
+    tokenizer = model.tokenizer if model.text_decoder is not None else None
+    if model.text_decoder is not None and tokenizer is None:
+        raise UserError(
+            f"{run.checkpoint}: its tokenizer is missing or damaged (tokenizer_config.json and "
+            "what stands beside it); restore it from a copy"
+        )
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return model.eval().to(chosen), tokenizer
@@ -149,7 +179,7 @@ def load_batches(
         split: of the dataset.
         tokenizer: None leaves texts out.
         batch_size: most rows in a batch.
-        limit: rows at most.
+        limit: rows at most, spread evenly over the sessions.
         force: warn instead of refusing signals of another kind than the model was trained on.
 
     Raises:
@@ -158,10 +188,11 @@ def load_batches(
     from b2t.data.augment import Augment
     from b2t.data.batches import eval_batches
     from b2t.data.dataset import load_trials
+    from b2t.data.trials import spread_over_sessions
 
     trials = load_trials(path, split)
     if limit is not None:
-        trials = trials.select(range(min(limit, len(trials))))
+        trials = trials.select(spread_over_sessions(trials, limit))
     order = require_same_kind(run, model, path, trials, force)
     if tokenizer is None:
         trials = trials.remove_columns("text").add_column("text", [None] * len(trials))

@@ -15,7 +15,7 @@ def print_evaluation(
     console = console or Console()
     if result.simulated:
         console.print(SIMULATED, style="bold yellow")
-    console.print(f"{title} · {result.split} · {result.rows:,} trials · {result.frames:,} frames")
+    console.print(f"{heading(title, result)} · {result.rows:,} trials · {result.frames:,} frames")
     if result.wer is not None or result.per is not None:
         console.print(_rates(result))
     facts = _facts(result)
@@ -28,6 +28,14 @@ def print_evaluation(
     chosen = choose_examples(result.predictions, examples)
     if chosen:
         console.print(_pairs(chosen))
+
+
+def heading(title: str, result: Evaluation) -> str:
+    """Name what was evaluated: the run, the checkpoint unless it is the best, and the split."""
+    parts = [title, result.split]
+    if result.checkpoint not in (None, "best"):
+        parts.insert(1, str(result.checkpoint))
+    return " · ".join(parts) + (f" ({result.role})" if result.role else "")
 
 
 def choose_examples(predictions: list[Prediction], number: int) -> list[Prediction]:
@@ -63,6 +71,10 @@ def _facts(result: Evaluation) -> list[str]:
             f"(noise {_number(result.distinct_ratio_noise)}) · sentences without an error "
             f"{_percent(result.exact)}"
         )
+        if result.known_sentences is not None:
+            facts.append(
+                f"target sentences that occur in training {_percent(result.known_sentences)}"
+            )
         facts.append(
             f"BLEU {_number(result.bleu, 1)} · ROUGE-1 {_number(result.rouge1, 1)} · "
             f"ROUGE-2 {_number(result.rouge2, 1)} · ROUGE-L {_number(result.rougeL, 1)}"

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from b2t.evaluate.evaluate_command import positive
+from b2t.evaluate.evaluate_command import add_checkpoint, positive
 
 SUMMARY = "write the discrete codes of every trial as a dataset column"
 EPILOG = """\
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=positive, help="only the first LAYERS quantizer layers")
     parser.add_argument("--keep-signal", action="store_true", help="keep the signals as well")
     parser.add_argument("--device", help="torch device (default: a GPU where there is one)")
+    add_checkpoint(parser)
     parser.add_argument(
         "--force",
         action="store_true",
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists():
         raise UserError(f"{args.out}: exists already; name a new folder or remove it")
     require_writable(args.out.parent, "OUT")
-    opened = run_folder.open_run(args.run)
+    opened = run_folder.open_run(args.run, args.checkpoint)
     wanted = args.splits or list(dataset_info(args.dataset).splits)
     splits = [run_folder.choose_split(args.dataset, split) for split in wanted]
     model, _ = run_folder.load_model(opened, args.device)
@@ -79,10 +80,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _with_codes(kept, trials, codes: dict):
-    from datasets import Features, List, Value
+    from datasets import List, Value
 
     from b2t.data.trials import row_ids
 
     column = [codes[row] for row in row_ids(trials)]
-    features = Features({**kept.features, "codes": List(List(Value("int32")))})
-    return kept.add_column("codes", column).cast(features)
+    # Not `cast`, which leaves a cache file in the user's dataset.
+    return kept.add_column("codes", column, feature=List(List(Value("int32"))))

@@ -62,6 +62,8 @@ class BrainToTextConfig(PretrainedConfig):
             `unit` (`z-score`, V …), `rms` (root mean square of a typical trial), and
             `smoothing_bins`, the Gaussian smoothing that belongs to the model's input. None in
             models that do not say; a value of None is not known.
+        data: of the training: `fingerprint` of the dataset, `train_split`, and `validation_split`,
+            which chose the model. None where it is not known.
 
     Raises:
         ValueError: an unknown key in a section.
@@ -86,6 +88,7 @@ class BrainToTextConfig(PretrainedConfig):
         pad_token_id: int = 0,
         simulated_data: bool = False,
         signal: dict[str, Any] | None = None,
+        data: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.channels = channels
@@ -99,6 +102,7 @@ class BrainToTextConfig(PretrainedConfig):
         self.text_decoder = _section("text_decoder", text_decoder)
         self.vocab_size = vocab_size
         self.simulated_data = simulated_data
+        self.data = data
         self.signal = None if signal is None else _section("signal", signal)
         super().__init__(
             bos_token_id=bos_token_id,

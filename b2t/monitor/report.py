@@ -36,6 +36,7 @@ class RunSummary:
         simulated: whether its data are simulated.
         rows: the monitoring table: label, value, range, grade, remedy, note.
         scores: results of the evaluation: label, value, beside noise.
+        scored: what they are results of, and what to keep in mind, a line each.
         alerts: most recent last.
         advice: what to try next.
         problems: files that could not be read.
@@ -48,6 +49,7 @@ class RunSummary:
     simulated: bool
     rows: list[dict[str, Any]]
     scores: list[dict[str, str]]
+    scored: list[str]
     alerts: list[dict[str, Any]]
     advice: list[Advice]
     problems: list[str]
@@ -110,6 +112,7 @@ def summarize(run: RunData) -> RunSummary:
         simulated=run.simulated,
         rows=rows,
         scores=_scores(run.evaluation),
+        scored=_scored(run.evaluation),
         alerts=run.alerts,
         advice=advise(run),
         problems=run.problems,
@@ -324,6 +327,22 @@ def _scores(evaluation: dict[str, Any]) -> list[dict[str, str]]:
                 }
             )
     return found
+
+
+def _scored(evaluation: dict[str, Any]) -> list[str]:
+    """Say which trials were scored, and with what reservations."""
+    split, rows = evaluation.get("split"), evaluation.get("rows")
+    if not split:
+        return []
+    parts = [f"Split {split}", f"{rows:,} trials" if isinstance(rows, int) else ""]
+    if evaluation.get("checkpoint") not in (None, "best"):
+        parts.append(f"checkpoint {evaluation['checkpoint']}")
+    known = evaluation.get("known_sentences")
+    if isinstance(known, (int, float)):
+        parts.append(f"{100 * known:.1f} % of the target sentences occur in training")
+    notes = evaluation.get("notes")
+    told = [str(note) for note in notes] if isinstance(notes, list) else []
+    return [", ".join(filter(None, parts)) + ".", *(f"{n[:1].upper()}{n[1:]}." for n in told)]
 
 
 def _percent(value: float | None) -> str:

@@ -163,6 +163,9 @@ data-label="{{ s.name }}">{{ own.value }}</td>
 <td class="number" data-label="shuffled">{{ row.shuffled }}</td></tr>
 {% endfor %}
 </tbody></table></div>
+{% for line in s.scored %}
+<p class="faint">{{ line }}</p>
+{% endfor %}
 {% endfor %}
 
 {% macro alert_rows(alerts) %}

@@ -119,6 +119,11 @@ def model_config(
         phoneme_head=phonemes,
         text_decoder=text,
         simulated_data=info.simulated,
+        data={
+            "fingerprint": info.fingerprint,
+            "train_split": config.data.train_split,
+            "validation_split": config.data.validation_split,
+        },
         signal={
             "channel_names": info.channel_names,
             "unit": info.unit,

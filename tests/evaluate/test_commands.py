@@ -10,6 +10,7 @@ from b2t.data.trials import trial_features
 from b2t.errors import UserError
 from b2t.evaluate import decode_command, evaluate_command, tokenize_command
 from b2t.model import BrainToText
+from b2t.train.checkpoint import Checkpoint, CheckpointStore
 from tests.evaluate.saved_runs import TEXTS, call, save_dataset, save_run, trials
 
 
@@ -55,7 +56,126 @@ def test_results_do_not_depend_on_the_batch_size(run, tmp_path):
 def test_the_default_split_is_val_where_test_has_no_text(run, tmp_path):
     data = save_dataset(tmp_path / "data", test_text=False)
     call(evaluate_command, run, "--data", data, "--out", tmp_path, "--no-noise")
-    assert json.loads((tmp_path / "evaluation.json").read_text())["split"] == "val"
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert record["split"] == "val" and record["role"] is None, "another dataset than the run's"
+    assert any("val split was scored instead" in note for note in record["notes"])
+
+
+def test_a_split_that_chose_the_model_is_named_everywhere(run, tmp_path, capsys):
+    for split, role, told in (
+        ("val", "chose the model", "split chose this model"),
+        ("train", "trained on", "trained on the train split"),
+        ("test", None, None),
+    ):
+        call(evaluate_command, run, "--split", split, "--out", tmp_path, "--no-noise")
+        record = json.loads((tmp_path / "evaluation.json").read_text())
+        printed = " ".join(capsys.readouterr().out.split())
+        assert record["role"] == role
+        assert (f"· {split} ({role})" in printed) == (role is not None)
+        assert any(told in note for note in record["notes"]) if told else True
+        assert told is None or told in printed
+    best = run / "checkpoints" / "best"
+    call(evaluate_command, best, "--data", run.parent / "data", "--split", "val", "--out", tmp_path)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["role"] is None
+
+
+def test_sentences_known_from_training_are_counted(run, tmp_path, capsys):
+    """Training holds yes, no, water; test holds these, "i am cold", and yes again."""
+    call(evaluate_command, run, "--out", tmp_path, "--no-noise")
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert record["known_sentences"] == 4 / 5
+    assert "occur in training 80.0 %" in capsys.readouterr().out
+    assert any("80.0 % of the target sentences" in note for note in record["notes"])
+
+
+def test_a_limit_takes_trials_of_all_sessions(run, tmp_path):
+    data = tmp_path / "data"
+    splits = {split: trials(split, 8).sort("session") for split in ("train", "val", "test")}
+    DatasetDict(splits).save_to_disk(str(data))
+    call(evaluate_command, run, "--data", data, "--limit", 4, "--no-noise", "--out", tmp_path)
+    rows = [json.loads(line)["session"] for line in (tmp_path / "predictions.jsonl").open()]
+    assert sorted(rows) == ["day0", "day0", "day1", "day1"]
+
+
+def test_a_dataset_is_left_as_it_was(run, tmp_path):
+    data = save_dataset(tmp_path / "data")
+    before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}
+    for keep in ((), ("--keep-signal",)):
+        call(tokenize_command, run, data, tmp_path / f"codes{len(keep)}", *keep)
+    call(evaluate_command, run, "--data", data, "--out", tmp_path, "--limit", 3)
+    call(decode_command, run, data)
+    assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
+
+
+@pytest.fixture(scope="module")
+def steps(run):
+    """Checkpoints of the run at two steps, with other weights than the best."""
+    store = CheckpointStore(run / "checkpoints", keep=5)
+    texts = {}
+    for step in (7, 12):
+        torch.manual_seed(step)
+        model = BrainToText.from_pretrained(run / "checkpoints" / "best")
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        # What a validation would use: averages where there are any.
+        moments = {f"weight_ema:{n}": p.detach() for n, p in model.named_parameters() if step == 7}
+        weights = {n: p * (0 if step == 7 else 1) for n, p in model.named_parameters()}
+        state = dict(model.named_buffers())
+        store.save(step, Checkpoint({**weights, **state}, moments, {"progress": {"step": step}}))
+        model.save_pretrained(run.parent / f"step{step}")
+        texts[step] = model
+    return texts
+
+
+def test_other_checkpoints_than_the_best_can_be_evaluated(run, steps, tmp_path, capsys):
+    data = run.parent / "data"
+
+    def decoded(*arguments):
+        call(decode_command, *arguments, "--beams", 1, "--max-new-tokens", 12)
+        return capsys.readouterr().out
+
+    expected = {step: decoded(run.parent / f"step{step}", data) for step in (7, 12)}
+    best = decoded(run, data)
+    assert len({best, *expected.values()}) == 3
+    for which, step in (("7", 7), ("step-7", 7), ("step 12", 12), ("last", 12)):
+        assert decoded(run, data, "--checkpoint", which) == expected[step], which
+    assert decoded(run, data, "--checkpoint", run / "checkpoints" / "step-00000007") == expected[7]
+    assert decoded(run, data, "--checkpoint", run.parent / "step12") == expected[12]
+    assert decoded(run, data, "--checkpoint", "best") == best
+    call(tokenize_command, run, data, tmp_path / "codes", "--checkpoint", "last")
+    call(tokenize_command, run.parent / "step12", data, tmp_path / "same")
+    codes = [load_from_disk(str(tmp_path / name))["val"]["codes"] for name in ("codes", "same")]
+    assert codes[0] == codes[1]
+    call(evaluate_command, run, "--checkpoint", "7", "--out", tmp_path, "--split", "val")
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert record["checkpoint"] == "step 7" and record["role"] is None
+    assert "step 7 · val" in capsys.readouterr().out
+
+
+def test_checkpoints_that_are_not_there_or_damaged_are_named(run, steps, tmp_path):
+    data = run.parent / "data"
+    for which, told in (
+        ("8", r"none of that step; found 7, 12"),
+        ("newest", r"expected best, last, the number of a step \(7, 12\) or a folder"),
+        (str(tmp_path), "neither a checkpoint"),
+    ):
+        with pytest.raises(UserError, match=told):
+            call(decode_command, run, data, "--checkpoint", which)
+    with pytest.raises(UserError, match="name its run"):
+        call(decode_command, run.parent / "step7", data, "--checkpoint", "last")
+    weights = run / "checkpoints" / "step-00000012" / "weights.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-10])
+    with pytest.raises(UserError, match=r"step-00000012: damaged: weights.safetensors has"):
+        call(decode_command, run, data, "--checkpoint", "last")
+    weights.write_bytes(whole)
+
+
+def test_a_best_model_without_its_config_is_damaged_and_not_awaited(tmp_path):
+    run = save_run(tmp_path / "run", save_dataset(tmp_path / "data"))
+    (run / "checkpoints" / "best" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config.json is missing.*damaged"):
+        call(evaluate_command, run)
 
 
 def test_a_tokenizer_only_run_is_evaluated_without_text(tmp_path, capsys):

@@ -2,6 +2,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -88,14 +89,44 @@ def test_a_perfect_reader_scores_zero_and_its_noise_control_does_not():
     assert len(result.utilization) == len(result.perplexity) == 2
 
 
+class Hoarse(Reader):
+    """Gives trials back with an error of their own, and so that pooling differs from averaging."""
+
+    def forward(self, batch, weights):
+        output = super().forward(batch, weights)
+        error = torch.tensor([0.1 + int(row.rsplit("/", 1)[1]) for row in batch.rows])
+        output.reconstruction = batch.target + error[:, None, None]
+        return output
+
+
 def test_usage_and_snr_are_pooled_over_batches():
-    batches = [batch_of(["ab"], [[1]]), batch_of(["gg"], [[2]], start=1)]
-    result = evaluate_model(Reader(), batches, Letters(), noise_control=False)
-    used = [{0, 1, 2, 7}, {0, 1, 2}]
-    assert result.utilization == pytest.approx([len(u) / 8 for u in used])
-    power = sum(float(b.target[b.signal_mask].square().sum()) for b in batches)
-    bins = sum(int(b.signal_mask.sum()) for b in batches) * 2
-    assert result.snr_db == pytest.approx(10 * math.log10(power / (bins * 0.01)), abs=1e-5)
+    """Of unequal rows, lengths and errors, so that no mean of means comes out the same."""
+    batches = [
+        batch_of(["ab", "gg a"], [[1, 3], [2]], bins=5),
+        batch_of(["ggggggg"], [[2, 2, 2, 6]], start=2, bins=9),
+    ]
+    result = evaluate_model(Hoarse(), batches, Letters(), noise_control=False)
+    power = error = 0.0
+    counts, trial_snr = np.zeros((2, 8), int), []
+    for batch in batches:
+        for row, keep in enumerate(batch.signal_mask.numpy()):
+            real = batch.target[row].numpy().astype(float)[keep]
+            wrong = 0.1 + int(batch.rows[row].rsplit("/", 1)[1])
+            power, error = power + (real**2).sum(), error + wrong**2 * real.size
+            trial_snr.append(10 * np.log10((real**2).sum() / (wrong**2 * real.size)))
+            for layer in range(2):
+                counts[layer] += np.bincount(real[:, layer].round().astype(int), minlength=8)
+    frames = counts[0].sum()
+    assert result.usage == counts.tolist() and result.frames == frames == 5 + 4 + 9
+    used = (counts > 0).sum(1) / 8
+    share = counts / frames
+    entropy = [-sum(p * math.log(p) for p in layer if p > 0) for layer in share]
+    assert result.utilization == pytest.approx(used)
+    assert result.perplexity == pytest.approx(np.exp(entropy))
+    assert result.snr_db == pytest.approx(10 * math.log10(power / error), abs=1e-5)
+    assert result.snr_median_db == pytest.approx(float(np.median(trial_snr)), abs=1e-5)
+    assert result.mse == pytest.approx(error / (2 * frames))
+    assert abs(result.snr_db - np.mean(trial_snr)) > 1, "pooled is another number than the mean"
     assert result.wer_noise is None
 
 

@@ -93,7 +93,8 @@ def save_run(folder, steps=(), alerts=(), evaluated=True, **values):
 def save_evaluation(folder):
     scores = {"wer": 0.27, "wer_noise": 0.97, "wer_interval": [0.2, 0.3], "wer_shuffled": 0.9}
     use = {"utilization": [0.9] * LAYERS, "perplexity": [50.0] * LAYERS, "codebook_size": CODES}
-    scores |= {"split": "test", "simulated": True, "distinct_ratio": 0.95, **use}
+    scores |= {"rows": 30, "known_sentences": 0.25, "notes": ["the val split chose <it>"]}
+    scores |= {"split": "val", "simulated": True, "distinct_ratio": 0.95, **use}
     (folder / "evaluation.json").write_text(json.dumps(scores))
     with (folder / "predictions.jsonl").open("w") as file:
         for i in range(30):
@@ -173,6 +174,8 @@ def test_the_page_needs_nothing_from_elsewhere_and_runs_no_script(runs, name):
 def test_what_the_model_said_is_shown_as_text(runs):
     text = (runs["healthy"] / "report" / "report.html").read_text()
     assert html.escape("<script>alert(1)</script>") in text
+    assert "Split val, 30 trials, 25.0 % of the target sentences occur in training." in text
+    assert "The val split chose &lt;it&gt;." in text
     assert "sentence &lt;0&gt;" in text
 
 

@@ -1,0 +1,129 @@
+"""Which model of a run: the best, the last, that of a step, or a folder."""
+
+from pathlib import Path
+from typing import Any
+
+from b2t.errors import UserError
+from b2t.log import logger
+from b2t.manifest import find_problem
+
+BEST = Path("checkpoints") / "best"
+MODEL_FILE = "config.json"
+STEP_PREFIX = "step-"
+STATE_FILE = "state.json"
+WEIGHTS_FILE = "weights.safetensors"
+MOMENTS_FILE = "moments.safetensors"
+_AVERAGE = "weight_ema:"
+
+
+def choose_checkpoint(run: Path, which: str) -> Path:
+    """Return the folder of a model of a run.
+
+    Args:
+        run: run folder.
+        which: `best`, `last`, the number of a step (also `step-200`), or a folder.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    folder = run / BEST.parent
+    if which == "best":
+        return _best(run)
+    steps = {
+        _step(path): path for path in folder.glob(f"{STEP_PREFIX}*") if _step(path) is not None
+    }
+    found = ", ".join(str(step) for step in sorted(steps)) or "none"
+    if which == "last":
+        if not steps:
+            raise UserError(f"{folder}: no checkpoint yet (checkpoint.every); best may be there")
+        return steps[max(steps)]
+    number = which.removeprefix("step").lstrip("- ")
+    if number.isdigit():
+        if int(number) not in steps:
+            raise UserError(f"--checkpoint {which}: {folder} has none of that step; found {found}")
+        return steps[int(number)]
+    if not Path(which).is_dir():
+        raise UserError(
+            f"--checkpoint {which}: expected best, last, the number of a step ({found}) or a folder"
+        )
+    path = Path(which)
+    if not is_training_checkpoint(path) and not (path / MODEL_FILE).is_file():
+        raise UserError(
+            f"--checkpoint {which}: neither a checkpoint ({STATE_FILE}) nor a saved model "
+            f"({MODEL_FILE})"
+        )
+    return path
+
+
+def is_training_checkpoint(folder: Path) -> bool:
+    """Whether a folder is one that training goes on from, and no saved model."""
+    return (folder / STATE_FILE).is_file() or folder.name.startswith(STEP_PREFIX)
+
+
+def load_training_checkpoint(folder: Path, best: Path) -> Any:
+    """Read the model of a checkpoint that training goes on from.
+
+    Averaged weights (`optim.weight_ema`) are taken where there are any, as validation does.
+
+    Args:
+        folder: the checkpoint.
+        best: best model of the same run, whose config and tokenizer are the checkpoint's too.
+
+    Returns:
+        A `BrainToText` in evaluation mode.
+
+    Raises:
+        UserError: the checkpoint is damaged, or of another architecture than ``best``.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    from b2t.model import BrainToText, BrainToTextConfig, load_tokenizer
+
+    problem = find_problem(folder, (WEIGHTS_FILE, MOMENTS_FILE, STATE_FILE))
+    if problem is not None:
+        raise UserError(f"{folder}: damaged: {problem}; choose another with --checkpoint")
+    if not (best / MODEL_FILE).is_file():
+        raise UserError(
+            f"{folder}: its config and tokenizer are read from {best}, which is not there yet; it "
+            "is written at the first validation (evaluation.every)"
+        )
+    weights = load_file(folder / WEIGHTS_FILE)
+    with safe_open(folder / MOMENTS_FILE, framework="pt") as moments:
+        averages = [name for name in moments.keys() if name.startswith(_AVERAGE)]  # noqa: SIM118
+        weights |= {name.removeprefix(_AVERAGE): moments.get_tensor(name) for name in averages}
+    if averages:
+        logger(__name__).info("%s: averaged weights (optim.weight_ema)", folder)
+    model = BrainToText(BrainToTextConfig.from_pretrained(best))
+    try:
+        model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[-1].strip()
+        raise UserError(f"{folder}: of another model than {best}: {reason}") from None
+    missing = sorted({*dict(model.named_parameters()), *dict(model.named_buffers())} - {*weights})
+    if missing:
+        raise UserError(f"{folder}: of another model than {best}: it lacks {missing[0]}")
+    if model.text_decoder is not None:
+        model.tokenizer = load_tokenizer(best)
+    return model.eval()
+
+
+def _best(run: Path) -> Path:
+    folder = run / BEST
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no best model yet; it is written at the first validation "
+            "(evaluation.every). Wait for it, or train with --resume"
+        )
+    if not (folder / MODEL_FILE).is_file():
+        raise UserError(
+            f"{folder}: {MODEL_FILE} is missing, so the model is damaged; restore the folder from "
+            "a copy"
+        )
+    return folder
+
+
+def _step(path: Path) -> int:
+    """Return the step of a checkpoint's folder, −1 where it is none."""
+    number = path.name.removeprefix(STEP_PREFIX)
+    return int(number) if path.is_dir() and number.isdigit() else -1

@@ -1,0 +1,91 @@
+"""What a score is a score of: which split, chosen how, and how much of it was seen in training."""
+
+from typing import TYPE_CHECKING, Any
+
+from b2t.errors import UserError
+from b2t.evaluate.metrics import normalise_text
+
+if TYPE_CHECKING:
+    from b2t.evaluate.evaluation import Evaluation
+    from b2t.evaluate.run_folder import Run
+
+
+def note_provenance(
+    result: "Evaluation", run: "Run", model: Any, path: str, asked: str | None
+) -> None:
+    """Write into a result which split it is of, whether it chose the model, and what it shares.
+
+    Args:
+        result: of one split; gets `role`, `known_sentences` and notes.
+        run: where the model comes from.
+        model: the `BrainToText` that was evaluated.
+        path: dataset that was evaluated.
+        asked: split that the user named, None where it was chosen here.
+    """
+    result.checkpoint = run.label
+    if asked is None and result.split != "test":
+        result.notes.append(
+            f"{path} has no test split with text: the {result.split} split was scored instead"
+        )
+    result.role = _role(result.split, run, model, path)
+    if result.role == "chose the model":
+        result.notes.append(
+            f"the {result.split} split chose this model among those of the training: on trials "
+            "that chose nothing expect worse"
+        )
+    elif result.role == "trained on":
+        result.notes.append(f"the model was trained on the {result.split} split")
+    result.known_sentences = _known_share(result, run, path)
+    if result.known_sentences:
+        result.notes.append(
+            f"{100 * result.known_sentences:.1f} % of the target sentences occur in training"
+        )
+
+
+def _role(split: str, run: "Run", model: Any, path: str) -> str | None:
+    """Return what the split was to the training, None where it was nothing or is not known."""
+    from b2t.data.dataset import dataset_info
+
+    known = getattr(model.config, "data", None)
+    if known is not None:
+        same = known["fingerprint"] == dataset_info(path).fingerprint
+        train, validation = known["train_split"], known["validation_split"]
+    elif run.config is not None:
+        same = run.config.data.path == path
+        train, validation = run.config.data.train_split, run.config.data.validation_split
+    else:
+        return None
+    if same and split == train:
+        return "trained on"
+    return "chose the model" if same and split == validation and run.is_best else None
+
+
+def _known_share(result: "Evaluation", run: "Run", path: str) -> float | None:
+    """Share of the rows with a target whose sentence occurs in training; None if not known."""
+    targets = [p.target for p in result.predictions if p.target is not None]
+    if not targets:
+        return None
+    texts = _training_texts(run, path)
+    if texts is None:
+        result.notes.append(
+            "the training data could not be read: how many target sentences occur in training is "
+            "not known"
+        )
+        return None
+    seen = {normalise_text(text) for text in texts}
+    return sum(normalise_text(target) in seen for target in targets) / len(targets)
+
+
+def _training_texts(run: "Run", path: str) -> list[str] | None:
+    """Return the texts of the run's training split, else those of the evaluated dataset's."""
+    from b2t.data.dataset import load_trials
+
+    places = [(path, "train")]
+    if run.config is not None and run.config.data.path is not None:
+        places.insert(0, (run.config.data.path, run.config.data.train_split))
+    for place, split in places:
+        try:
+            return [text for text in load_trials(place, split)["text"] if text]
+        except UserError:
+            continue
+    return None
