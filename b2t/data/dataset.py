@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from glob import glob, has_magic
@@ -17,14 +18,17 @@ from tqdm import tqdm
 
 from b2t.data.phonemes import PHONEMES
 from b2t.data.prepare import RECORD, arrow_state, combined_fingerprint
+from b2t.data.remarks import Remarks
 from b2t.data.sources import FORMATS
 from b2t.data.sources.base import SPLITS
+from b2t.data.trial_checks import TrialChecks
 from b2t.data.trials import (
     COLUMNS,
     Fingerprint,
     read_signal,
     require_finite,
     row_id,
+    row_ids,
     signal_lengths,
 )
 from b2t.errors import UserError
@@ -114,6 +118,8 @@ def _open(path: str, stamp: tuple[float, ...]) -> _Opened:
     _require_rows(splits, path)
     record = _trusted_record(Path(path), splits)
     fingerprint = record["fingerprint"] if record else _examine(splits, path)
+    if record:
+        _remark_on_doubles(splits, path)
     first = next(iter(splits.values()))
     info = DatasetInfo(
         channels=read_signal(first.with_format("arrow")[0]).shape[1],
@@ -163,7 +169,7 @@ def _load_folder(path: Path) -> dict[str, Dataset]:
             f"{path} cannot be read ({type(error).__name__}: {_first_line(error)}): a file is "
             "missing or damaged; prepare it again"
         ) from None
-    return _named(loaded)
+    return _named(loaded, str(path))
 
 
 def _require_data_files(path: Path) -> None:
@@ -197,7 +203,13 @@ def _load_parquet(pattern: str) -> dict[str, Dataset]:
     for file in files:
         name = re.split(r"[-_.]", Path(file).name)[0]
         by_split.setdefault(_SPLIT_NAMES.get(name, name), []).append(file)
-    if not set(by_split) <= set(SPLITS):
+    others = sorted(set(by_split) - set(SPLITS))
+    if others and len(others) < len(by_split):
+        raise UserError(
+            f"{pattern}: some file names begin with a split and others do not "
+            f"({Path(by_split[others[0]][0]).name}): begin all with train, val or test, or none"
+        )
+    if others:
         by_split = {"train": files}
     try:
         loaded = load_dataset("parquet", data_files=by_split)
@@ -207,13 +219,19 @@ def _load_parquet(pattern: str) -> dict[str, Dataset]:
             f"{pattern} cannot be read as parquet ({type(cause).__name__}: {_first_line(cause)})"
         ) from None
     if len(loaded) == 1 and "split" in loaded["train"].column_names:
-        return _by_column(loaded["train"])
-    return _named(loaded)
+        return _by_column(loaded["train"], pattern)
+    return _named(loaded, pattern)
 
 
-def _by_column(dataset: Dataset) -> dict[str, Dataset]:
-    names = np.asarray(dataset.with_format("arrow").select_columns(["split"])[:]["split"])
-    names = np.asarray([_SPLIT_NAMES.get(str(name), str(name)) for name in names])
+def _by_column(dataset: Dataset, pattern: str) -> dict[str, Dataset]:
+    column = dataset.with_format("arrow").select_columns(["split"])[:]["split"].to_pylist()
+    names = np.asarray([_SPLIT_NAMES.get(str(name), str(name)) for name in column])
+    others = sorted(set(names.tolist()) - set(SPLITS))
+    if others:
+        raise UserError(
+            f"{pattern}: column split holds {', '.join(others[:5])} "
+            f"({int(np.isin(names, others).sum())} rows), expected train, val or test"
+        )
     found = [split for split in SPLITS if split in names]
     return {split: dataset.select(np.flatnonzero(names == split)) for split in found}
 
@@ -232,7 +250,7 @@ def _load_hub(name: str) -> dict[str, Dataset]:
             f"{' offline (HF_HUB_OFFLINE is set)' if constants.HF_HUB_OFFLINE else ''} "
             f"({type(error).__name__}: {_first_line(error)})"
         ) from None
-    return _named(loaded)
+    return _named(loaded, name)
 
 
 def _require_on_hub(name: str, nothing: str) -> None:
@@ -254,12 +272,21 @@ def _require_on_hub(name: str, nothing: str) -> None:
         ) from None
 
 
-def _named(loaded: Any) -> dict[str, Dataset]:
+def _named(loaded: Any, path: str) -> dict[str, Dataset]:
     if not isinstance(loaded, DatasetDict):
         loaded = {"train": loaded}
-    found = {_SPLIT_NAMES.get(split, split): dataset for split, dataset in loaded.items()}
+    found: dict[str, Dataset] = {}
+    origin: dict[str, str] = {}
+    for name, dataset in loaded.items():
+        split = _SPLIT_NAMES.get(name, name)
+        if split in found:
+            raise UserError(
+                f"{path}: splits {origin[split]} and {name} are both read as {split}: join them, "
+                "or rename one"
+            )
+        found[split], origin[split] = dataset, name
     order = [split for split in SPLITS if split in found]
-    return {split: found[split] for split in [*order, *(set(found) - set(order))]}
+    return {split: found[split] for split in [*order, *sorted(set(found) - set(order))]}
 
 
 def _require_columns(splits: dict[str, Dataset], path: str) -> None:
@@ -301,6 +328,7 @@ def _trusted_record(path: Path, splits: dict[str, Dataset]) -> dict[str, Any]:
 def _examine(splits: dict[str, Dataset], path: str) -> str:
     """Read everything once: refuse bad trials, return the fingerprint."""
     digests = {}
+    checks = TrialChecks(Remarks())
     channels: tuple[int, str] | None = None
     for split, dataset in splits.items():
         mark = Fingerprint()
@@ -309,6 +337,7 @@ def _examine(splits: dict[str, Dataset], path: str) -> str:
             row, signal = _checked_row(rows[index], f"{path}, {split}, row {index}")
             name = f"{row_id(row)} ({path}, {split}, row {index})"
             require_finite(signal, name)
+            checks.look(signal, row_id(row), name, split)
             channels = channels or (signal.shape[1], name)
             if signal.shape[1] != channels[0]:
                 raise UserError(
@@ -317,7 +346,22 @@ def _examine(splits: dict[str, Dataset], path: str) -> str:
                 )
             mark.add(row, signal)
         digests[split] = mark.hexdigest()
+    checks.remarks.say()
     return combined_fingerprint(digests)
+
+
+def _remark_on_doubles(splits: dict[str, Dataset], path: str) -> None:
+    """Count rows of one name, which data prepared before this was refused may have."""
+    remarks = Remarks()
+    for split, dataset in splits.items():
+        counts = Counter(row_ids(dataset))
+        for name in [name for name, count in counts.items() if count > 1]:
+            remarks.add(
+                "names more than one row of its split, and results are filed under names: prepare "
+                "the data again",
+                f"{path}, {split}, {name}",
+            )
+    remarks.say()
 
 
 def _checked_row(table: pa.Table, place: str) -> tuple[dict[str, Any], np.ndarray]:

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from b2t.data.phonemes import PHONEMES
 from b2t.data.sources import Source, SourceOptions
 from b2t.data.sources.base import SPLITS
-from b2t.data.trials import Fingerprint, require_finite, trial_features
+from b2t.data.trial_checks import TrialChecks
+from b2t.data.trials import Fingerprint, require_finite, row_id, trial_features
 from b2t.errors import UserError
 from b2t.log import logger
 from b2t.signal_spec import Z_SCORE
@@ -36,7 +37,8 @@ class PrepareOptions:
             the source's unit; ``auto`` is ``block`` unless the source is z-scored already.
         fractions: shares of train, val and test, where the source has no splits of its own.
         disjoint_text: no text of one split occurs in another.
-        skip_bad_trials: leave out empty trials and trials with NaN instead of stopping.
+        skip_bad_trials: leave out trials that are empty, hold NaN or occur twice, instead of
+            stopping.
         seed: of the random split.
         overwrite: replace an earlier prepared dataset.
     """
@@ -68,13 +70,14 @@ def prepare(
         The content of ``b2t.json``.
 
     Raises:
-        UserError: ``out`` exists, a split would be empty, or a trial is empty or holds NaN.
+        UserError: ``out`` exists, a split would be empty, or a trial is empty, holds NaN or occurs
+            twice.
     """
     out = Path(out)
     _require_free(out, options.overwrite)
     splits = assign_splits(source, options)
     _require_filled(source, splits, options)
-    trials = _Trials(source, options)
+    trials = _Trials(source, options, splits)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -146,8 +149,9 @@ class _Moments:
 class _Trials:
     """Reads trials, refuses or skips bad ones, z-scores by block."""
 
-    def __init__(self, source: Source, options: PrepareOptions) -> None:
+    def __init__(self, source: Source, options: PrepareOptions, splits: Sequence[str]) -> None:
         self.source = source
+        self.splits = splits
         self.skip = options.skip_bad_trials
         self.skipped: list[str] = []
         standardize = options.normalize == "block" or (
@@ -170,10 +174,13 @@ class _Trials:
 
     def _read(self, what: str) -> Iterator[tuple[int, np.ndarray]]:
         self.skipped = []
+        checks = TrialChecks(self.source.remarks, z_scored=self.source.standardized)
         for index in tqdm(range(len(self.source.trials)), desc=what, unit="trial", disable=None):
             signal = self.source.read(index)
+            info = self.source.trials[index]
             try:
-                require_finite(signal, self.source.trials[index].name)
+                require_finite(signal, info.name)
+                checks.look(signal, row_id(vars(info)), info.name, self.splits[index])
             except UserError as error:
                 if not self.skip:
                     raise

@@ -83,7 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-bad-trials",
         action="store_true",
-        help="leave out empty trials and trials with NaN, instead of stopping at the first",
+        help="leave out trials that are empty, hold NaN or occur twice, instead of stopping at the "
+        "first",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier dataset at OUT"

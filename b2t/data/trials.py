@@ -23,6 +23,8 @@ COLUMNS = (
     "split",
 )
 
+_LARGEST = 1e18
+
 
 def trial_features(channels: int) -> Features:
     """Return the column types of a prepared dataset with ``channels`` channels."""
@@ -81,20 +83,30 @@ def require_finite(signal: np.ndarray, name: str) -> None:
     """Refuse a signal [T, C] that would poison training.
 
     Raises:
-        UserError: no time bins, or NaN or infinity; the message names the trial as ``name``.
+        UserError: no time bins, or NaN, infinity or a value whose square overflows; the message
+            names the trial as ``name``.
     """
     if not signal.size:
         raise UserError(
             f"trial {name} has no time bins: remove it, or leave out such trials with "
             "`b2t prepare --skip-bad-trials`"
         )
-    if not np.isfinite(signal).all():
-        time, channel = np.argwhere(~np.isfinite(signal))[0]
+    largest = np.abs(signal).max()
+    if largest < _LARGEST:
+        return
+    if np.isfinite(largest):
+        time, channel = np.argwhere(np.abs(signal) == largest)[0]
         raise UserError(
-            f"trial {name} holds {signal[time, channel]} at bin {time}, channel {channel}, where "
-            "finite values are expected: repair or remove the trial, or leave out such trials "
-            "with `b2t prepare --skip-bad-trials`"
+            f"trial {name} holds {signal[time, channel]:g} at bin {time}, channel {channel}, whose "
+            f"square overflows float32; values below {_LARGEST:g} are expected: repair or remove "
+            "the trial, or leave out such trials with `b2t prepare --skip-bad-trials`"
         )
+    time, channel = np.argwhere(~np.isfinite(signal))[0]
+    raise UserError(
+        f"trial {name} holds {signal[time, channel]} at bin {time}, channel {channel}, where "
+        "finite values are expected: repair or remove the trial, or leave out such trials with "
+        "`b2t prepare --skip-bad-trials`"
+    )
 
 
 def typical_rms(dataset: Dataset, limit: int = 32) -> float | None:

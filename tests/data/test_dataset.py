@@ -200,6 +200,78 @@ def test_phonemes_outside_the_inventory(tmp_path):
     assert "3 to 41, expected classes 1 to 40" in message(saved(tmp_path / "data", rows))
 
 
+def test_dev_and_validation_together_are_refused(tmp_path):
+    trials = Dataset.from_list([row(0), row(1)], features=trial_features(3))
+    DatasetDict({"train": trials, "dev": trials, "validation": trials}).save_to_disk(
+        str(tmp_path / "data")
+    )
+    assert "splits dev and validation are both read as val" in message(tmp_path / "data")
+
+
+def test_rows_of_no_split_are_refused(tmp_path):
+    rows = [row(0), row(1, split="holdout"), row(2, split=None)]
+    found = message(parquet(tmp_path / "p", rows))
+    assert "column split holds None, holdout (2 rows), expected train, val or test" in found
+
+
+def test_files_of_no_split_beside_others_are_refused(tmp_path):
+    parquet(tmp_path / "p", [row(0)], "train-0.parquet")
+    found = message(parquet(tmp_path / "p", [row(2)], "extra-0.parquet"))
+    assert "some file names begin with a split and others do not (extra-0.parquet)" in found
+
+
+def test_a_row_that_comes_twice_names_both(tmp_path):
+    rows = [row(0), row(1), row(0, signal=np.ones((5, 3)))]
+    found = message(saved(tmp_path / "data", rows))
+    assert re.search(r"train, row 2\) and .*train, row 0\) are both trial day0/0/0 of train", found)
+
+
+def moving(index, **changes):
+    return row(index, signal=np.random.default_rng(index).standard_normal((9, 3)), **changes)
+
+
+def test_a_signal_in_two_splits_is_refused(tmp_path):
+    rows = [moving(0), moving(1), {**moving(2), "signal": moving(1)["signal"]}]
+    found = message(parquet(tmp_path / "p", rows))
+    assert re.search(r"row 0\) \(val\) has the signal of .*row 1\) \(train\)", found)
+
+
+def test_odd_trials_are_counted_in_one_warning_each(tmp_path, caplog):
+    rows = [moving(index, split="train") for index in range(7)]
+    rows[1]["signal"] = rows[0]["signal"]
+    rows[2]["signal"] = np.zeros((6, 3))
+    rows[3]["signal"] = np.full((8, 3), 2.5)
+    rows[4]["signal"] = np.arange(3.0)[None]
+    with caplog.at_level("WARNING", logger="b2t"):
+        load_trials(saved(tmp_path / "data", rows), "train")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 3
+    assert "day1/0/1" in said[0] and "same signal as another trial of its split" in said[0]
+    assert said[1].startswith("3 trials, the first day0/0/2") and "never moves" in said[1]
+    assert "day0/0/4" in said[2] and "lasts one time bin" in said[2]
+
+
+def test_values_without_a_square_are_refused(tmp_path):
+    rows = [moving(0), moving(1)]
+    rows[1]["signal"][4, 2] = -1e30
+    found = message(saved(tmp_path / "data", rows))
+    assert "day1/0/1" in found and "holds -1e+30 at bin 4, channel 2, whose square" in found
+
+
+def test_names_that_come_twice_in_data_prepared_before_are_said(prepared, caplog):
+    def renumber(example):
+        return {**example, "trial": 0}
+
+    record = json.loads((prepared / "b2t.json").read_text())
+    splits = load_from_disk(str(prepared)).map(renumber)
+    splits.save_to_disk(str(prepared.parent / "old"))
+    record["arrow"] = {name: split._fingerprint for name, split in splits.items()}
+    (prepared.parent / "old" / "b2t.json").write_text(json.dumps(record))
+    with caplog.at_level("WARNING", logger="b2t"):
+        load_trials(prepared.parent / "old", "train")
+    assert "4 trials, the first" in caplog.text and "names more than one row" in caplog.text
+
+
 def test_mixed_sampling_rates(tmp_path):
     rows = [row(0), row(1, sampling_rate=50.0)]
     assert "mixes sampling rates (50 Hz, 100 Hz)" in message(saved(tmp_path / "data", rows))

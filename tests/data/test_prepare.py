@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -180,6 +181,40 @@ def test_bad_trials_are_refused_by_name_or_left_out(tmp_path, damage, message):
     assert list(tmp_path.iterdir()) == []
     content = prepare(source, tmp_path / "out", PrepareOptions(skip_bad_trials=True))
     assert content["skipped"] == 1 and sum(content["rows"].values()) == 19
+
+
+def test_a_session_copied_twice_is_refused_or_left_out(t15_release, tmp_path, caplog):
+    folder, written = t15_release(8)
+    day = folder / "hdf5_data_final" / "t15.2023.08.11"
+    shutil.copytree(day, day.with_name("t15.2023.08.11 (copy)"))
+    with pytest.raises(UserError, match=r"copy\).*and .*are both trial t15\.2023\.08\.11/0/0"):
+        prepare(detect(folder), tmp_path / "out", PrepareOptions())
+    content = prepare(detect(folder), tmp_path / "out", PrepareOptions(skip_bad_trials=True))
+    assert sum(content["rows"].values()) == len(written) and content["skipped"] == 8
+
+
+def test_a_test_split_equal_to_train_is_refused(t15_release, tmp_path):
+    folder, _ = t15_release(8, (4, 2, 4))
+    for test in folder.rglob("data_test.hdf5"):
+        shutil.copy(test.with_name("data_train.hdf5"), test)
+    with pytest.raises(UserError, match=r"data_test.* \(test\) has the signal of .* \(train\)"):
+        prepare(detect(folder), tmp_path / "out", PrepareOptions())
+
+
+def test_one_recording_under_two_names_is_counted(tmp_path, caplog):
+    source = Memory(splits=["train", "val", "test", "train"])
+    source.bad = {index: lambda signal: source.read(0) for index in (4, 8)}
+    with caplog.at_level("WARNING", logger="b2t"):
+        prepare(source, tmp_path / "out", PrepareOptions())
+    assert "2 trials, the first made, trial 4: has the same signal as another" in caplog.text
+
+
+def test_z_scores_that_cannot_be_are_counted(tmp_path, caplog):
+    source = Memory(bad={3: lambda signal: signal + 2e4 * np.eye(*signal.shape)})
+    source.standardized = True
+    with caplog.at_level("WARNING", logger="b2t"):
+        prepare(source, tmp_path / "out", PrepareOptions())
+    assert "made, trial 3: lies more than 10000 standard deviations from the mean" in caplog.text
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path):

@@ -1,0 +1,74 @@
+"""What makes a set of trials wrong although each can be read: doubles, and signals without life."""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+from b2t.data.remarks import Remarks
+from b2t.errors import UserError
+
+_FAR = 1e4
+
+
+class _Seen(NamedTuple):
+    name: str
+    split: str
+
+
+class TrialChecks:
+    """Looks at trials one after another.
+
+    Trials of one split need different names (session/block/trial): results are filed under them. A
+    signal that occurs in two splits would be trained on and scored.
+
+    Args:
+        remarks: where what may be meant is counted.
+        z_scored: the signals are in standard deviations of their channels.
+    """
+
+    def __init__(self, remarks: Remarks, *, z_scored: bool = False) -> None:
+        self.remarks = remarks
+        self.z_scored = z_scored
+        self._ids: dict[tuple[str, str], str] = {}
+        self._signals: dict[bytes, _Seen] = {}
+
+    def look(self, signal: np.ndarray, row_id: str, name: str, split: str) -> None:
+        """Look at one trial's signal [T, C], finite and not empty.
+
+        Args:
+            signal: as recorded.
+            row_id: session/block/trial.
+            name: where it lies, for messages.
+            split: that it belongs to.
+
+        Raises:
+            UserError: a second trial of this name in the split, or its signal in another split.
+        """
+        other = self._ids.setdefault((split, row_id), name)
+        if other != name:
+            raise UserError(
+                f"{name} and {other} are both trial {row_id} of {split}: were files copied? "
+                "Remove or renumber one; `b2t prepare --skip-bad-trials` keeps the first of each"
+            )
+        if len(signal) == 1:
+            self.remarks.add("lasts one time bin", name)
+        if (signal == signal[0]).all():
+            self.remarks.add("never moves: every channel is constant", name)
+            return
+        if self.z_scored and np.abs(signal).max() > _FAR:
+            self.remarks.add(f"lies more than {_FAR:g} standard deviations from the mean", name)
+        self._look_for_double(signal, _Seen(name, split))
+
+    def _look_for_double(self, signal: np.ndarray, seen: _Seen) -> None:
+        content = np.ascontiguousarray(signal)
+        digest = hashlib.blake2b(content.data, digest_size=16, key=str(signal.shape).encode())
+        other = self._signals.setdefault(digest.digest(), seen)
+        if other.split != seen.split:
+            raise UserError(
+                f"{seen.name} ({seen.split}) has the signal of {other.name} ({other.split}): "
+                f"scores on {seen.split} would be of trials trained on. Remove one of them; `b2t "
+                "prepare --skip-bad-trials` keeps the first"
+            )
+        if other.name != seen.name:
+            self.remarks.add("has the same signal as another trial of its split", seen.name)
