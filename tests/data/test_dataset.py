@@ -269,7 +269,7 @@ def test_names_that_come_twice_in_data_prepared_before_are_said(prepared, caplog
     (prepared.parent / "old" / "b2t.json").write_text(json.dumps(record))
     with caplog.at_level("WARNING", logger="b2t"):
         load_trials(prepared.parent / "old", "train")
-    assert "4 trials, the first" in caplog.text and "names more than one row" in caplog.text
+    assert "8 trials, the first" in caplog.text and "names more than one row" in caplog.text
 
 
 def test_mixed_sampling_rates(tmp_path):
