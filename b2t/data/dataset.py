@@ -328,7 +328,7 @@ def _trusted_record(path: Path, splits: dict[str, Dataset]) -> dict[str, Any]:
 def _examine(splits: dict[str, Dataset], path: str) -> str:
     """Read everything once: refuse bad trials, return the fingerprint."""
     digests = {}
-    checks = TrialChecks(Remarks())
+    checks = TrialChecks(Remarks(), refuse_shared=False)
     channels: tuple[int, str] | None = None
     for split, dataset in splits.items():
         mark = Fingerprint()

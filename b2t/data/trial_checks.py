@@ -25,10 +25,14 @@ class TrialChecks:
     Args:
         remarks: where what may be meant is counted.
         z_scored: the signals are in standard deviations of their channels.
+        refuse_shared: refuse a signal that occurs in two splits, instead of counting it.
     """
 
-    def __init__(self, remarks: Remarks, *, z_scored: bool = False) -> None:
+    def __init__(
+        self, remarks: Remarks, *, z_scored: bool = False, refuse_shared: bool = True
+    ) -> None:
         self.remarks = remarks
+        self.refuse_shared = refuse_shared
         self.z_scored = z_scored
         self._ids: dict[tuple[str, str], str] = {}
         self._signals: dict[bytes, _Seen] = {}
@@ -64,11 +68,13 @@ class TrialChecks:
         content = np.ascontiguousarray(signal)
         digest = hashlib.blake2b(content.data, digest_size=16, key=str(signal.shape).encode())
         other = self._signals.setdefault(digest.digest(), seen)
-        if other.split != seen.split:
+        if other.split != seen.split and not self.refuse_shared:
+            self.remarks.add("has the signal of a trial of another split", seen.name)
+        elif other.split != seen.split:
             raise UserError(
                 f"{seen.name} ({seen.split}) has the signal of {other.name} ({other.split}): "
                 f"scores on {seen.split} would be of trials trained on. Remove one of them; `b2t "
                 "prepare --skip-bad-trials` keeps the first"
             )
-        if other.name != seen.name:
+        elif other.name != seen.name:
             self.remarks.add("has the same signal as another trial of its split", seen.name)

@@ -230,10 +230,12 @@ def moving(index, **changes):
     return row(index, signal=np.random.default_rng(index).standard_normal((9, 3)), **changes)
 
 
-def test_a_signal_in_two_splits_is_refused(tmp_path):
+def test_signals_in_two_splits_are_counted(tmp_path, caplog):
     rows = [moving(0), moving(1), {**moving(2), "signal": moving(1)["signal"]}]
-    found = message(parquet(tmp_path / "p", rows))
-    assert re.search(r"row 0\) \(val\) has the signal of .*row 1\) \(train\)", found)
+    with caplog.at_level("WARNING", logger="b2t"):
+        load_trials(parquet(tmp_path / "p", rows), "train")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and "val, row 0): has the signal of a trial of another split" in said[0]
 
 
 def test_odd_trials_are_counted_in_one_warning_each(tmp_path, caplog):
