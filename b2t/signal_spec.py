@@ -90,7 +90,7 @@ def require_fit(
         model: what the model was trained on.
         data: what it is given.
         name: of the data, for messages.
-        of: where the model comes from, for messages.
+        of: the model's folder, for messages.
         force: warn once instead; channels that cannot be aligned are taken as they come.
         how: what to write to go on regardless, such as ``--force``.
 
@@ -106,11 +106,11 @@ def require_fit(
     found = "; ".join(fit.problems)
     if found and not force:
         raise UserError(
-            f"{name} does not fit the model of {of}: {found}. Prepare the data as for training, or "
+            f"{name} does not fit the model {of}: {found}. Prepare the data as for training, or "
             f"go on regardless with {how}"
         )
     if found:
-        log_once(f"forced {name}", f"{name} does not fit the model of {of}: {found}; going on")
+        log_once(f"forced {name}", f"{name} does not fit the model {of}: {found}; going on")
     elif fit.order is not None:
         log_once(
             f"aligned {name}",

@@ -1,11 +1,14 @@
 """Which model of a run: the best, the last, that of a step, or a folder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+from b2t.config import Config
 from b2t.errors import UserError
 from b2t.log import logger
 from b2t.manifest import find_problem
+from b2t.trained import trained_components
 
 BEST = Path("checkpoints") / "best"
 MODEL_FILE = "config.json"
@@ -79,6 +82,7 @@ def load_training_checkpoint(folder: Path, best: Path) -> Any:
     from safetensors.torch import load_file
 
     from b2t.model import BrainToText, BrainToTextConfig, load_tokenizer
+    from b2t.model.pretrained import require_sound
 
     problem = find_problem(folder, (WEIGHTS_FILE, MOMENTS_FILE, STATE_FILE))
     if problem is not None:
@@ -103,8 +107,14 @@ def load_training_checkpoint(folder: Path, best: Path) -> Any:
     missing = sorted({*dict(model.named_parameters()), *dict(model.named_buffers())} - {*weights})
     if missing:
         raise UserError(f"{folder}: of another model than {best}: it lacks {missing[0]}")
+    require_sound(model, str(folder))
     if model.text_decoder is not None:
         model.tokenizer = load_tokenizer(best)
+    state = json.loads((folder / STATE_FILE).read_text("utf-8"))
+    progress, config = state["progress"], state.get("config")
+    if config is not None:
+        phases = Config.model_validate(config).phases
+        model.config.trained = trained_components(phases, progress["phase"], progress["phase_step"])
     return model.eval()
 
 

@@ -35,6 +35,11 @@ def tokenize_trials(
         codes, mask = encoded.codes[..., :layers].cpu(), encoded.frame_mask.cpu()
         for row, row_codes, keep in zip(batch.rows, codes, mask, strict=True):
             valid = row_codes[keep]
+            if (valid < 0).any() and model.quantizer.initialized:
+                raise UserError(
+                    f"trial {row}: its latents are not finite, so it has no codes: its signal is "
+                    f"out of range (root mean square {_rms(batch, row):.3g})"
+                )
             if (valid < 0).any():
                 raise UserError(
                     f"trial {row}: the model's codebooks were never initialized (training ended "
@@ -42,3 +47,8 @@ def tokenize_trials(
                 )
             found[row] = valid.tolist()
     return found
+
+
+def _rms(batch: Batch, row: str) -> float:
+    place = batch.rows.index(row)
+    return float(batch.target[place, batch.signal_mask[place]].double().square().mean().sqrt())

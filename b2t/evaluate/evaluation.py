@@ -18,6 +18,7 @@ from b2t.evaluate import metrics, usage
 from b2t.evaluate.controls import noise_batch, shuffled
 from b2t.evaluate.decode import collapse_ctc, decode_text, to_model
 from b2t.evaluate.signal import SignalSums
+from b2t.evaluate.soundness import note_soundness
 from b2t.evaluate.traces import collect_traces
 from b2t.records import write_atomically
 
@@ -52,6 +53,8 @@ class Evaluation:
         role: what the split was to the training, `chose the model` or `trained on`; None where it
             was neither, or where that is not known.
         known_sentences: share of the rows with text whose sentence occurs in training.
+        untrained: components of the model that no step has trained; what they say means nothing.
+        odd_trials: trials far louder or quieter than the model's training signals.
         simulated: whether the recordings come from `b2t simulate`.
         rows, frames: trials and valid latent frames evaluated.
         per, cer, wer: pooled error rates; `*_interval` are 95 % bootstrap intervals over rows.
@@ -78,6 +81,8 @@ class Evaluation:
     checkpoint: str | None = None
     role: str | None = None
     known_sentences: float | None = None
+    untrained: list[str] = field(default_factory=list)
+    odd_trials: int = 0
     simulated: bool = False
     rows: int = 0
     frames: int = 0
@@ -194,6 +199,7 @@ def evaluate_model(
         model.train(training)
     share = _gather(share, group)
     result = _score(share, split, seed)
+    note_soundness(result, model, share.rms)
     result.simulated = simulated
     result.decoding = dict(generation) if with_text else {}
     if not with_text and decode:
@@ -214,6 +220,8 @@ class _Share:
     size: int | None
     predictions: list[Prediction] = field(default_factory=list)
     signal: SignalSums = field(default_factory=SignalSums)
+    frames: int = 0
+    rms: dict[str, float] = field(default_factory=dict)
     counts: Tensor | None = None
     traces: dict[str, Any] = field(default_factory=dict)
 
@@ -239,6 +247,8 @@ def _predict(
             share.traces = collect_traces(batch.rows, *signals, model.config.sampling_rate)
     if output.codes is not None and share.size is not None:
         share.count(output.codes)
+    share.frames += int(output.frame_mask.sum())
+    share.rms |= dict(zip(batch.rows, _rms(batch), strict=True))
     found = [
         Prediction(row=row, session=row.rsplit("/", 2)[0], target=text)
         for row, text in zip(batch.rows, batch.texts, strict=True)
@@ -286,6 +296,8 @@ def _gather(share: _Share, group: dist.ProcessGroup | None) -> _Share:
     for part in shares:
         total.predictions += part.predictions
         total.signal = total.signal + part.signal
+        total.frames += part.frames
+        total.rms |= part.rms
         if part.counts is not None:
             total.counts = part.counts if total.counts is None else total.counts + part.counts
     total.predictions.sort(key=lambda prediction: _order(prediction.row))
@@ -307,13 +319,18 @@ def _score(share: _Share, split: str, seed: int) -> Evaluation:
     result.mse, result.cosine = signal.mse, signal.cosine
     if share.size is not None:
         result.codebook_size = share.size
-    if share.counts is not None:
+    result.frames = share.frames
+    if share.counts is not None and bool(share.counts.any()):
         result.utilization = usage.utilization(share.counts).tolist()
         result.perplexity = usage.perplexity(share.counts).tolist()
-        result.frames = int(share.counts[0].sum())
         result.usage = share.counts.tolist()
-    else:
+    elif share.size is None:
         result.notes.append("the model has no quantizer: no codebook use")
+    elif share.frames:
+        result.notes.append(
+            "no frame has a code: the codebooks had not started (codebook_start.after_steps), so "
+            "that the latents went through as they are"
+        )
     return result
 
 
@@ -356,6 +373,13 @@ def _score_phonemes(result: Evaluation, predictions: list[Prediction], seed: int
     if scored[0].noise_phonemes is not None:
         noise = [p.noise_phonemes or [] for p in scored]
         result.per_noise = metrics.phoneme_error_rate(targets, noise)
+
+
+def _rms(batch: Batch) -> list[float]:
+    """Root mean square of each trial's real bins."""
+    real = batch.signal_mask
+    power = batch.target.double().square().mean(-1).masked_fill(~real, 0.0).sum(1)
+    return (power / real.sum(1).clamp(min=1)).sqrt().tolist()
 
 
 def _finite(value: Any) -> Any:

@@ -56,8 +56,13 @@ def _rates(result: Evaluation) -> Table:
         ("characters (CER)", result.cer, result.cer_interval, result.cer_noise, None),
         ("words (WER)", result.wer, result.wer_interval, result.wer_noise, result.wer_shuffled),
     )
+    untrained = {"phonemes (PER)": "phoneme_head" in result.untrained}
+    untrained |= dict.fromkeys(
+        ("characters (CER)", "words (WER)"), "text_decoder" in result.untrained
+    )
     for name, rate, interval, noise, shuffled in rows:
         if rate is not None:
+            name += ", untrained" if untrained[name] else ""
             span = f"{_percent(interval[0])} – {_percent(interval[1])}" if interval else ""
             table.add_row(name, _percent(rate), span, _percent(noise), _percent(shuffled))
     return table

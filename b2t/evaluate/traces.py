@@ -27,8 +27,8 @@ def collect_traces(
         `reconstruction`, Welch's estimate averaged over trials and channels, in dB per Hz.
     """
     keep = mask.cpu().numpy()
-    output = reconstruction.detach().float().cpu().numpy()
-    truth = target.detach().float().cpu().numpy()
+    output = reconstruction.detach().double().cpu().numpy()
+    truth = target.detach().double().cpu().numpy()
     trials = [
         trial_traces(row, output[i, keep[i]], truth[i, keep[i]])
         for i, row in enumerate(rows[:TRIALS])

@@ -64,6 +64,7 @@ class BrainToTextConfig(PretrainedConfig):
             models that do not say; a value of None is not known.
         data: of the training: `fingerprint` of the dataset, `train_split`, and `validation_split`,
             which chose the model. None where it is not known.
+        trained: names of the components that have been trained; None where it is not known.
 
     Raises:
         ValueError: an unknown key in a section.
@@ -89,6 +90,7 @@ class BrainToTextConfig(PretrainedConfig):
         simulated_data: bool = False,
         signal: dict[str, Any] | None = None,
         data: dict[str, str] | None = None,
+        trained: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.channels = channels
@@ -103,6 +105,7 @@ class BrainToTextConfig(PretrainedConfig):
         self.vocab_size = vocab_size
         self.simulated_data = simulated_data
         self.data = data
+        self.trained = trained
         self.signal = None if signal is None else _section("signal", signal)
         super().__init__(
             bos_token_id=bos_token_id,

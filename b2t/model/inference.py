@@ -178,7 +178,7 @@ def read_signals(
         rms=_rms(values, real),
     )
     wanted = SignalSpec.of_model(model.config)
-    order = require_fit(wanted, found, "signal", "this call", force=force, how="force=True")
+    order = require_fit(wanted, found, "signal", model.name_or_path, force=force, how="force=True")
     if order is not None:
         values = values[..., order]
     values = np.where(real[..., None], values, np.float32(0))

@@ -93,12 +93,19 @@ class Pretrained(PreTrainedModel):
                 f"{path}: no trained model ({reason}); expected a folder with config.json and "
                 "model.safetensors, such as RUN/checkpoints/best"
             ) from None
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{path}: its model.safetensors is not of the architecture in its config.json "
+                f"({reason}); restore both from one copy"
+            ) from None
         missing = sorted(info["missing_keys"])
         if missing:
             raise UserError(
                 f"{path}: its model.safetensors lacks {len(missing)} tensors of this architecture, "
                 f"such as {missing[0]}; it was written by another version or cut short"
             )
+        require_sound(model, str(path))
         if dtype is not None:
             model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         model._take_company(str(path), hub)
@@ -118,6 +125,34 @@ class Pretrained(PreTrainedModel):
                 f"{path}: its config.json does not say what signals it was trained on (names of "
                 "channels, unit, smoothing): whether others are of that kind cannot be checked",
             )
+
+
+def require_sound(model: PreTrainedModel, name: str) -> None:
+    """Refuse weights that cannot have come of training.
+
+    Args:
+        model: whose parameters are looked at.
+        name: of it, for the message.
+
+    Raises:
+        UserError: NaN or infinity, or a component whose matrices are all zero.
+    """
+    lively: dict[str, bool] = {}
+    for parameter, value in model.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(
+                f"{name}: {parameter} holds NaN or infinity: the model is broken, not "
+                "undertrained; take an earlier checkpoint (--checkpoint)"
+            )
+        if value.dim() > 1:
+            component = parameter.partition(".")[0]
+            lively[component] = lively.get(component, False) or bool(value.any())
+    dead = sorted(component for component, alive in lively.items() if not alive)
+    if dead:
+        raise UserError(
+            f"{name}: all weights of {dead[0]} are zero: the model is broken, not undertrained; "
+            "take another checkpoint or restore it from a copy"
+        )
 
 
 def _require_whole(folder: Path) -> None:

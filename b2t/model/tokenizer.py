@@ -73,7 +73,7 @@ def load_tokenizer(checkpoint: str | Path, **options: Any) -> PreTrainedTokenize
     try:
         place = str(path) if path.is_dir() else str(checkpoint)
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # tokenizers raises bare exceptions where a file is damaged
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"{checkpoint}: no tokenizer could be loaded ({reason}); expected a folder with "

@@ -105,7 +105,25 @@ def _guide(run: RunData, latest: dict[str, float]) -> list[Advice]:
             )
         )
     wer, noise = run.evaluation.get("wer"), run.evaluation.get("wer_noise")
-    if wer is not None and noise is not None and wer > 0.9 * noise:
+    odd, rows = run.evaluation.get("odd_trials") or 0, run.evaluation.get("rows") or 1
+    untrained = run.evaluation.get("untrained") or []
+    if odd:
+        found.append(
+            Advice(
+                f"{odd} of {rows} evaluated trials are far louder or quieter than the training",
+                "broken trials, or signals in another unit than those of the training",
+                "`b2t inspect` shows a trial; prepare the data as for training",
+            )
+        )
+    if wer is not None and "text_decoder" in untrained:
+        found.append(
+            Advice(
+                f"WER {100 * wer:.0f} % is that of an untrained text decoder",
+                "no phase before this model trained it (losses.generation above 0)",
+                "train the phases that follow, then evaluate again",
+            )
+        )
+    elif wer is not None and noise is not None and wer > 0.9 * noise and odd < 0.1 * rows:
         found.append(
             Advice(
                 f"WER {100 * wer:.0f} % is hardly better than {100 * noise:.0f} % on noise",

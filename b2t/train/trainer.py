@@ -40,6 +40,7 @@ from b2t.train.validation import decode_after_phase, validate
 from b2t.train.weight_ema import WeightEma
 from b2t.train.window import Window
 from b2t.train.zero3 import Zero3Engine
+from b2t.trained import trained_components
 
 log = logger(__name__)
 
@@ -525,6 +526,10 @@ class Trainer:
     def _export_best(self) -> None:
         self._collect_averages()
         masters = {**self.engine.collect_masters(), **self.averages}
+        progress = self.progress
+        self.model.config.trained = trained_components(
+            self.config.phases, progress.phase, progress.phase_step
+        )
         if self.ranks.is_main:
             folder = self.store.folder / BEST
             try:

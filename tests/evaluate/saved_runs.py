@@ -55,7 +55,7 @@ def describe(path, **record):
     return path
 
 
-def save_run(folder, data, text=True, signal=None):
+def save_run(folder, data, text=True, signal=None, change=None, trained=None):
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     decoder = {"dim": 16, "depth": 1, "heads": 2, "ffn_dim": 16, "max_tokens": 20}
@@ -71,12 +71,15 @@ def save_run(folder, data, text=True, signal=None):
             vocab_size=len(tokenizer),
             simulated_data=True,
             signal=signal,
+            trained=trained,
         )
     ).eval()
     batches = eval_batches(load_from_disk(str(data))["val"], tokenizer, ["day0"], batch_size=4)
     encoded = [model.encode(b.signal, b.signal_mask, b.session) for b in batches]
     frames = [(e.latents.detach(), e.frame_mask) for e in encoded]
     model.quantizer.initialize(frames, progress=False)
+    if change is not None:
+        change(model)
     best = folder / "checkpoints" / "best"
     model.save_pretrained(best)
     tokenizer.save_pretrained(best)

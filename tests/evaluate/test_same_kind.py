@@ -59,10 +59,8 @@ def test_signals_of_another_kind_are_refused_in_one_message(run, tmp_path, warni
                 call(*arguments)
             assert "--force" in str(error.value) and str(data) in str(error.value)
             warnings.clear()
-        for command in (evaluate_command, decode_command):
-            extra = ("--out", tmp_path) if command is evaluate_command else ()
-            where = ("--data", data) if command is evaluate_command else (data,)
-            call(command, run, *where, *extra, "--force")
+        call(decode_command, run, data, "--force")
+        call(tokenize_command, run, data, tmp_path / f"codes {kind}", "--force")
         assert len([m for m in warnings.messages if "going on" in m]) == 1, kind
 
 

@@ -1,0 +1,30 @@
+"""Which components of a model have been trained so far."""
+
+from collections.abc import Sequence
+from typing import Any
+
+_HEADS = {
+    "signal_decoder": "reconstruction",
+    "phoneme_head": "phoneme",
+    "text_decoder": "generation",
+}
+"""Components that one loss alone reaches."""
+
+
+def trained_components(phases: Sequence[Any], phase: int, phase_step: int) -> list[str]:
+    """Return the components that at least one applied step has trained, sorted.
+
+    Args:
+        phases: those of the configuration, in order.
+        phase: number of the phase that the run is in, from 0; those before it are done.
+        phase_step: applied steps in it.
+    """
+    done = [*phases[:phase], *(phases[phase : phase + 1] if phase_step else ())]
+    return sorted(
+        {
+            name
+            for one in done
+            for name in one.trainable
+            if name not in _HEADS or getattr(one.losses, _HEADS[name]) > 0
+        }
+    )
