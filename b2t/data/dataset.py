@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from glob import glob, has_magic
@@ -14,21 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from tqdm import tqdm
 
-from b2t.data.phonemes import PHONEMES
-from b2t.data.prepare import RECORD, arrow_state, combined_fingerprint
-from b2t.data.remarks import Remarks
+from b2t.data.examine import examine, first_line, remark_on_doubles
+from b2t.data.record import read_record, trusted_record
 from b2t.data.sources import FORMATS
 from b2t.data.sources.base import SPLITS
-from b2t.data.trial_checks import TrialChecks
 from b2t.data.trials import (
     COLUMNS,
-    Fingerprint,
     read_signal,
-    require_finite,
-    row_id,
-    row_ids,
     signal_lengths,
 )
 from b2t.errors import UserError
@@ -71,7 +63,9 @@ class DatasetInfo:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class Opened:
+    """A dataset's splits, loaded once, and what is known of them."""
+
     splits: dict[str, Dataset]
     info: DatasetInfo
 
@@ -87,7 +81,7 @@ def load_trials(path: str | Path, split: str) -> Dataset:
         UserError: nothing there, another layout, a missing column or split, an empty split, and,
             in data that `b2t prepare` has not checked, NaN, empty trials or unequal channels.
     """
-    splits = _opened(path).splits
+    splits = opened(path).splits
     if split not in splits:
         raise UserError(
             f"{path} has no {split} split: it has {', '.join(splits)}; prepare it again with a "
@@ -98,34 +92,38 @@ def load_trials(path: str | Path, split: str) -> Dataset:
 
 def dataset_info(path: str | Path) -> DatasetInfo:
     """Describe a dataset. Errors as in `load_trials`."""
-    return _opened(path).info
+    return opened(path).info
 
 
-def _opened(path: str | Path) -> _Opened:
-    return _open(str(path), _stamp(Path(path)))
+def opened(path: str | Path) -> Opened:
+    """Open a dataset, checked; it stays open. Errors as in `load_trials`."""
+    place = os.path.expanduser(path)
+    return _open(place, _stamp(Path(place)))
 
 
 def _stamp(path: Path) -> tuple[float, ...]:
     """Return what changes when a folder or file is written again, so that no stale copy is used."""
-    files = [path, *sorted(path.glob("*/state.json"))] if path.is_dir() else []
+    patterns = ("*.json", "*.npz", "*/state.json", "*/*.arrow")
+    below = [file for pattern in patterns for file in sorted(path.glob(pattern))]
+    files = [path, *below] if path.is_dir() else []
     return tuple(file.stat().st_mtime_ns for file in files)
 
 
 @lru_cache(maxsize=8)
-def _open(path: str, stamp: tuple[float, ...]) -> _Opened:
+def _open(path: str, stamp: tuple[float, ...]) -> Opened:
     splits = _load(path)
     _require_columns(splits, path)
     _require_rows(splits, path)
-    record = _trusted_record(Path(path), splits)
-    fingerprint = record["fingerprint"] if record else _examine(splits, path)
+    record = trusted_record(Path(path), splits)
+    fingerprint = record["fingerprint"] if record else examine(splits, path)
     if record:
-        _remark_on_doubles(splits, path)
+        remark_on_doubles(splits, path)
     first = next(iter(splits.values()))
     info = DatasetInfo(
         channels=read_signal(first.with_format("arrow")[0]).shape[1],
         sampling_rate=_sampling_rate(splits, path),
         sessions=sorted(splits.get("train", first).unique("session")),
-        simulated=bool((record or _record(Path(path))).get("simulated", False)),
+        simulated=bool((record or read_record(Path(path))).get("simulated", False)),
         has_text=any(_has_values(dataset, "text") for dataset in splits.values()),
         has_phonemes=any(_has_values(dataset, "phonemes") for dataset in splits.values()),
         splits={split: len(dataset) for split, dataset in splits.items()},
@@ -134,7 +132,7 @@ def _open(path: str, stamp: tuple[float, ...]) -> _Opened:
         z_scored=bool(record.get("z_scored", False)),
         unit=record.get("unit") or (Z_SCORE if record.get("z_scored") else None),
     )
-    return _Opened(splits, info)
+    return Opened(splits, info)
 
 
 def _load(path: str) -> dict[str, Dataset]:
@@ -166,7 +164,7 @@ def _load_folder(path: Path) -> dict[str, Dataset]:
         loaded = load_from_disk(str(path))
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise UserError(
-            f"{path} cannot be read ({type(error).__name__}: {_first_line(error)}): a file is "
+            f"{path} cannot be read ({type(error).__name__}: {first_line(error)}): a file is "
             "missing or damaged; prepare it again"
         ) from None
     return _named(loaded, str(path))
@@ -216,7 +214,7 @@ def _load_parquet(pattern: str) -> dict[str, Dataset]:
     except Exception as error:  # datasets wraps whatever pyarrow and the cache raise
         cause = error.__cause__ or error
         raise UserError(
-            f"{pattern} cannot be read as parquet ({type(cause).__name__}: {_first_line(cause)})"
+            f"{pattern} cannot be read as parquet ({type(cause).__name__}: {first_line(cause)})"
         ) from None
     if len(loaded) == 1 and "split" in loaded["train"].column_names:
         return _by_column(loaded["train"], pattern)
@@ -248,7 +246,7 @@ def _load_hub(name: str) -> dict[str, Dataset]:
         raise UserError(
             f"{nothing} a Hugging Face dataset that can be loaded"
             f"{' offline (HF_HUB_OFFLINE is set)' if constants.HF_HUB_OFFLINE else ''} "
-            f"({type(error).__name__}: {_first_line(error)})"
+            f"({type(error).__name__}: {first_line(error)})"
         ) from None
     return _named(loaded, name)
 
@@ -308,82 +306,6 @@ def _require_rows(splits: dict[str, Dataset], path: str) -> None:
             raise UserError(_empty(path, split))
 
 
-def _record(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((path / RECORD).read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _trusted_record(path: Path, splits: dict[str, Dataset]) -> dict[str, Any]:
-    """Return ``b2t.json`` where the splits beside it are those that `b2t prepare` checked."""
-    record = _record(path)
-    if not record:
-        return {}
-    states = {split: arrow_state(path / split) for split in splits}
-    return record if states == record.get("arrow") else {}
-
-
-def _examine(splits: dict[str, Dataset], path: str) -> str:
-    """Read everything once: refuse bad trials, return the fingerprint."""
-    digests = {}
-    checks = TrialChecks(Remarks(), refuse_shared=False)
-    channels: tuple[int, str] | None = None
-    for split, dataset in splits.items():
-        mark = Fingerprint()
-        rows = dataset.with_format("arrow")
-        for index in tqdm(range(len(rows)), desc=f"checking {split}", unit="trial", disable=None):
-            row, signal = _checked_row(rows[index], f"{path}, {split}, row {index}")
-            name = f"{row_id(row)} ({path}, {split}, row {index})"
-            require_finite(signal, name)
-            checks.look(signal, row_id(row), name, split)
-            channels = channels or (signal.shape[1], name)
-            if signal.shape[1] != channels[0]:
-                raise UserError(
-                    f"trial {channels[1]} has {channels[0]} channels and trial {name} has "
-                    f"{signal.shape[1]}: one dataset needs the same channels throughout"
-                )
-            mark.add(row, signal)
-        digests[split] = mark.hexdigest()
-    checks.remarks.say()
-    return combined_fingerprint(digests)
-
-
-def _remark_on_doubles(splits: dict[str, Dataset], path: str) -> None:
-    """Count rows of one name, which data prepared before this was refused may have."""
-    remarks = Remarks()
-    for split, dataset in splits.items():
-        counts = Counter(row_ids(dataset))
-        for name in [name for name, count in counts.items() if count > 1]:
-            remarks.add(
-                "names more than one row of its split, and results are filed under names: prepare "
-                "the data again",
-                f"{path}, {split}, {name}",
-            )
-    remarks.say()
-
-
-def _checked_row(table: pa.Table, place: str) -> tuple[dict[str, Any], np.ndarray]:
-    row = {name: table[name][0].as_py() for name in COLUMNS[1:-1]}
-    for name in ("session", "block", "trial", "sampling_rate"):
-        if row[name] is None:
-            raise UserError(f"{place}: {name} is null, where every trial needs one")
-    phonemes = row["phonemes"] or []
-    if phonemes and not 0 < min(phonemes) <= max(phonemes) < len(PHONEMES):
-        raise UserError(
-            f"{place}: phonemes holds {min(phonemes)} to {max(phonemes)}, expected classes 1 to "
-            f"{len(PHONEMES) - 1}"
-        )
-    try:
-        return row, read_signal(table)
-    except (ValueError, AttributeError, pa.ArrowException) as error:
-        raise UserError(
-            f"{place}: signal is no list [bins] of lists [channels] of numbers: "
-            f"{_first_line(error)}"
-        ) from None
-
-
 def _sampling_rate(splits: dict[str, Dataset], path: str) -> float:
     rates = {rate for dataset in splits.values() for rate in dataset.unique("sampling_rate")}
     if len(rates) != 1:
@@ -403,7 +325,3 @@ def durations(dataset: Dataset) -> np.ndarray:
     """Return the duration of every trial in seconds, [rows]."""
     rates = dataset.with_format("arrow").select_columns(["sampling_rate"])[:]["sampling_rate"]
     return signal_lengths(dataset) / rates.to_numpy()
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "no detail")[:200]

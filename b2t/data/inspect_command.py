@@ -19,6 +19,7 @@ examples:
   b2t inspect data/t15
   b2t inspect data/t15 --split val --row t15.2023.08.11/5/12 --plot trial.png
   b2t inspect 'parquet/*.parquet' --no-plot
+  b2t inspect data/t15 --verify
 """
 
 
@@ -45,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where to draw it, PNG, PDF or SVG (default: DATASET-SPLIT-N.png in this folder)",
     )
     parser.add_argument("--no-plot", action="store_true", help="only the table")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare every trial with the checksums that `b2t prepare` wrote, and leave",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,7 +59,11 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_libraries()
     from b2t.data.dataset import dataset_info, load_trials
+    from b2t.data.verification import verify
 
+    if args.verify:
+        print(f"{args.dataset}: all {verify(args.dataset):,} trials are as they were prepared")
+        return 0
     info = dataset_info(args.dataset)
     splits = {split: load_trials(args.dataset, split) for split in info.splits}
     _print(info, splits, args.dataset)

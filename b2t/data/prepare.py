@@ -14,6 +14,8 @@ from datasets import Dataset, DatasetDict, disable_progress_bars
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
+from b2t.data import checksums
+from b2t.data.checksums import row_checksum
 from b2t.data.phonemes import PHONEMES
 from b2t.data.sources import Source, SourceOptions
 from b2t.data.sources.base import SPLITS
@@ -82,9 +84,9 @@ def prepare(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        datasets, fingerprint = _write(trials, splits, partial)
-        content = _content(source, options, datasets, fingerprint, trials, record or {})
-        _save(datasets, partial / "dataset", content)
+        written = _write(trials, splits, partial)
+        content = _content(source, options, written, trials, record or {})
+        _save(written, partial / "dataset", content)
         if out.exists():
             shutil.rmtree(out)
         (partial / "dataset").rename(out)
@@ -207,11 +209,21 @@ class _Trials:
                 )
 
 
-def _write(trials: _Trials, splits: Sequence[str], folder: Path) -> tuple[dict[str, Dataset], str]:
+@dataclass
+class _Written:
+    """Splits as written, the fingerprint of their content, the checksum of every row."""
+
+    datasets: dict[str, Dataset]
+    fingerprint: str
+    checksums: dict[str, list[int]]
+
+
+def _write(trials: _Trials, splits: Sequence[str], folder: Path) -> _Written:
     source = trials.source
     features = trial_features(len(source.channels))
     writers: dict[str, ArrowWriter] = {}
     marks = {split: Fingerprint() for split in SPLITS}
+    sums: dict[str, list[int]] = {split: [] for split in SPLITS}
     for index, signal in trials:
         split = splits[index]
         if split not in writers:
@@ -219,6 +231,7 @@ def _write(trials: _Trials, splits: Sequence[str], folder: Path) -> tuple[dict[s
             writers[split] = ArrowWriter(features=features, path=path, writer_batch_size=16)
         row = _row(source, index, split)
         marks[split].add(row, signal)
+        sums[split].append(row_checksum(row, signal))
         writers[split].write({"signal": signal, **row})
     for writer in writers.values():
         writer.finalize()
@@ -226,7 +239,11 @@ def _write(trials: _Trials, splits: Sequence[str], folder: Path) -> tuple[dict[s
         raise UserError("no trial is left for training: every one is bad")
     digest = combined_fingerprint({split: marks[split].hexdigest() for split in writers})
     found = {split: str(folder / f"{split}.arrow") for split in SPLITS if split in writers}
-    return {split: Dataset.from_file(path) for split, path in found.items()}, digest
+    return _Written(
+        {split: Dataset.from_file(path) for split, path in found.items()},
+        digest,
+        {split: sums[split] for split in found},
+    )
 
 
 def combined_fingerprint(splits: dict[str, str]) -> str:
@@ -251,8 +268,7 @@ def _row(source: Source, index: int, split: str) -> dict[str, Any]:
 def _content(
     source: Source,
     options: PrepareOptions,
-    datasets: dict[str, Dataset],
-    fingerprint: str,
+    written: _Written,
     trials: _Trials,
     record: dict[str, Any],
 ) -> dict[str, Any]:
@@ -261,25 +277,28 @@ def _content(
         "version": VERSION,
         "format": source.format,
         "simulated": source.simulated,
-        "fingerprint": fingerprint,
+        "fingerprint": written.fingerprint,
         "normalization": trials.normalization,
         "z_scored": z_scored,
         "unit": Z_SCORE if z_scored else source.unit,
         "sampling_rate": source.sampling_rate,
         "channels": source.channels,
         "phonemes": list(PHONEMES) if any(info.phonemes for info in source.trials) else None,
-        "rows": {split: len(dataset) for split, dataset in datasets.items()},
+        "rows": {split: len(dataset) for split, dataset in written.datasets.items()},
         "skipped": len(trials.skipped),
         "options": asdict(options),
         **record,
     }
 
 
-def _save(datasets: dict[str, Dataset], folder: Path, content: dict[str, Any]) -> None:
+def _save(written: _Written, folder: Path, content: dict[str, Any]) -> None:
     disable_progress_bars()
-    DatasetDict(datasets).save_to_disk(str(folder))
-    content["arrow"] = {split: arrow_state(folder / split) for split in datasets}
-    (folder / RECORD).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    DatasetDict(written.datasets).save_to_disk(str(folder))
+    content["arrow"] = {split: arrow_state(folder / split) for split in written.datasets}
+    content["checksums"] = checksums.FILE
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    (folder / RECORD).write_text(text, "utf-8")
+    checksums.save(folder, written.checksums, text)
 
 
 def arrow_state(folder: Path) -> str:

@@ -142,7 +142,12 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
     from b2t.train.monitoring import Watch, build_monitors
     from b2t.train.ranks import WaitedTooLong, join, leave, timed_out, waiting_in
     from b2t.train.signals import EXIT_STOPPED, StopSignals
-    from b2t.train.startup import check_start, require_folder, require_same_everywhere
+    from b2t.train.startup import (
+        check_data,
+        check_start,
+        require_folder,
+        require_same_everywhere,
+    )
     from b2t.train.trainer import Stopped, Trainer, TrainingFailed
     from b2t.train.world_size import keep_global_batch
 
@@ -173,6 +178,7 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
         require_folder(ranks, config.run.dir)
         ds_file = keep_global_batch(ds_file, config.run.dir, ranks.world)
         materials = build(config)
+        check_data(ranks, str(config.data.path), config.run.seed)
         known = peak_flops(ranks.device) is not None and ds_file.precision != "fp32"
         flops = flops_of_phases(config, materials, ds_file.accumulation) if known else None
         monitors = build_monitors(config.monitor, materials, ranks, flops)

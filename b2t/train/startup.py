@@ -16,6 +16,7 @@ from torch import nn
 
 from b2t.config import COMPONENTS, Config, PhaseConfig
 from b2t.data.batches import TrialRows, collate
+from b2t.data.verification import verify_sample
 from b2t.errors import UserError
 from b2t.log import logger
 from b2t.records import require_writable
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 log = logger(__name__)
 
 _GIB = 2**30
+_SAMPLE, _SAMPLE_SECONDS = 128, 2.0
+"""Trials that a start compares with their checksums, and for how long at most."""
 _WIDTH = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
@@ -55,6 +58,27 @@ def require_folder(ranks: Ranks, folder: Path) -> None:
         UserError: on all ranks alike.
     """
     _on_main(ranks, lambda: require_writable(folder))
+
+
+def check_data(ranks: Ranks, path: str, seed: int) -> None:
+    """Compare a few trials with the checksums of prepared data, other ones on each rank.
+
+    Raises:
+        UserError: on all ranks alike.
+    """
+    ranks.place = "comparing checksums of the data"
+    problem, compared = None, 0
+    try:
+        compared = verify_sample(
+            path, limit=_SAMPLE, seconds=_SAMPLE_SECONDS, seed=(seed, ranks.rank)
+        )
+    except UserError as error:
+        problem = str(error)
+    problems = [each for each in ranks.gather(problem) if each]
+    if problems:
+        raise UserError(problems[0])
+    if compared:
+        log.info("%s: %d trials have the checksums that they were prepared with", path, compared)
 
 
 def _on_main(ranks: Ranks, check: Callable[[], None]) -> None:

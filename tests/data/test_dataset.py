@@ -267,6 +267,7 @@ def test_names_that_come_twice_in_data_prepared_before_are_said(prepared, caplog
     record = json.loads((prepared / "b2t.json").read_text())
     splits = load_from_disk(str(prepared)).map(renumber)
     splits.save_to_disk(str(prepared.parent / "old"))
+    del record["checksums"]
     record["arrow"] = {name: split._fingerprint for name, split in splits.items()}
     (prepared.parent / "old" / "b2t.json").write_text(json.dumps(record))
     with caplog.at_level("WARNING", logger="b2t"):

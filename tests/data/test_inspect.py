@@ -116,6 +116,18 @@ def test_mistakes(prepared, words, message):
         run(prepared, *words)
 
 
+def test_verify_compares_every_trial(prepared, capsys):
+    assert run(prepared, "--verify") == 0
+    assert capsys.readouterr().out == f"{prepared}: all 16 trials are as they were prepared\n"
+    file = next((prepared / "val").glob("*.arrow"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.unlink()
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"trial t15.*val, row \d\) has another checksum"):
+        run(prepared, "--verify")
+
+
 def test_real_words(real_data, tmp_path, capsys):
     pytest.importorskip("mne")
     from b2t.data.sources import SourceOptions
