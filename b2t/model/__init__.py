@@ -1,18 +1,25 @@
 """The model: session adapter, encoder, decoders, and `BrainToText` around them."""
 
-from transformers import AutoConfig, AutoModel
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from b2t.model.brain_to_text import COMPONENTS, DEFAULT_WEIGHTS, BrainToText
-from b2t.model.configuration import BrainToTextConfig
-from b2t.model.outputs import BrainToTextOutput, Encoded
-from b2t.model.tokenizer import (
-    build_tokenizer,
-    decode_texts,
-    load_tokenizer,
-)
+if TYPE_CHECKING:
+    from b2t.model.brain_to_text import COMPONENTS, DEFAULT_WEIGHTS, BrainToText
+    from b2t.model.configuration import BrainToTextConfig
+    from b2t.model.outputs import BrainToTextOutput, Encoded
+    from b2t.model.tokenizer import build_tokenizer, decode_texts, load_tokenizer
 
-AutoConfig.register("brain_to_text", BrainToTextConfig, exist_ok=True)
-AutoModel.register(BrainToTextConfig, BrainToText, exist_ok=True)
+_PLACES = {
+    "BrainToText": "brain_to_text",
+    "BrainToTextConfig": "configuration",
+    "BrainToTextOutput": "outputs",
+    "COMPONENTS": "brain_to_text",
+    "DEFAULT_WEIGHTS": "brain_to_text",
+    "Encoded": "outputs",
+    "build_tokenizer": "tokenizer",
+    "decode_texts": "tokenizer",
+    "load_tokenizer": "tokenizer",
+}
 
 __all__ = [
     "BrainToText",
@@ -25,3 +32,10 @@ __all__ = [
     "decode_texts",
     "load_tokenizer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers' Auto classes import the configuration while they are imported themselves.
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModel, GenerationConfig
 
 from b2t.errors import UserError
 from b2t.model import losses as sums
@@ -382,6 +382,10 @@ class BrainToText(Inference, Pretrained):
 
     activation_checkpointing_enable = gradient_checkpointing_enable
     activation_checkpointing_disable = gradient_checkpointing_disable
+
+
+AutoConfig.register(BrainToTextConfig.model_type, BrainToTextConfig, exist_ok=True)
+AutoModel.register(BrainToTextConfig, BrainToText, exist_ok=True)
 
 
 def _decoding(config: BrainToTextConfig) -> GenerationConfig:

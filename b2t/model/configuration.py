@@ -1,6 +1,7 @@
 """The config that travels with a model, in transformers' form."""
 
 import copy
+import importlib
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -93,6 +94,8 @@ class BrainToTextConfig(PretrainedConfig):
         trained: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
+        # Defines the class that AutoModel then knows.
+        importlib.import_module("b2t.model.brain_to_text")
         self.channels = channels
         self.sampling_rate = sampling_rate
         self.sessions = list(sessions or [])

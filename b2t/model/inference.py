@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from b2t.data.batches import Batch
 
 Array = Tensor | np.ndarray
-Sessions = str | int | Sequence[str] | Tensor | None
+Sessions = str | int | Sequence[str] | Array | None
 
 
 class Signals(NamedTuple):
@@ -264,7 +264,7 @@ def _sessions(session: Sessions, rows: int, known: Sequence[str]) -> np.ndarray 
     """Return the index of each row's session, None where none was given."""
     if session is None:
         return None
-    if isinstance(session, Tensor):
+    if isinstance(session, (Tensor, np.ndarray)):
         given: list[Any] = session.reshape(-1).tolist()
     else:
         given = [session] if isinstance(session, (str, int)) else list(session)
