@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,14 +26,12 @@ from b2t.quantize.objectives import (
     usage_losses,
 )  # fmt: skip
 from b2t.quantize.options import ResidualVQOptions
+from b2t.quantize.reminders import Reminders
 from b2t.quantize.schedules import anneal, drawn_layers
 from b2t.quantize.search import BACKENDS
-from b2t.quantize.start import gather_frames, start_codebooks
+from b2t.quantize.start import Frames, gather_frames, start_codebooks, valid_frames
 from b2t.quantize.statistics import InitReport, QuantizerStats, SoftUsage, UpdateReport
 from b2t.quantize.update import pool_size, revives_next, update_codebooks
-
-Frames = tuple[Tensor, "Tensor | None"] | tuple[Tensor, "Tensor | None", Tensor]
-"""Latents [B, P, dim], their mask [B, P] or None and, where known, their ids [B, P]."""
 
 
 class RVQOutput(NamedTuple):
@@ -80,6 +78,7 @@ class ResidualVQ(FrameSpace):
     Attributes:
         options: `ResidualVQOptions`.
         revival_enabled: switch for phases that must not revive.
+        reminders: say once where a training loop forgets `initialize` or `update`.
 
     Raises:
         UserError: an option out of its range.
@@ -108,6 +107,7 @@ class ResidualVQ(FrameSpace):
         self.config = {"dim": dim, **chosen.model_dump(), "backend": backend, "seed": seed}
         self.codebook_size, self.num_quantizers = codebook_size, num_quantizers
         self.revival_enabled = True
+        self.reminders = Reminders()
         self.codebooks = Codebooks(
             1 if chosen.shared_codebook else num_quantizers,
             codebook_size,
@@ -211,7 +211,9 @@ class ResidualVQ(FrameSpace):
         require_known(losses)
         frames_of, latents, nonfinite = self.valid_latents(x, mask)
         if not self.initialized:
+            self.reminders.passed_through(self.training)
             return self._pass_through(x, frames_of, latents, nonfinite, losses)
+        self.reminders.quantized(self.training)
         layers = self._layers(self.codebooks.value(self.options.codebook_gradient_scale))
         hashes, keep = self._draw(latents, frames_of, ids)
         walk = self._walk(
@@ -371,6 +373,7 @@ class ResidualVQ(FrameSpace):
             stats: those of this rank's micro-batches, added.
             group: ranks of the global batch.
         """
+        self.reminders.updated()
         if stats.empty or not self.initialized:
             none = [0] * self.num_quantizers
             return UpdateReport(False, stats.frames, none, stats.nonfinite)
@@ -384,7 +387,7 @@ class ResidualVQ(FrameSpace):
     @torch.no_grad()
     def initialize(
         self,
-        frames: Iterable[Frames],
+        frames: Tensor | Iterable[Frames],
         group: ProcessGroup | None = None,
         progress: bool = True,
         frames_per_code: float = 16.0,
@@ -397,8 +400,8 @@ class ResidualVQ(FrameSpace):
         stopped in between goes on with the next layer.
 
         Args:
-            frames: (x [B, P, dim], mask [B, P] or None), drawn until enough; a third element,
-                ids [B, P], does what it does in `forward`.
+            frames: latents x [B, P, dim], or (x, mask [B, P] or None), drawn until enough; a third
+                element, ids [B, P], does what it does in `forward`. One tensor is all there is.
             group: ranks that start together.
             progress: show a progress bar on the first rank.
             frames_per_code: frames to gather over all ranks, per code.
@@ -409,7 +412,7 @@ class ResidualVQ(FrameSpace):
         if self.initialized:
             raise RuntimeError("the codebooks have already started")
         wanted = max(1, int(frames_per_code * self.codebook_size))
-        latents = self._latents_of(frames)
+        latents = valid_frames(self, frames, self.codebooks)
         x, nonfinite = gather_frames(latents, wanted, self.codebooks, group, progress)
         layers = self._layers(self.codebooks.embed)
         report = start_codebooks(
@@ -417,15 +420,6 @@ class ResidualVQ(FrameSpace):
         )
         report.nonfinite = nonfinite
         return report
-
-    def _latents_of(self, frames: Iterable[Frames]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        device, seed = self.codebooks.embed.device, int(self.codebooks.seed)
-        for x, mask, *given in frames:
-            valid, latents, bad = self.valid_latents(
-                x.to(device), None if mask is None else mask.to(device)
-            )
-            ids = given[0].to(device) if given else None
-            yield latents, frame_numbers(latents, valid, ids, seed, 0), bad
 
     # ---- on disk
 

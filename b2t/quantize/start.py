@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,13 @@ from b2t.quantize.distributed import (
     world_size,
 )
 from b2t.quantize.frame_hash import signed64
+from b2t.quantize.frames import FrameSpace, frame_numbers
 from b2t.quantize.kmeans import FrameReservoir, canonical, kmeans
 from b2t.quantize.layers import Layers
 from b2t.quantize.statistics import InitReport
+
+Frames = Tensor | tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]
+"""Latents [B, P, dim], alone or with their mask [B, P] or None and, where known, ids [B, P]."""
 
 
 class NoFiniteFrames(UserError):  # noqa: N818  # reads as what happened
@@ -35,6 +39,26 @@ class NoFiniteFrames(UserError):  # noqa: N818  # reads as what happened
     """
 
     batches: Sequence[Any] = ()
+
+
+def valid_frames(
+    space: FrameSpace, frames: Tensor | Iterable[Frames], books: Codebooks
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield (frames [n, D] that count, their random numbers [n], how many held NaN []).
+
+    Args:
+        space: the quantizer's way into the width of its codes.
+        frames: latents as they come; one tensor is one batch of them.
+        books: for device and seed.
+    """
+    device, seed = books.embed.device, int(books.seed)
+    for given in [frames] if isinstance(frames, Tensor) else frames:
+        x, mask, *ids = (given, None) if isinstance(given, Tensor) else given
+        valid, latents, bad = space.valid_latents(
+            x.to(device), None if mask is None else mask.to(device)
+        )
+        known = ids[0].to(device) if ids else None
+        yield latents, frame_numbers(latents, valid, known, seed, 0), bad
 
 
 def gather_frames(

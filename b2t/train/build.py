@@ -64,6 +64,8 @@ def build(config: Config) -> Materials:
     # Weights are made on every rank from the same seed.
     torch.manual_seed(config.run.seed)
     model = BrainToText(model_config(config, info, tokenizer, typical_rms(train)))
+    if model.quantizer is not None:
+        model.quantizer.reminders.start_follows = True  # codebook_start.after_steps
     if model.generation_config is not None:
         model.generation_config.num_beams = config.evaluation.num_beams
         model.generation_config.max_new_tokens = config.evaluation.max_new_tokens
