@@ -20,7 +20,7 @@ BALANCED = {
 
 
 def test_presets_are_shipped_and_valid():
-    assert preset_names() == ["a5500x2", "demo", "rqvae"]
+    assert preset_names() == ["a5500x2", "demo", "eeg", "rqvae"]
     for name in preset_names():
         assert load_config(name).total_steps > 0
 
@@ -240,7 +240,7 @@ def _leaves(tree, prefix=""):
             yield prefix + key
 
 
-@pytest.mark.parametrize("source", [None, "demo", "a5500x2", "rqvae"])
+@pytest.mark.parametrize("source", [None, "demo", "eeg", "a5500x2", "rqvae"])
 def test_yaml_round_trip(tmp_path, source):
     config = load_config(
         source, ["phases.0.early_stopping.patience=2", "data.augment.scale=[1, 2]"]
