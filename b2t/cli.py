@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect": "b2t.data.inspect_command",
     "evaluate": "b2t.evaluate.evaluate_command",
     "decode": "b2t.evaluate.decode_command",
+    "lm": "b2t.evaluate.lm_command",
     "tokenize": "b2t.evaluate.tokenize_command",
     "report": "b2t.monitor.report_command",
     "watch": "b2t.monitor.watch_command",

@@ -73,6 +73,22 @@ def pronounce(word: str) -> tuple[str, ...]:
     raise KeyError(word)
 
 
+def pronunciations(word: str) -> list[tuple[str, ...]]:
+    """Pronunciations of one word in the CMU dictionary without stress marks, the first first.
+
+    Possessives are built as by `pronounce`, compounds with hyphens from their parts' first ones.
+    A word that has none gives an empty list.
+    """
+    entries = _pronunciations().get(word.lower().replace("’", "'"))
+    if entries:
+        plain = [tuple(phone.rstrip("012") for phone in entry) for entry in entries]
+        return list(dict.fromkeys(plain))
+    try:
+        return [tuple(phone for part in word.split("-") if part for phone in pronounce(part))]
+    except KeyError:
+        return []
+
+
 def _possessive(word: str) -> tuple[str, ...]:
     if word.endswith("s'"):
         return pronounce(word[:-1])

@@ -65,6 +65,16 @@ def decode_batches(
         model.train(training)
 
 
+@torch.no_grad()
+def read_batches(model: Any, batches: Iterable[Batch], words: Any) -> Iterator[tuple[str, str]]:
+    """Yield (row id, text) for every row, words read from phonemes by a `WordDecoder`."""
+    for batch in batches:
+        output = model.eval()(to_model(batch, model), weights={"phoneme": 1.0})
+        yield from zip(
+            batch.rows, words.decode(output.phoneme_logits, output.frame_mask), strict=True
+        )
+
+
 def to_model(batch: Batch, model: Any) -> Batch:
     """Move a batch to the device and floating-point type of the model's parameters."""
     parameter = next(p for p in model.parameters() if p.is_floating_point())

@@ -4,7 +4,12 @@ import argparse
 import json
 from pathlib import Path
 
-from b2t.evaluate.evaluate_command import add_checkpoint, generation_options, positive
+from b2t.evaluate.evaluate_command import (
+    add_checkpoint,
+    generation_options,
+    open_words,
+    positive,
+)
 
 SUMMARY = "decode the text of trials with a trained model"
 EPILOG = """\
@@ -12,6 +17,7 @@ examples:
   b2t decode runs/demo data/demo/prepared
   b2t decode runs/t15 prepared/t15 --split test --beams 4 --out submission.jsonl
 
+With --lm, words are read from the phonemes by a lexicon and a language model of `b2t lm`.
 Prints one line per trial: its id (session/block/trial), a tab, the text. With --out the lines
 are JSON objects with `row` and `prediction`."""
 
@@ -26,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, default=16, help="trials per forward (16)")
     parser.add_argument("--beams", type=positive, help="beams; 1 is greedy (default: the run's)")
     parser.add_argument("--max-new-tokens", type=positive, help="longest text (default: the run's)")
+    parser.add_argument("--lm", type=Path, help="language model of `b2t lm`: words from phonemes")
     parser.add_argument("--device", help="torch device (default: a GPU where there is one)")
     parser.add_argument("--out", type=Path, help="JSONL file to write instead of printing")
     add_checkpoint(parser)
@@ -42,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from b2t.data.trials import row_ids
     from b2t.errors import UserError
     from b2t.evaluate import run_folder
-    from b2t.evaluate.decode import decode_batches
+    from b2t.evaluate.decode import decode_batches, read_batches
     from b2t.records import require_writable, write_atomically
 
     if args.out is not None:
@@ -52,16 +59,20 @@ def run(args: argparse.Namespace) -> int:
     opened = run_folder.open_run(args.run, args.checkpoint)
     split = run_folder.choose_split(args.dataset, args.split)
     model, tokenizer = run_folder.load_model(opened, args.device)
-    if tokenizer is None:
+    words = open_words(model, args.lm)
+    if tokenizer is None and words is None:
         raise UserError(
             f"{opened.checkpoint}: the model has no text decoder, so there is no text to decode; "
-            "`b2t tokenize` writes its codes"
+            "--lm reads words from phonemes, `b2t tokenize` writes its codes"
         )
     batches = run_folder.load_batches(
         opened, model, args.dataset, split, tokenizer, args.batch_size, force=args.force
     )
-    options = generation_options(opened, model, args.beams, args.max_new_tokens)
-    texts = dict(decode_batches(model, batches, tokenizer, **options))
+    if words is not None:
+        texts = dict(read_batches(model, batches, words))
+    else:
+        options = generation_options(opened, model, args.beams, args.max_new_tokens)
+        texts = dict(decode_batches(model, batches, tokenizer, **options))
     rows = row_ids(load_trials(args.dataset, split))
     if args.out is None:
         for row in rows:

@@ -12,11 +12,13 @@ EPILOG = """\
 examples:
   b2t evaluate runs/demo
   b2t evaluate runs/demo --split val --beams 4
+  b2t evaluate runs/demo --lm lm/demo
   b2t evaluate runs/t15 --data prepared/t15 --batch-size 32 --out results/t15
 
 Text is decoded freely: the model never sees the target. Beside every error rate stands the
 same model fed Gaussian noise with each trial's channel means, deviations and length: a model
 that has learnt the language and not the brain scores alike on both.
+With --lm, words are also read from the phonemes by a lexicon and a language model of `b2t lm`.
 Writes evaluation.json, predictions.jsonl and evaluation.png into the run folder."""
 
 
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, default=16, help="trials per forward (16)")
     parser.add_argument("--beams", type=positive, help="beams; 1 is greedy (default: the run's)")
     parser.add_argument("--max-new-tokens", type=positive, help="longest text (default: the run's)")
+    parser.add_argument("--lm", type=Path, help="language model of `b2t lm`: words from phonemes")
     parser.add_argument("--limit", type=positive, help="at most LIMIT trials, from all sessions")
     parser.add_argument("--no-noise", action="store_true", help="leave out the noise control")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the controls (0)")
@@ -48,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from b2t.evaluate import run_folder
     from b2t.evaluate.evaluation import evaluate_model
     from b2t.evaluate.figure import draw_evaluation
-    from b2t.evaluate.provenance import note_provenance
+    from b2t.evaluate.provenance import note_language_model, note_provenance
     from b2t.evaluate.table import print_evaluation
     from b2t.records import read_jsonl
 
@@ -57,8 +60,17 @@ def run(args: argparse.Namespace) -> int:
     path = opened.data_path(args.data)
     split = run_folder.choose_split(path, args.split)
     model, tokenizer = run_folder.load_model(opened, args.device)
+    words = open_words(model, args.lm)
     batches = run_folder.load_batches(
-        opened, model, path, split, tokenizer, args.batch_size, args.limit, args.force
+        opened,
+        model,
+        path,
+        split,
+        tokenizer,
+        args.batch_size,
+        args.limit,
+        args.force,
+        texts=words is not None,
     )
     result = evaluate_model(
         model,
@@ -69,9 +81,12 @@ def run(args: argparse.Namespace) -> int:
         noise_control=not args.no_noise,
         seed=args.seed,
         progress=True,
+        words=words,
         **generation_options(opened, model, args.beams, args.max_new_tokens),
     )
     note_provenance(result, opened, model, path, args.split)
+    if args.lm is not None:
+        note_language_model(result, args.lm, path)
     folder = args.out or opened.folder
     result.save(folder)
     print_evaluation(result, str(args.run))
@@ -79,6 +94,25 @@ def run(args: argparse.Namespace) -> int:
     draw_evaluation(result, folder / "evaluation.png", str(args.run), records)
     print(f"written: {folder / 'evaluation.json'}, predictions.jsonl, evaluation.png")
     return 0
+
+
+def open_words(model: Any, folder: Path | None) -> Any | None:
+    """Open the language model of `--lm`, None where there is none.
+
+    Raises:
+        UserError: it cannot be read, or the model has no phonemes.
+    """
+    if folder is None:
+        return None
+    from b2t.errors import UserError
+    from b2t.evaluate.language_model import open_decoder
+
+    if model.phoneme_head is None:
+        raise UserError(
+            "--lm: the model has no phoneme head (model.phoneme_head.enabled), so there are no "
+            "phonemes to read words from"
+        )
+    return open_decoder(folder)[0]
 
 
 def generation_options(

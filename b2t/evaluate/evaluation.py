@@ -1,11 +1,8 @@
 """One pass over a split: decode, score, count codes, and do the same on noise."""
 
-import json
-import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,137 +14,19 @@ from b2t.data.batches import Batch
 from b2t.evaluate import metrics, usage
 from b2t.evaluate.controls import noise_batch, shuffled
 from b2t.evaluate.decode import collapse_ctc, decode_text, to_model
+from b2t.evaluate.results import Evaluation, Prediction
 from b2t.evaluate.signal import SignalSums
 from b2t.evaluate.soundness import note_soundness
 from b2t.evaluate.traces import collect_traces
-from b2t.records import write_atomically
 
-EVALUATION_FILE = "evaluation.json"
-PREDICTIONS_FILE = "predictions.jsonl"
-USAGE_FILE = "codebook_usage.json"
-TRACES_FILE = "reconstruction.json"
 SHUFFLES = 20
 
 
-@dataclass
-class Prediction:
-    """What was said and what was meant for one row; None where the row or model lacks it."""
+class ReadsWords(Protocol):
+    """What reads sentences from phoneme logits, as `b2t.evaluate.words.WordDecoder` does."""
 
-    row: str
-    session: str
-    target: str | None = None
-    prediction: str | None = None
-    noise_prediction: str | None = None
-    target_phonemes: list[int] | None = None
-    phonemes: list[int] | None = None
-    noise_phonemes: list[int] | None = None
-
-
-@dataclass
-class Evaluation:
-    """Results of one split; fractions are fractions, None where a thing cannot be measured.
-
-    Attributes:
-        split: name of the split.
-        checkpoint: which model of the run: `best`, `step 200` or a folder.
-        role: what the split was to the training, `chose the model` or `trained on`; None where it
-            was neither, or where that is not known.
-        known_sentences: share of the rows with text whose sentence occurs in training.
-        untrained: components of the model that no step has trained; what they say means nothing.
-        odd_trials: trials far louder or quieter than the model's training signals.
-        simulated: whether the recordings come from `b2t simulate`.
-        rows, frames: trials and valid latent frames evaluated.
-        per, cer, wer: pooled error rates; `*_interval` are 95 % bootstrap intervals over rows.
-        per_noise, cer_noise, wer_noise: the same model fed noise of the same channel statistics.
-        wer_shuffled: WER when each trial is decoded from another trial's signal, mean over
-            random permutations.
-        bleu, rouge1, rouge2, rougeL: overlap in 0–100.
-        exact: share of sentences without an error.
-        distinct_ratio: distinct predictions over distinct targets (`distinct_ratio_noise` under
-            noise).
-        utilization, perplexity: per quantizer layer; utilization is over min(codes, frames).
-        codebook_size: codes per layer, K.
-        snr_db, snr_median_db: signal-to-noise ratio of the reconstruction, pooled over bins and
-            median over trials.
-        mse, cosine: of the reconstruction, pooled.
-        decoding: how text was generated.
-        notes: what was not measured, and why.
-        predictions: one per row.
-        usage: frames per code, [Q][K]; empty without a quantizer.
-        traces: some signals beside their reconstruction, see `collect_traces`.
-    """
-
-    split: str
-    checkpoint: str | None = None
-    role: str | None = None
-    known_sentences: float | None = None
-    untrained: list[str] = field(default_factory=list)
-    odd_trials: int = 0
-    simulated: bool = False
-    rows: int = 0
-    frames: int = 0
-    per: float | None = None
-    cer: float | None = None
-    wer: float | None = None
-    per_interval: tuple[float, float] | None = None
-    cer_interval: tuple[float, float] | None = None
-    wer_interval: tuple[float, float] | None = None
-    per_noise: float | None = None
-    cer_noise: float | None = None
-    wer_noise: float | None = None
-    wer_shuffled: float | None = None
-    bleu: float | None = None
-    rouge1: float | None = None
-    rouge2: float | None = None
-    rougeL: float | None = None  # noqa: N815  # the metric's own name
-    exact: float | None = None
-    distinct_ratio: float | None = None
-    distinct_ratio_noise: float | None = None
-    utilization: list[float] = field(default_factory=list)
-    perplexity: list[float] = field(default_factory=list)
-    codebook_size: int | None = None
-    snr_db: float | None = None
-    snr_median_db: float | None = None
-    mse: float | None = None
-    cosine: float | None = None
-    decoding: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    predictions: list[Prediction] = field(default_factory=list, repr=False)
-    usage: list[list[int]] = field(default_factory=list, repr=False)
-    traces: dict[str, Any] = field(default_factory=dict, repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the results as JSON values, no NaN and no infinity, without what is per row."""
-        apart = ("predictions", "usage", "traces")
-        record = {name: value for name, value in vars(self).items() if name not in apart}
-        record["normalisation"] = metrics.NORMALISATION
-        return _finite(record)
-
-    def scalars(self) -> dict[str, float]:
-        """Return the finite numbers under flat names, for a log (`wer`, `utilization/0` …)."""
-        flat: dict[str, float] = {}
-        for name, value in self.to_dict().items():
-            if isinstance(value, bool):
-                continue
-            if isinstance(value, (int, float)):
-                flat[name] = float(value)
-            elif name in ("utilization", "perplexity"):
-                flat.update({f"{name}/{q}": v for q, v in enumerate(value) if v is not None})
-        return flat
-
-    def save(self, folder: Path) -> None:
-        """Write `evaluation.json`, `predictions.jsonl`, and the usage and traces of the report.
-
-        Each file is complete or not there at all.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(asdict(p), ensure_ascii=False) for p in self.predictions]
-        write_atomically(folder / PREDICTIONS_FILE, "".join(line + "\n" for line in lines))
-        usage_record = {"split": self.split, "counts": self.usage}
-        write_atomically(folder / USAGE_FILE, json.dumps(usage_record) + "\n")
-        write_atomically(folder / TRACES_FILE, json.dumps(_finite(self.traces)) + "\n")
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-        write_atomically(folder / EVALUATION_FILE, text + "\n")
+    def decode(self, logits: Tensor, mask: Tensor) -> list[str]:
+        """Read logits [B, P, K] under a mask [B, P] → B texts."""
 
 
 def evaluate_model(
@@ -162,6 +41,7 @@ def evaluate_model(
     seed: int = 0,
     group: dist.ProcessGroup | None = None,
     progress: bool = False,
+    words: ReadsWords | None = None,
     **generation: Any,
 ) -> Evaluation:
     """Evaluate a model on batches of a split, decoding freely.
@@ -180,20 +60,22 @@ def evaluate_model(
         seed: seed of the noise, of the shuffles and of the bootstrap.
         group: process group to gather over, None for the default one.
         progress: show a bar, on a terminal.
+        words: reads words from the phoneme logits; None leaves `wer_lm` and the like out.
         generation: `num_beams`, `max_new_tokens` and other arguments of transformers' generate.
     """
     share = _Share(codebook_size(model))
     with_text = decode and tokenizer is not None and _part(model, "text_decoder") is not None
+    speaker = _Speaker(model, tokenizer if with_text else None, words, generation)
     training = model.training
     hidden = None if progress else True  # None: shown on a terminal only
     model.eval()
     try:
         for batch in tqdm(batches, desc=f"evaluate {split}", disable=hidden, leave=False):
             batch = to_model(batch, model)
-            found = _predict(model, batch, tokenizer if with_text else None, share, generation)
+            found = _predict(speaker, batch, share)
             if noise_control:
                 noise = noise_batch(batch, seed)
-                _predict_noise(model, noise, tokenizer if with_text else None, found, generation)
+                _predict_noise(speaker, noise, found)
             share.predictions += found
     finally:
         model.train(training)
@@ -235,55 +117,71 @@ def _part(model: Any, name: str) -> Any | None:
     return getattr(model, name, None)
 
 
+@dataclass(frozen=True)
+class _Speaker:
+    """A model and what turns its outputs into text."""
+
+    model: Any
+    tokenizer: Any | None
+    words: ReadsWords | None
+    generation: dict[str, Any]
+
+    def texts(self, batch: Batch) -> list[str | None]:
+        """Texts of the model's own decoder."""
+        if self.tokenizer is None:
+            return [None] * len(batch.rows)
+        return list(decode_text(self.model, batch, self.tokenizer, **self.generation))
+
+    def phonemes(self, output: Any) -> tuple[list[list[int] | None], list[str | None]]:
+        """Phonemes, and words that are read from them."""
+        rows = len(output.frame_mask)
+        logits = output.phoneme_logits
+        if logits is None:
+            return [None] * rows, [None] * rows
+        words = (
+            [None] * rows if self.words is None else self.words.decode(logits, output.frame_mask)
+        )
+        return list(collapse_ctc(logits, output.frame_mask)), list(words)
+
+
 @torch.no_grad()
-def _predict(
-    model: Any, batch: Batch, tokenizer: Any | None, share: _Share, generation: dict[str, Any]
-) -> list[Prediction]:
-    output = model(batch, weights={"reconstruction": 1.0, "phoneme": 1.0})
+def _predict(speaker: _Speaker, batch: Batch, share: _Share) -> list[Prediction]:
+    output = speaker.model(batch, weights={"reconstruction": 1.0, "phoneme": 1.0})
     if output.reconstruction is not None:
         share.signal.add(output.reconstruction, batch.target, batch.signal_mask)
         if not share.traces:
             signals = (output.reconstruction, batch.target, batch.signal_mask)
-            share.traces = collect_traces(batch.rows, *signals, model.config.sampling_rate)
+            share.traces = collect_traces(batch.rows, *signals, speaker.model.config.sampling_rate)
     if output.codes is not None and share.size is not None:
         share.count(output.codes)
     share.frames += int(output.frame_mask.sum())
     share.rms |= dict(zip(batch.rows, _rms(batch), strict=True))
-    found = [
-        Prediction(row=row, session=row.rsplit("/", 2)[0], target=text)
-        for row, text in zip(batch.rows, batch.texts, strict=True)
+    phonemes, words = speaker.phonemes(output)
+    texts, lengths = speaker.texts(batch), batch.phoneme_lengths.tolist()
+    return [
+        Prediction(
+            row=name,
+            session=name.rsplit("/", 2)[0],
+            target=target,
+            prediction=texts[row],
+            lm_prediction=words[row],
+            phonemes=phonemes[row],
+            target_phonemes=batch.phonemes[row, : lengths[row]].tolist()
+            if lengths[row] and phonemes[row] is not None
+            else None,
+        )
+        for row, (name, target) in enumerate(zip(batch.rows, batch.texts, strict=True))
     ]
-    if output.phoneme_logits is not None:
-        decoded = collapse_ctc(output.phoneme_logits, output.frame_mask)
-        lengths = batch.phoneme_lengths.tolist()
-        for row, (prediction, phonemes) in enumerate(zip(found, decoded, strict=True)):
-            prediction.phonemes = phonemes
-            if lengths[row]:
-                prediction.target_phonemes = batch.phonemes[row, : lengths[row]].tolist()
-    if tokenizer is not None:
-        texts = decode_text(model, batch, tokenizer, **generation)
-        for prediction, text in zip(found, texts, strict=True):
-            prediction.prediction = text
-    return found
 
 
 @torch.no_grad()
-def _predict_noise(
-    model: Any,
-    noise: Batch,
-    tokenizer: Any | None,
-    found: list[Prediction],
-    generation: dict[str, Any],
-) -> None:
+def _predict_noise(speaker: _Speaker, noise: Batch, found: list[Prediction]) -> None:
     if any(prediction.phonemes is not None for prediction in found):
-        output = model(noise, weights={"phoneme": 1.0})
-        decoded = collapse_ctc(output.phoneme_logits, output.frame_mask)
-        for prediction, phonemes in zip(found, decoded, strict=True):
-            prediction.noise_phonemes = phonemes
-    if tokenizer is not None:
-        texts = decode_text(model, noise, tokenizer, **generation)
-        for prediction, text in zip(found, texts, strict=True):
-            prediction.noise_prediction = text
+        phonemes, words = speaker.phonemes(speaker.model(noise, weights={"phoneme": 1.0}))
+        for row, prediction in enumerate(found):
+            prediction.noise_phonemes, prediction.lm_noise_prediction = phonemes[row], words[row]
+    for prediction, text in zip(found, speaker.texts(noise), strict=True):
+        prediction.noise_prediction = text
 
 
 def _gather(share: _Share, group: dist.ProcessGroup | None) -> _Share:
@@ -313,6 +211,7 @@ def _score(share: _Share, split: str, seed: int) -> Evaluation:
     result = Evaluation(split=split, rows=len(share.predictions), predictions=share.predictions)
     result.traces = share.traces
     _score_text(result, share.predictions, seed)
+    _score_words(result, share.predictions, seed)
     _score_phonemes(result, share.predictions, seed)
     signal = share.signal
     result.snr_db, result.snr_median_db = signal.snr_db, signal.median_snr_db
@@ -342,25 +241,57 @@ def _score_text(result: Evaluation, predictions: list[Prediction], seed: int) ->
         return
     targets = [p.target or "" for p in scored]
     said = [p.prediction or "" for p in scored]
+    noise = None
+    if scored[0].noise_prediction is not None:
+        noise = [p.noise_prediction or "" for p in scored]
+        result.distinct_ratio_noise = metrics.distinct_ratio(targets, noise)
+    _error_rates(result, "", targets, said, noise, seed)
+    result.bleu = metrics.bleu(targets, said)
+    for name, value in metrics.rouge(targets, said).items():
+        setattr(result, name, value)
+    result.distinct_ratio = metrics.distinct_ratio(targets, said)
+
+
+def _score_words(result: Evaluation, predictions: list[Prediction], seed: int) -> None:
+    scored = [p for p in predictions if p.target is not None and p.lm_prediction is not None]
+    if not scored:
+        return
+    noise = None
+    if scored[0].lm_noise_prediction is not None:
+        noise = [p.lm_noise_prediction or "" for p in scored]
+    said = [p.lm_prediction or "" for p in scored]
+    _error_rates(result, "_lm", [p.target or "" for p in scored], said, noise, seed)
+
+
+def _error_rates(
+    result: Evaluation,
+    kind: str,
+    targets: list[str],
+    said: list[str],
+    noise: list[str] | None,
+    seed: int,
+) -> None:
+    """Write WER and CER of one decoder beside their controls; ``kind`` ends the fields' names."""
     plain_targets = [metrics.normalise_text(text) for text in targets]
     plain_said = [metrics.normalise_text(text) for text in said]
     words = metrics.count_edits(plain_targets, plain_said, "word")
     characters = metrics.count_edits(plain_targets, plain_said, "character")
-    result.wer, result.wer_interval = words.rate(), words.interval(seed=seed)
-    result.cer, result.cer_interval = characters.rate(), characters.interval(seed=seed)
-    result.bleu = metrics.bleu(targets, said)
-    for name, value in metrics.rouge(targets, said).items():
-        setattr(result, name, value)
-    result.exact = metrics.exact_match(targets, said)
-    result.distinct_ratio = metrics.distinct_ratio(targets, said)
-    rates = [metrics.word_error_rate(targets, shuffled(said, seed + i)) for i in range(SHUFFLES)]
+    found: dict[str, Any] = {
+        f"wer{kind}": words.rate(),
+        f"wer{kind}_interval": words.interval(seed=seed),
+        f"cer{kind}": characters.rate(),
+        f"cer{kind}_interval": characters.interval(seed=seed),
+        f"exact{kind}": metrics.exact_match(targets, said),
+    }
     if len(said) > 1:
-        result.wer_shuffled = float(np.mean([rate for rate in rates if rate is not None]))
-    if scored[0].noise_prediction is not None:
-        noise = [p.noise_prediction or "" for p in scored]
-        result.wer_noise = metrics.word_error_rate(targets, noise)
-        result.cer_noise = metrics.character_error_rate(targets, noise)
-        result.distinct_ratio_noise = metrics.distinct_ratio(targets, noise)
+        mixed = (shuffled(said, seed + i) for i in range(SHUFFLES))
+        rates = [metrics.word_error_rate(targets, texts) for texts in mixed]
+        found[f"wer{kind}_shuffled"] = float(np.mean([r for r in rates if r is not None]))
+    if noise is not None:
+        found[f"wer{kind}_noise"] = metrics.word_error_rate(targets, noise)
+        found[f"cer{kind}_noise"] = metrics.character_error_rate(targets, noise)
+    for name, value in found.items():
+        setattr(result, name, value)
 
 
 def _score_phonemes(result: Evaluation, predictions: list[Prediction], seed: int) -> None:
@@ -380,14 +311,3 @@ def _rms(batch: Batch) -> list[float]:
     real = batch.signal_mask
     power = batch.target.double().square().mean(-1).masked_fill(~real, 0.0).sum(1)
     return (power / real.sum(1).clamp(min=1)).sqrt().tolist()
-
-
-def _finite(value: Any) -> Any:
-    """Replace what JSON cannot hold by None, at any depth."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

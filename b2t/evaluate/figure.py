@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from b2t.evaluate.evaluation import Evaluation
+from b2t.evaluate.results import Evaluation
 from b2t.evaluate.table import SIMULATED, heading
 
 MODEL, NOISE, SHUFFLED, FAINT = "#2563a8", "#b5b9c0", "#dd8a3c", "#8a8f98"
@@ -26,7 +26,7 @@ def draw_evaluation(
         records: records of metrics.jsonl; without them there are no curves over training.
     """
     panels: list[Callable[[Axes], None]] = []
-    if result.wer is not None or result.per is not None:
+    if any(rate is not None for rate in (result.per, result.wer, result.wer_lm)):
         panels.append(lambda axes: _rates(axes, result))
     if result.utilization:
         panels.append(lambda axes: _usage(axes, result))
@@ -78,6 +78,13 @@ def _rates(axes: Axes, result: Evaluation) -> None:
         ("PER", result.per, result.per_interval, result.per_noise, None),
         ("CER", result.cer, result.cer_interval, result.cer_noise, None),
         ("WER", result.wer, result.wer_interval, result.wer_noise, result.wer_shuffled),
+        (
+            "WER (LM)",
+            result.wer_lm,
+            result.wer_lm_interval,
+            result.wer_lm_noise,
+            result.wer_lm_shuffled,
+        ),
     ]
     rows = [row for row in rows if row[1] is not None]
     for position, (_, rate, interval, noise, shuffled) in enumerate(rows):

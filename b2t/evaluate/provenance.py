@@ -1,12 +1,13 @@
 """What a score is a score of: which split, chosen how, and how much of it was seen in training."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from b2t.errors import UserError
 from b2t.evaluate.metrics import normalise_text
 
 if TYPE_CHECKING:
-    from b2t.evaluate.evaluation import Evaluation
+    from b2t.evaluate.results import Evaluation
     from b2t.evaluate.run_folder import Run
 
 
@@ -39,6 +40,46 @@ def note_provenance(
     if result.known_sentences:
         result.notes.append(
             f"{100 * result.known_sentences:.1f} % of the target sentences occur in training"
+        )
+
+
+def note_language_model(result: "Evaluation", folder: Path, path: str) -> None:
+    """Write into a result what the language model is, what tuned it, and what it has read.
+
+    Args:
+        result: of one split; gets `language_model` and notes.
+        folder: of the language model.
+        path: dataset that was evaluated.
+    """
+    from b2t.data.dataset import dataset_info
+    from b2t.evaluate.language_model import known_share, read_card
+
+    card = read_card(folder)
+    targets = [p.target for p in result.predictions if p.target is not None]
+    known = known_share(folder, targets)
+    result.language_model = {
+        "folder": str(folder),
+        "source": card.source,
+        "order": card.order,
+        "words": card.words,
+        "known_sentences": known,
+        **card.search.model_dump(),
+    }
+    if known:
+        result.notes.append(
+            f"{100 * known:.1f} % of the target sentences stand in the language model's text"
+        )
+    if card.tuned is None:
+        result.notes.append(
+            f"{folder}: the language model's weights are the defaults; `b2t lm --tune` fits them"
+        )
+    elif (card.tuned.fingerprint, card.tuned.split) == (
+        dataset_info(path).fingerprint,
+        result.split,
+    ):
+        result.notes.append(
+            f"the {result.split} split tuned the weights of the language model: on trials that "
+            "tuned nothing expect worse"
         )
 
 

@@ -166,6 +166,7 @@ def load_batches(
     batch_size: int,
     limit: int | None = None,
     force: bool = False,
+    texts: bool = False,
 ) -> Iterator["Batch"]:
     """Yield the rows of a split as batches for ``model``, after checking that they fit it.
 
@@ -177,10 +178,11 @@ def load_batches(
         model: a `BrainToText`.
         path: dataset.
         split: of the dataset.
-        tokenizer: None leaves texts out.
+        tokenizer: None leaves texts out, unless ``texts`` keeps them.
         batch_size: most rows in a batch.
         limit: rows at most, spread evenly over the sessions.
         force: warn instead of refusing signals of another kind than the model was trained on.
+        texts: keep the texts of a model without a text decoder, to score words read from phonemes.
 
     Raises:
         UserError: signals of another kind, or rows that cannot be read.
@@ -194,7 +196,7 @@ def load_batches(
     if limit is not None:
         trials = trials.select(spread_over_sessions(trials, limit))
     order = require_same_kind(run, model, path, trials, force)
-    if tokenizer is None:
+    if tokenizer is None and not texts:
         trials = trials.remove_columns("text").add_column("text", [None] * len(trials))
     batches = eval_batches(
         trials,

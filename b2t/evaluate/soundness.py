@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from b2t.evaluate.evaluation import Evaluation
+    from b2t.evaluate.results import Evaluation
 
 _FACTOR = 100.0
 """A trial this much louder or quieter than a typical one of the training is out of range."""

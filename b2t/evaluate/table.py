@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from b2t.evaluate.evaluation import Evaluation, Prediction
+from b2t.evaluate.results import Evaluation, Prediction
 
 SIMULATED = "SIMULATED DATA: recordings of `b2t simulate`, not of a brain"
 
@@ -16,7 +16,7 @@ def print_evaluation(
     if result.simulated:
         console.print(SIMULATED, style="bold yellow")
     console.print(f"{heading(title, result)} · {result.rows:,} trials · {result.frames:,} frames")
-    if result.wer is not None or result.per is not None:
+    if any(rate is not None for rate in (result.per, result.wer, result.wer_lm)):
         console.print(_rates(result))
     facts = _facts(result)
     if facts:
@@ -40,7 +40,11 @@ def heading(title: str, result: Evaluation) -> str:
 
 def choose_examples(predictions: list[Prediction], number: int) -> list[Prediction]:
     """Choose rows with text at equal distances, so that nothing about them was selected."""
-    with_text = [p for p in predictions if p.target is not None and p.prediction is not None]
+    with_text = [
+        p
+        for p in predictions
+        if p.target is not None and (p.prediction is not None or p.lm_prediction is not None)
+    ]
     if len(with_text) <= number:
         return with_text
     return [with_text[i * len(with_text) // number] for i in range(number)]
@@ -55,8 +59,17 @@ def _rates(result: Evaluation) -> Table:
         ("phonemes (PER)", result.per, result.per_interval, result.per_noise, None),
         ("characters (CER)", result.cer, result.cer_interval, result.cer_noise, None),
         ("words (WER)", result.wer, result.wer_interval, result.wer_noise, result.wer_shuffled),
+        (
+            "words by language model",
+            result.wer_lm,
+            result.wer_lm_interval,
+            result.wer_lm_noise,
+            result.wer_lm_shuffled,
+        ),
     )
-    untrained = {"phonemes (PER)": "phoneme_head" in result.untrained}
+    untrained = dict.fromkeys(
+        ("phonemes (PER)", "words by language model"), "phoneme_head" in result.untrained
+    )
     untrained |= dict.fromkeys(
         ("characters (CER)", "words (WER)"), "text_decoder" in result.untrained
     )
@@ -114,10 +127,15 @@ def _pairs(predictions: list[Prediction]) -> Table:
     table.add_column("")
     table.add_column("text", overflow="fold")
     for p in predictions:
-        kinds, texts = ["target", "output"], [p.target or "", p.prediction or ""]
-        if p.noise_prediction is not None:
-            kinds.append("of noise")
-            texts.append(p.noise_prediction)
+        said = {
+            "target": p.target,
+            "output": p.prediction,
+            "of noise": p.noise_prediction,
+            "by language model": p.lm_prediction,
+            "of noise by it": p.lm_noise_prediction,
+        }
+        kinds = [kind for kind, text in said.items() if text is not None]
+        texts = [text for text in said.values() if text is not None]
         table.add_row(_plain(p.row), "\n".join(kinds), _plain("\n".join(texts)))
     return table
 

@@ -24,7 +24,7 @@ from b2t.monitor.sinks import ConsoleSink, WebhookSink
 from b2t.records import JsonlSink, rewind, write_atomically
 
 if TYPE_CHECKING:
-    from b2t.evaluate.evaluation import Prediction
+    from b2t.evaluate.results import Prediction
     from b2t.train.trainer import Trainer
 
 

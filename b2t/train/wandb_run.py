@@ -21,7 +21,7 @@ from b2t.train.callbacks import Callback
 from b2t.train.checkpoint import BEST
 
 if TYPE_CHECKING:
-    from b2t.evaluate.evaluation import Prediction
+    from b2t.evaluate.results import Prediction
     from b2t.train.trainer import Trainer
 
 UNITS = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from b2t.config import Config
-from b2t.evaluate.evaluation import Prediction
+from b2t.evaluate.results import Prediction
 from b2t.monitor.alerts import Alert
 from b2t.monitor.context import StepContext
 from b2t.monitor.early_stopping import EarlyStopping
