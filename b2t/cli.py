@@ -17,8 +17,8 @@ COMMANDS = {
     "decode": "b2t.evaluate.decode_command",
     "lm": "b2t.evaluate.lm_command",
     "tokenize": "b2t.evaluate.tokenize_command",
-    "report": "b2t.monitor.report_command",
-    "watch": "b2t.monitor.watch_command",
+    "report": "b2t.report.report_command",
+    "watch": "b2t.report.watch_command",
     "doctor": "b2t.doctor_command",
 }
 

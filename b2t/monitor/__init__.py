@@ -1,1 +1,1 @@
-"""Monitors hooked to the engine step, alerts, sinks, reports."""
+"""What runs beside the engine step: monitors, alerts, sinks."""

@@ -3,11 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from b2t.monitor.codebook import CodebookMonitor
-from b2t.monitor.context import StepContext
-from b2t.monitor.ema import EMAMonitor
 
 GRADES = ("healthy", "concerning", "critical")
 
@@ -140,41 +135,3 @@ def verdict(metrics: Mapping[str, float], table: tuple[HealthRow, ...] = TABLE) 
     rows = [row for row in table if row.decides]
     found = [grade for row in rows if (grade := row.grade(metrics.get(row.metric)))]
     return max(found, key=GRADES.index) if found else None
-
-
-class RVQMonitor:
-    """Everything about the quantizer: `CodebookMonitor`, `EMAMonitor`, and a summary of health.
-
-    Metrics: those of both, and `codebook/health`, 0 healthy, 1 concerning, 2 critical by ``TABLE``.
-
-    Args:
-        quantizer: the `ResidualVQ` to watch.
-        window: updates looked back on.
-    """
-
-    def __init__(self, quantizer: Any, window: int = 100) -> None:
-        self.usage = CodebookMonitor(window)
-        self.codes = EMAMonitor(quantizer)
-
-    def update(self, context: StepContext) -> None:
-        """Take in one applied step."""
-        self.usage.update(context)
-        self.codes.update(context)
-
-    def metrics(self) -> dict[str, float]:
-        """Return the metrics of the class docstring. Collective: every rank must call."""
-        found = {**self.usage.metrics(), **self.codes.metrics()}
-        rows = tuple(row for row in TABLE if row.metric.startswith("codebook/"))
-        grade = verdict(found, rows)
-        if grade is not None:
-            found["codebook/health"] = float(GRADES.index(grade))
-        return found
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of both."""
-        return {"usage": self.usage.state_dict(), "codes": self.codes.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore both; call after the codebooks were restored."""
-        self.usage.load_state_dict(state["usage"])
-        self.codes.load_state_dict(state["codes"])

@@ -19,9 +19,9 @@ from b2t.config import PhaseConfig
 from b2t.errors import UserError
 from b2t.log import logger
 from b2t.monitor.alerts import Alert
-from b2t.monitor.report import try_write_report
 from b2t.monitor.sinks import ConsoleSink, WebhookSink
 from b2t.records import JsonlSink, rewind, write_atomically
+from b2t.report.summary import try_write_report
 
 if TYPE_CHECKING:
     from b2t.evaluate.results import Prediction

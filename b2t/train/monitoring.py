@@ -8,10 +8,10 @@ from b2t.errors import UserError
 from b2t.monitor.alerts import AlertRule
 from b2t.monitor.codebook import CodebookMonitor
 from b2t.monitor.context import Monitor, StepContext
-from b2t.monitor.health import RVQMonitor
 from b2t.monitor.monitors import Monitors
 from b2t.monitor.reconstruction import ReconstructionMonitor
 from b2t.monitor.rules import RULE_SETS
+from b2t.monitor.rvq import RVQMonitor
 from b2t.monitor.training import TrainingMonitor
 from b2t.train.callbacks import Callback
 from b2t.train.flops import StepFlops

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from b2t.config import LogConfig, PhaseConfig
 from b2t.errors import UserError
 from b2t.log import logger
-from b2t.monitor import figures
 from b2t.monitor.alerts import Alert
-from b2t.monitor.health import RVQMonitor
 from b2t.monitor.monitors import Monitors
 from b2t.monitor.reconstruction import ReconstructionMonitor
+from b2t.monitor.rvq import RVQMonitor
+from b2t.report import figures
 from b2t.train.callbacks import Callback
 from b2t.train.checkpoint import BEST
 

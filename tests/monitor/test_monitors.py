@@ -6,9 +6,9 @@ import torch
 
 from b2t.monitor.codebook import CodebookMonitor
 from b2t.monitor.context import StepContext
-from b2t.monitor.health import RVQMonitor
 from b2t.monitor.monitors import Monitors
 from b2t.monitor.reconstruction import ReconstructionMonitor
+from b2t.monitor.rvq import RVQMonitor
 from b2t.monitor.training import TrainingMonitor
 from b2t.quantize import ResidualVQ
 

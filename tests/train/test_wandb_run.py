@@ -12,9 +12,9 @@ from b2t.evaluate.results import Prediction
 from b2t.monitor.alerts import Alert
 from b2t.monitor.context import StepContext
 from b2t.monitor.early_stopping import EarlyStopping
-from b2t.monitor.health import RVQMonitor
 from b2t.monitor.monitors import Monitors
 from b2t.monitor.reconstruction import ReconstructionMonitor
+from b2t.monitor.rvq import RVQMonitor
 from b2t.quantize import ResidualVQ
 from b2t.train.progress import Progress
 from b2t.train.wandb_run import Wandb

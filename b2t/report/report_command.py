@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the report and print the verdict."""
-    from b2t.monitor.report import summarize, write_report
-    from b2t.monitor.run_data import load_run
+    from b2t.report.run_data import load_run
+    from b2t.report.summary import summarize, write_report
 
     page = write_report(args.runs, args.out)
     for folder in args.runs:

@@ -8,7 +8,7 @@ import numpy as np
 
 from b2t.monitor.health import PERPLEXITY
 from b2t.monitor.rules import COLLAPSED
-from b2t.monitor.run_data import RunData
+from b2t.report.run_data import RunData
 
 EFFICIENCY = 0.8
 """Perplexity over codes of the least used layer where nothing limits it: 0.74 to 0.83 at 256, 1,024

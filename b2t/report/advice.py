@@ -9,7 +9,7 @@ import numpy as np
 
 from b2t.monitor.health import TABLE
 from b2t.monitor.rules import COLLAPSED
-from b2t.monitor.run_data import RunData
+from b2t.report.run_data import RunData
 
 _FEW_CODES = 2.0
 """Perplexity of a layer below which all its frames are as good as on one code."""

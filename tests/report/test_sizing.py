@@ -3,8 +3,8 @@ import math
 import pytest
 
 from b2t.monitor.health import PERPLEXITY
-from b2t.monitor.run_data import RunData
-from b2t.monitor.sizing import EFFICIENCY, fit_sizing, sizing_points
+from b2t.report.run_data import RunData
+from b2t.report.sizing import EFFICIENCY, fit_sizing, sizing_points
 
 
 def curve(codes, a, s):

@@ -11,13 +11,13 @@ from typing import Any
 import yaml
 
 from b2t.log import logger
-from b2t.monitor.advice import Advice, advise, with_settings
-from b2t.monitor.figures import Plot, plots_of, plots_of_several, sizing_plot
 from b2t.monitor.health import TABLE, verdict
-from b2t.monitor.report_page import PAGE
-from b2t.monitor.run_data import RunData, load_run
-from b2t.monitor.sizing import Sizing, SizingPoints, fit_sizing, sizing_points
 from b2t.records import require_writable, write_atomically
+from b2t.report.advice import Advice, advise, with_settings
+from b2t.report.figures import Plot, plots_of, plots_of_several, sizing_plot
+from b2t.report.page import PAGE
+from b2t.report.run_data import RunData, load_run
+from b2t.report.sizing import Sizing, SizingPoints, fit_sizing, sizing_points
 
 HTML, JSON = "report.html", "report.json"
 _EXAMPLES = 12

@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.live import Live
 
-    from b2t.monitor.run_data import load_run
-    from b2t.monitor.watch import render_state
+    from b2t.report.run_data import load_run
+    from b2t.report.watch import render_state
 
     console = Console()
     if args.once:

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from b2t.monitor.run_data import RunData, is_number
-from b2t.monitor.sizing import Sizing
+from b2t.report.run_data import RunData, is_number
+from b2t.report.sizing import Sizing
 
 _INK, _LINE = "#010203", "#040506"
 """Stand-ins in the SVG for the page's text and line colours."""

@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 
 from b2t.config import Config
 from b2t.errors import UserError
-from b2t.monitor import figures
-from b2t.monitor.advice import advise, with_settings
-from b2t.monitor.report import summarize, try_write_report, write_report
-from b2t.monitor.report_page import PAGE
-from b2t.monitor.run_data import RunData, load_run
 from b2t.records import JsonlSink
+from b2t.report import figures
+from b2t.report.advice import advise, with_settings
+from b2t.report.page import PAGE
+from b2t.report.run_data import RunData, load_run
+from b2t.report.summary import summarize, try_write_report, write_report
 
 LAYERS, CODES = 4, 64
 EVERY_PLOT = {

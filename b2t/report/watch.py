@@ -7,8 +7,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from b2t.monitor.report import RunSummary, duration, summarize
-from b2t.monitor.run_data import RunData
+from b2t.report.run_data import RunData
+from b2t.report.summary import RunSummary, duration, summarize
 
 _STYLE = {"healthy": "green", "concerning": "yellow", "critical": "bold red", "unknown": "dim"}
 _SEVERITY = {"critical": "bold red", "warning": "yellow", "info": "cyan"}

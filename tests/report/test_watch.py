@@ -4,9 +4,9 @@ import pytest
 
 from b2t.config import Config
 from b2t.errors import UserError
-from b2t.monitor import watch_command
-from b2t.monitor.watch import sparkline
 from b2t.records import JsonlSink
+from b2t.report import watch_command
+from b2t.report.watch import sparkline
 
 
 def test_sparkline_shows_the_course():
