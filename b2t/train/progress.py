@@ -55,6 +55,16 @@ class Progress:
         self.best = EarlyStopping(metric, mode)
         self.stopping = None if rule is None else EarlyStopping(**rule.model_dump())
 
+    def choose_best_by(self, metric: str, mode: Literal["min", "max"]) -> EarlyStopping | None:
+        """Follow the metric that is configured now; return the best so far that is given up.
+
+        None where the metric is the one that has chosen all along.
+        """
+        if (self.best.metric, self.best.mode) == (metric, mode):
+            return None
+        former, self.best = self.best, EarlyStopping(metric, mode)
+        return former
+
     def to_dict(self) -> dict[str, Any]:
         """Return the clocks as JSON values."""
         return asdict(self)

@@ -132,6 +132,14 @@ class Trainer:
         """Continue from a checkpoint; call before `fit`."""
         snapshot.restore(self, checkpoint)
         self._restored = checkpoint
+        saving = self.config.checkpoint
+        former = self.progress.choose_best_by(saving.best_metric, saving.best_mode)
+        if former is not None and former.best is not None:
+            log.info(
+                "the best model is chosen anew, by %s (%s): so far it was %s (%s), %.4g at step %d",
+                saving.best_metric, saving.best_mode,
+                former.metric, former.mode, former.best, former.best_step,
+            )  # fmt: skip
 
     def seconds_left(self, step_s: float) -> float:
         """Estimate of the training time left, in seconds, at this pace."""

@@ -1,0 +1,67 @@
+"""Settings that a resumed run may change, and those that it may not."""
+
+import pytest
+
+from b2t.config import load_config
+from b2t.monitor.early_stopping import EarlyStopping
+from b2t.train import trainer as trainer_module
+from b2t.train.build import build
+from b2t.train.main import prepare_run
+from b2t.train.trainer import Trainer
+from tests.train.small_runs import SMALL, zero2
+
+
+@pytest.fixture
+def start(tiny_trials, tmp_path, one_rank):
+    """A trainer of the same run folder, as the same command makes it."""
+
+    def make(*overrides, **deepspeed):
+        places = [f"data.path={tiny_trials}", f"run.dir={tmp_path / 'run'}"]
+        config = load_config("demo", [*places, *SMALL, *overrides])
+        ds_file = zero2(tmp_path, 4, 2, **deepspeed)
+        return Trainer(config, ds_file, build(config), one_rank)
+
+    return make
+
+
+@pytest.fixture
+def saved(start):
+    """A run folder with one checkpoint, whose best so far is 0.5 at step 3."""
+    trainer = start()
+    prepare_run(trainer, "auto")
+    trainer._enter_phase(0)
+    trainer.progress.step = trainer.progress.phase_step = 4
+    trainer.progress.best.update(0.5, 3)
+    trainer.save_between_phases()
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """Lines that the trainer logs, whatever the level of the log."""
+    lines = []
+    for name in ("info", "warning"):
+        monkeypatch.setattr(trainer_module.log, name, lambda text, *args: lines.append(text % args))
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "better"), [("val/snr_db", "max", -3.0), ("val/loss", "max", 0.4)]
+)
+def test_another_metric_or_direction_chooses_the_best_anew(
+    start, saved, said, metric, mode, better
+):
+    resumed = start(f"checkpoint.best_metric={metric}", f"checkpoint.best_mode={mode}")
+    prepare_run(resumed, "auto")
+    assert resumed.progress.step == 4
+    assert resumed.progress.best == EarlyStopping(metric, mode)
+    anew = [line for line in said if "chosen anew" in line]
+    assert len(anew) == 1 and f"by {metric} ({mode})" in anew[0], said
+    assert "val/loss (min), 0.5 at step 3" in anew[0]
+    assert resumed.progress.best.update(better, 5), "nothing of the old metric is compared with"
+
+
+def test_the_same_metric_goes_on(start, saved, said):
+    resumed = start()
+    prepare_run(resumed, "auto")
+    assert resumed.progress.best == EarlyStopping("val/loss", "min", best=0.5, best_step=3)
+    assert not any("anew" in line for line in said)
