@@ -115,8 +115,10 @@ class AdapterConfig(Section):
 
 
 class EncoderConfig(Section):
-    """Patches of the signal to latent frames: a pre-norm transformer with rotary positions."""
+    """Patches of the signal to latent frames."""
 
+    kind: Literal["transformer", "conv", "gru"] = "transformer"
+    """Pre-norm transformer with rotary positions, gated depthwise convolutions, or a GRU."""
     patch_size: PositiveInt = 4
     """Bins per patch."""
     patch_stride: PositiveInt = 4
@@ -124,17 +126,25 @@ class EncoderConfig(Section):
     dim: PositiveInt = 512
     """Latent width D."""
     depth: Annotated[int, Field(ge=0)] = 6
-    """Transformer layers."""
+    """Layers."""
     heads: PositiveInt = 8
-    """Attention heads; must divide `dim`."""
+    """Attention heads of a transformer; must divide `dim`."""
     mlp_ratio: Positive = 4.0
-    """Width of the feed-forward layer over `dim`."""
+    """Width of the feed-forward layer over `dim`; a GRU has none."""
     dropout: Rate = 0.1
-    """Dropout in attention output and feed-forward."""
+    """Dropout in attention or convolution output and feed-forward; between layers of a GRU."""
+    kernel_size: Annotated[int, Field(ge=1)] = 15
+    """Frames that a convolution looks at, an odd number."""
+    bidirectional: bool = False
+    """Whether a GRU reads both ways, `dim` / 2 units each; one that does not can stream."""
 
     @model_validator(mode="after")
     def _consistent(self) -> EncoderConfig:
-        if self.dim % self.heads or (self.dim // self.heads) % 2:
+        if self.kind == "conv" and self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size {self.kernel_size} must be odd, to look both ways alike")
+        if self.kind == "gru" and self.bidirectional and self.dim % 2:
+            raise ValueError(f"dim {self.dim} must be even to be read both ways")
+        if self.kind == "transformer" and self.dim % (2 * self.heads):
             raise ValueError(
                 f"dim {self.dim} over heads {self.heads} must give an even whole number "
                 "(rotary positions turn pairs)"

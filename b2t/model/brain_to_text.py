@@ -367,7 +367,7 @@ class BrainToText(Inference, Pretrained):
             signal_decoder: likewise.
             text_decoder: 1 recomputes all layers, 0 none.
         """
-        self.encoder.transformer.checkpoint_every = encoder
+        self.encoder.body.checkpoint_every = encoder
         self.signal_decoder.transformer.checkpoint_every = signal_decoder
         if self.text_decoder is not None:
             self.text_decoder.checkpoint_activations(bool(text_decoder))

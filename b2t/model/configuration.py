@@ -17,6 +17,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "heads": 8,
         "mlp_ratio": 4.0,
         "dropout": 0.1,
+        "kind": "transformer",
+        "kernel_size": 15,
+        "bidirectional": False,
     },
     "signal_decoder": {"dim": None, "depth": 4, "heads": 8, "mlp_ratio": 4.0, "dropout": 0.0},
     "phoneme_head": {"enabled": True, "dropout": 0.1},
@@ -45,7 +48,8 @@ class BrainToTextConfig(PretrainedConfig):
         sampling_rate: bins per second, in Hz.
         sessions: names of the trained sessions; a batch's session is an index into them.
         adapter: `enabled`, `softsign`, `dropout`.
-        encoder: `patch_size`, `patch_stride`, `dim`, `depth`, `heads`, `mlp_ratio`, `dropout`.
+        encoder: `kind`, `patch_size`, `patch_stride`, `dim`, `depth`, `heads`, `mlp_ratio`,
+            `dropout`, `kernel_size`, `bidirectional`.
         quantizer: arguments of `b2t.quantize.ResidualVQ` but `dim`; `{"enabled": False}` builds the
             same model without a quantizer.
         signal_decoder: `dim` (None: the encoder's), `depth`, `heads`, `mlp_ratio`, `dropout`.

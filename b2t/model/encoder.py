@@ -2,22 +2,29 @@
 
 from torch import Tensor, nn
 
+from b2t.model.convolution import Convolution
 from b2t.model.patches import patch_mask, to_patches
+from b2t.model.recurrence import Recurrence
 from b2t.model.transformer import Transformer
 
 
 class Encoder(nn.Module):
-    """Patches of the signal, embedded and refined by a pre-norm transformer.
+    """Patches of the signal, embedded and refined by a transformer, convolutions or a GRU.
 
     Args:
         channels: C.
+        kind: `transformer` (pre-norm, rotary positions), `conv` (gated depthwise convolutions) or
+            `gru`.
         patch_size: bins per patch.
         patch_stride: bins from one patch to the next, at most `patch_size`.
         dim: latent width D.
-        depth: transformer blocks.
-        heads: attention heads; D over heads must be even.
-        mlp_ratio: width of the feed-forward layers over D.
-        dropout: dropout in attention output and feed-forward layers.
+        depth: blocks, or recurrent layers.
+        heads: attention heads of a transformer; D over heads must be even.
+        mlp_ratio: width of the feed-forward layers over D; a GRU has none.
+        dropout: dropout in attention or convolution output and feed-forward layers; between the
+            layers of a GRU.
+        kernel_size: frames that a convolution looks at, an odd number.
+        bidirectional: whether a GRU reads both ways.
     """
 
     def __init__(
@@ -30,6 +37,9 @@ class Encoder(nn.Module):
         heads: int = 8,
         mlp_ratio: float = 4.0,
         dropout: float = 0.1,
+        kind: str = "transformer",
+        kernel_size: int = 15,
+        bidirectional: bool = False,
     ) -> None:
         super().__init__()
         if not 1 <= patch_stride <= patch_size:
@@ -38,7 +48,23 @@ class Encoder(nn.Module):
         self.patch_stride = patch_stride
         self.embed = nn.Linear(patch_size * channels, dim)
         self.dropout = nn.Dropout(dropout)
-        self.transformer = Transformer(dim, depth, heads, mlp_ratio, dropout)
+        self.kind = kind
+        # Named by kind: checkpoints of the first encoders hold `transformer`.
+        if kind == "transformer":
+            self.transformer = Transformer(dim, depth, heads, mlp_ratio, dropout)
+        elif kind == "conv":
+            self.conv = Convolution(dim, depth, kernel_size, mlp_ratio, dropout)
+        elif kind == "gru":
+            self.gru = Recurrence(dim, depth, bidirectional, dropout)
+        else:
+            raise ValueError(f"encoder kind {kind!r}: expected transformer, conv or gru")
+
+    @property
+    def body(self) -> Transformer | Convolution | Recurrence:
+        """What refines the embedded patches."""
+        found = getattr(self, self.kind)
+        assert isinstance(found, (Transformer, Convolution, Recurrence))
+        return found
 
     def frame_mask(self, signal_mask: Tensor) -> Tensor:
         """Real latent frames [B, P] bool for real bins [B, T] bool."""
@@ -59,4 +85,4 @@ class Encoder(nn.Module):
         signal = signal.masked_fill(~signal_mask[..., None], 0.0)
         patches = to_patches(signal, self.patch_size, self.patch_stride)
         x = self.dropout(self.embed(patches))
-        return self.transformer(x, self.frame_mask(signal_mask))
+        return self.body(x, self.frame_mask(signal_mask))

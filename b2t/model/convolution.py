@@ -1,0 +1,79 @@
+"""Encoder body of depthwise convolutions: what small recordings are read best by."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class ConvolutionBlock(nn.Module):
+    """A gated depthwise convolution and a feed-forward layer, each added to the stream.
+
+    Source: the convolution module of Gulati et al. 2020, Conformer, arXiv 2005.08100, with layer
+    norm in place of batch norm, so that neither batch nor rank enters.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, mlp_ratio: float, dropout: float) -> None:
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.gate_norm = nn.LayerNorm(dim)
+        self.gate = nn.Linear(dim, 2 * dim)
+        self.depthwise = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+        self.mix_norm = nn.LayerNorm(dim)
+        self.mix = nn.Linear(dim, dim)
+        self.mlp_norm = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden), nn.SiLU(), nn.Dropout(dropout), nn.Linear(hidden, dim)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Refine the frames: x [B, P, D], mask [B, P, 1] bool → [B, P, D]."""
+        gated = F.glu(self.gate(self.gate_norm(x)), dim=-1).masked_fill(~mask, 0.0)
+        mixed = self.depthwise(gated.transpose(1, 2)).transpose(1, 2)
+        x = x + self.dropout(self.mix(F.silu(self.mix_norm(mixed))))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class Convolution(nn.Module):
+    """A stack of convolution blocks and a final layer norm.
+
+    Args:
+        dim: latent width D.
+        depth: blocks.
+        kernel_size: frames that a block looks at, an odd number.
+        mlp_ratio: width of the feed-forward layers over D.
+        dropout: in convolution output and feed-forward layers.
+
+    Attributes:
+        checkpoint_every: recompute the activations of every n-th block in backward; 0 keeps all.
+    """
+
+    def __init__(
+        self, dim: int, depth: int, kernel_size: int, mlp_ratio: float, dropout: float
+    ) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size {kernel_size} must be odd, to look both ways alike")
+        self.checkpoint_every = 0
+        self.blocks = nn.ModuleList(
+            ConvolutionBlock(dim, kernel_size, mlp_ratio, dropout) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Refine real frames and zero the others.
+
+        Args:
+            x: frames [B, P, D].
+            mask: [B, P] bool, True = real. What stands under False changes nothing else.
+
+        Returns:
+            [B, P, D], zero under the mask.
+        """
+        real = mask[..., None]
+        for index, block in enumerate(self.blocks):
+            if self.training and self.checkpoint_every and index % self.checkpoint_every == 0:
+                x = checkpoint(block, x, real, use_reentrant=False)
+            else:
+                x = block(x, real)
+        return self.norm(x).masked_fill(~real, 0.0)
