@@ -5,7 +5,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from b2t.monitor.alerts import Alert, AlertEngine, AlertRule
+from b2t.config import AlertRule
+from b2t.monitor.alerts import Alert, AlertEngine
 from b2t.monitor.context import Monitor, StepContext
 from b2t.monitor.rules import BUILT_IN
 

@@ -1,6 +1,6 @@
 """The built-in alert rules."""
 
-from b2t.monitor.alerts import AlertRule, Condition
+from b2t.config import AlertRule, Condition
 
 ENOUGH_FRAMES = Condition(metric="codebook/frames_per_code", comparison=">", threshold=4.0)
 """With fewer frames per code even uniform use would leave codes out."""

@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from b2t.config import MonitorConfig
+from b2t.config import AlertRule, MonitorConfig
 from b2t.errors import UserError
-from b2t.monitor.alerts import AlertRule
 from b2t.monitor.codebook import CodebookMonitor
 from b2t.monitor.context import Monitor, StepContext
 from b2t.monitor.monitors import Monitors

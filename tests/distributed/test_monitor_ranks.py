@@ -9,9 +9,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from b2t.config import AlertRule
 from b2t.data.batches import Batch
 from b2t.evaluate.evaluation import evaluate_model
-from b2t.monitor.alerts import AlertRule
 from b2t.monitor.context import StepContext
 from b2t.monitor.ema import EMAMonitor
 from b2t.monitor.monitors import Monitors

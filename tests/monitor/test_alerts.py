@@ -4,7 +4,8 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from b2t.monitor.alerts import AlertEngine, AlertRule, Condition
+from b2t.config import AlertRule, Condition
+from b2t.monitor.alerts import AlertEngine
 from b2t.monitor.rules import BUILT_IN, RULE_SETS, STRICT
 
 

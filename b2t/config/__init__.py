@@ -1,0 +1,78 @@
+"""The configuration: pydantic sections, YAML presets, dotted overrides.
+
+Every component is built from its own section and sees nothing else. Batch size, accumulation,
+precision, ZeRO stage and gradient clipping belong to the DeepSpeed file (`b2t.train.ds_config`)
+and have no key here.
+"""
+
+from b2t.config.alert_rules import AlertRule, Condition
+from b2t.config.explain import describe
+from b2t.config.load import load_config, preset_names
+from b2t.config.model import (
+    COMPONENTS,
+    AdapterConfig,
+    CheckpointingConfig,
+    Component,
+    EncoderConfig,
+    ModelConfig,
+    PhonemeHeadConfig,
+    QuantizerConfig,
+    SignalDecoderConfig,
+    TextDecoderConfig,
+)
+from b2t.config.phases import (
+    EarlyStoppingConfig,
+    LossWeights,
+    PhaseConfig,
+    Schedule,
+    TemperatureConfig,
+)
+from b2t.config.sections import (
+    AugmentConfig,
+    CheckpointConfig,
+    CodebookStartConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LogConfig,
+    MonitorConfig,
+    OptimConfig,
+    RunConfig,
+    StabilityConfig,
+    WandbConfig,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "AlertRule",
+    "AugmentConfig",
+    "COMPONENTS",
+    "CheckpointConfig",
+    "CheckpointingConfig",
+    "CodebookStartConfig",
+    "Component",
+    "Condition",
+    "Config",
+    "DataConfig",
+    "EarlyStoppingConfig",
+    "EncoderConfig",
+    "EvaluationConfig",
+    "LogConfig",
+    "LossWeights",
+    "ModelConfig",
+    "MonitorConfig",
+    "OptimConfig",
+    "PhaseConfig",
+    "PhonemeHeadConfig",
+    "QuantizerConfig",
+    "RunConfig",
+    "Schedule",
+    "SignalDecoderConfig",
+    "StabilityConfig",
+    "TemperatureConfig",
+    "TextDecoderConfig",
+    "WandbConfig",
+    "describe",
+    "load_config",
+    "preset_names",
+]

@@ -1,0 +1,186 @@
+"""The sections of the model: one per component."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from b2t.options import NonNegative, Options, Positive, PositiveInt, Rate
+
+Component = Literal[
+    "adapter", "encoder", "quantizer", "signal_decoder", "phoneme_head", "text_decoder"
+]
+COMPONENTS: tuple[Component, ...] = get_args(Component)
+"""Names of the parts of `BrainToText` that a phase can train or freeze."""
+
+
+class AdapterConfig(Options):
+    """Per-session affine map of the channels, identity at the start."""
+
+    enabled: bool = True
+    """Without it all sessions share the raw channels."""
+    softsign: bool = False
+    """Bound the adapted signal with x / (1 + |x|)."""
+    dropout: Rate = 0.0
+    """Dropout on the adapted signal."""
+
+
+class EncoderConfig(Options):
+    """Patches of the signal to latent frames."""
+
+    kind: Literal["transformer", "conv", "gru"] = "transformer"
+    """Pre-norm transformer with rotary positions, gated depthwise convolutions, or a GRU."""
+    patch_size: PositiveInt = 4
+    """Bins per patch."""
+    patch_stride: PositiveInt = 4
+    """Bins from one patch to the next, at most `patch_size`."""
+    dim: PositiveInt = 512
+    """Latent width D."""
+    depth: Annotated[int, Field(ge=0)] = 6
+    """Layers."""
+    heads: PositiveInt = 8
+    """Attention heads of a transformer; must divide `dim`."""
+    mlp_ratio: Positive = 4.0
+    """Width of the feed-forward layer over `dim`; a GRU has none."""
+    dropout: Rate = 0.1
+    """Dropout in attention or convolution output and feed-forward; between layers of a GRU."""
+    kernel_size: Annotated[int, Field(ge=1)] = 15
+    """Frames that a convolution looks at, an odd number."""
+    bidirectional: bool = False
+    """Whether a GRU reads both ways, `dim` / 2 units each; one that does not can stream."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EncoderConfig:
+        if self.kind == "conv" and self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size {self.kernel_size} must be odd, to look both ways alike")
+        if self.kind == "gru" and self.bidirectional and self.dim % 2:
+            raise ValueError(f"dim {self.dim} must be even to be read both ways")
+        if self.kind == "transformer" and self.dim % (2 * self.heads):
+            raise ValueError(
+                f"dim {self.dim} over heads {self.heads} must give an even whole number "
+                "(rotary positions turn pairs)"
+            )
+        if self.patch_stride > self.patch_size:
+            raise ValueError(
+                f"patch_stride {self.patch_stride} above patch_size {self.patch_size} skips bins"
+            )
+        return self
+
+
+class QuantizerConfig(Options):
+    """Residual vector quantizer; names follow vector-quantize-pytorch where meanings agree."""
+
+    enabled: bool = True
+    """False trains the same model without a quantizer, the yardstick for its cost in SNR."""
+    num_quantizers: PositiveInt = 8
+    """Layers Q."""
+    codebook_size: Annotated[int, Field(ge=2)] = 8192
+    """Codes K of each layer."""
+    codebook_dim: PositiveInt | None = None
+    """Width of a code; narrower than the latent adds projections, null means the latent's width."""
+    update_rule: Literal["ema", "gradient"] = "ema"
+    """How codes move: averages of their frames, or a codebook loss through the optimizer."""
+    decay: Rate = 0.98
+    """Decay of the running averages; 0.95 suits fewer than 256 codes, 0.98 more."""
+    eps: Positive = 1e-5
+    """Pseudo-frames added to the average count of each code (Laplace smoothing)."""
+    use_cosine_sim: bool = False
+    """Nearest by angle instead of distance."""
+    rotation_trick: bool = True
+    """Gradient to the encoder by rotation of the whole quantized sum; false: straight through."""
+    quantize_dropout: bool = False
+    """Train with a random number of the first layers, the same on all ranks."""
+    shared_codebook: bool = False
+    """One codebook for all layers."""
+    revival: bool = True
+    """Replace codes that fall out of use; a phase can switch it off."""
+    revival_threshold: NonNegative = 0.3
+    """A code is dead below this fraction of uniform use."""
+    revival_every: PositiveInt = 5
+    """Applied steps between revivals."""
+    stochastic_sample_codes: bool = False
+    """Sample codes in training at the current temperature (Gumbel) instead of the nearest."""
+    beam_size: PositiveInt = 1
+    """Sums of codes kept from layer to layer in training; 1: the nearest code of each layer."""
+    eval_beam_size: PositiveInt | None = None
+    """The same in evaluation, null means `beam_size`; more: better signals, slower encoding."""
+
+
+class SignalDecoderConfig(Options):
+    """Quantized latents back to the signal."""
+
+    dim: PositiveInt | None = None
+    """Width, null means the encoder's."""
+    depth: Annotated[int, Field(ge=0)] = 4
+    """Transformer layers."""
+    heads: PositiveInt = 8
+    """Attention heads."""
+    mlp_ratio: Positive = 4.0
+    """Width of the feed-forward layer over `dim`."""
+    dropout: Rate = 0.0
+    """Dropout in attention output and feed-forward."""
+
+
+class PhonemeHeadConfig(Options):
+    """CTC over phonemes from the quantized latents; used where the data has phonemes."""
+
+    enabled: bool = True
+    """Build the head."""
+    dropout: Rate = 0.1
+    """Dropout before the projection to classes."""
+
+
+class TextDecoderConfig(Options):
+    """Text from quantized latents by cross-attention: a transformers sequence-to-sequence model."""
+
+    enabled: bool = True
+    """False trains a tokenizer of signals only; automatic where the data has no text."""
+    checkpoint: str | None = None
+    """Local folder or Hub id of a sequence-to-sequence model; null trains a small one."""
+    config: dict[str, Any] | None = None
+    """A transformers config as a mapping with `model_type`, trained from scratch."""
+    tokenizer: Literal["byte", "bpe"] = "byte"
+    """Tokens of a model trained from scratch; a checkpoint brings its own."""
+    bpe_vocab_size: Annotated[int, Field(ge=260)] = 2000
+    """Tokens of the BPE tokenizer, learnt on the training texts."""
+    dim: PositiveInt = 512
+    """Width of the small decoder."""
+    depth: PositiveInt = 6
+    """Layers of the small decoder."""
+    heads: PositiveInt = 8
+    """Attention heads of the small decoder."""
+    ffn_dim: PositiveInt = 2048
+    """Feed-forward width of the small decoder."""
+    dropout: Rate = 0.1
+    """Dropout of the small decoder."""
+
+
+class CheckpointingConfig(Options):
+    """Activation checkpointing per component: every n-th layer is recomputed, 0 is off."""
+
+    encoder: Annotated[int, Field(ge=0)] = 1
+    """Encoder layers."""
+    signal_decoder: Annotated[int, Field(ge=0)] = 1
+    """Signal decoder layers."""
+    text_decoder: Annotated[int, Field(ge=0)] = 1
+    """Text decoder layers (transformers recomputes all of them: 0 or 1)."""
+
+
+class ModelConfig(Options):
+    """The sections of `BrainToText`."""
+
+    adapter: AdapterConfig = AdapterConfig()
+    """Per-session affine map."""
+    encoder: EncoderConfig = EncoderConfig()
+    """Signal to latents."""
+    quantizer: QuantizerConfig = QuantizerConfig()
+    """Latents to codes."""
+    signal_decoder: SignalDecoderConfig = SignalDecoderConfig()
+    """Codes to signal."""
+    phoneme_head: PhonemeHeadConfig = PhonemeHeadConfig()
+    """Codes to phonemes."""
+    text_decoder: TextDecoderConfig = TextDecoderConfig()
+    """Codes to text."""
+    activation_checkpointing: CheckpointingConfig = CheckpointingConfig()
+    """Recompute activations in backward to save memory."""

@@ -1,0 +1,131 @@
+"""Phases of training: what trains, on which losses, how fast, for how long."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from b2t.config.model import COMPONENTS, Component
+from b2t.options import Fraction, NonNegative, Options, Positive, PositiveInt
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+class LossWeights(Options):
+    """Weights of the total loss; 0 leaves a loss out and its computation too."""
+
+    generation: NonNegative = 1.0
+    """Cross entropy of the text."""
+    reconstruction: NonNegative = 0.5
+    """Squared error of the signal."""
+    commitment: NonNegative = 0.2
+    """Distance of latents to their codes."""
+    diversity: NonNegative = 0.1
+    """KL of the mean soft assignment to uniform."""
+    perplexity: NonNegative = 0.05
+    """1 − exp(H)/K of the mean soft assignment."""
+    phoneme: NonNegative = 0.3
+    """CTC on phonemes, where there are any."""
+
+
+class EarlyStoppingConfig(Options):
+    """End a phase when a validation metric stops improving; the next phase then begins."""
+
+    metric: str = "val/loss"
+    """Name of the metric as in metrics.jsonl."""
+    mode: Literal["min", "max"] = "min"
+    """Whether less or more is better."""
+    patience: PositiveInt = 5
+    """Evaluations without improvement before the phase ends."""
+    min_delta: NonNegative = 0.0
+    """Smallest change that counts as an improvement."""
+
+
+class TemperatureConfig(Options):
+    """Temperature of soft assignments over training or one phase, in units of the mean distance."""
+
+    start: Positive = 2.0
+    """At the first step."""
+    end: Positive = 0.5
+    """At the last step."""
+    schedule: Literal["cosine", "linear", "exponential"] = "cosine"
+    """Course between them."""
+
+
+class PhaseConfig(Options):
+    """One phase: what trains, on which losses, how fast, for how long."""
+
+    name: str
+    """Unique name, used in logs and checkpoints."""
+    steps: PositiveInt
+    """Applied optimizer steps; skipped ones do not count."""
+    trainable: list[Component] = Field(default=list(COMPONENTS))
+    """Components that train; the others are frozen, exactly, and have no optimizer state."""
+    losses: LossWeights = LossWeights()
+    """Weights of the total loss."""
+    lr: Positive = 3e-4
+    """Peak learning rate."""
+    lr_scale: dict[Component, NonNegative] = Field(default={})
+    """Factor on `lr` for single components."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 2000
+    """Applied steps of linear warm-up from 0 to the peak."""
+    schedule: Schedule = "cosine"
+    """Course of the learning rate after warm-up."""
+    component_schedule: dict[Component, Schedule] | None = None
+    """Another course for single components."""
+    component_warmup_steps: dict[Component, Annotated[int, Field(ge=0)]] | None = None
+    """Another warm-up for single components."""
+    min_lr_fraction: Fraction = 0.1
+    """Where the decay ends, as a fraction of `lr`."""
+    revival: bool = True
+    """Whether dead codes are revived."""
+    exact_regularizers: bool = True
+    """With accumulation, diversity and perplexity of the whole step, for one more encoder pass
+    without gradient; false takes them over each micro-batch."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """Rule that ends the phase before its last step."""
+    temperature: TemperatureConfig | None = None
+    """Range of the temperature within this phase; null follows `temperature` over the training."""
+    evaluate_every: PositiveInt | None = None
+    """Applied steps between validations in this phase; null means `evaluation.every`."""
+    decode_trials: Annotated[int, Field(ge=0)] | None = None
+    """Trials decoded freely after this phase; null means `evaluation.decode_trials`."""
+
+    @field_validator("trainable")
+    @classmethod
+    def _something_trains(cls, value: list[str]) -> list[str]:
+        if not value:
+            raise ValueError("a phase must train at least one component")
+        return value
+
+
+def default_phases() -> list[PhaseConfig]:
+    """The three phases of the house: tokenizer, codebook, everything."""
+    tokenizer: list[Component] = [
+        "adapter",
+        "encoder",
+        "quantizer",
+        "signal_decoder",
+        "phoneme_head",
+    ]
+    return [
+        PhaseConfig(
+            name="tokenizer",
+            steps=10_000,
+            trainable=tokenizer,
+            losses=LossWeights(
+                generation=0.0, reconstruction=1.0, commitment=0.2, diversity=0.1, perplexity=0.05
+            ),
+        ),
+        PhaseConfig(
+            name="codebook",
+            steps=5_000,
+            trainable=["quantizer", "signal_decoder", "phoneme_head", "text_decoder"],
+            losses=LossWeights(
+                generation=1.0, reconstruction=0.5, commitment=0.2, diversity=0.5, perplexity=0.25
+            ),
+            warmup_steps=500,
+        ),
+        PhaseConfig(name="joint", steps=20_000),
+    ]

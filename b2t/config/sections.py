@@ -1,0 +1,230 @@
+"""The sections of a run, and the whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from b2t.config.alert_rules import AlertRule
+from b2t.config.model import ModelConfig
+from b2t.config.phases import PhaseConfig, TemperatureConfig, default_phases
+from b2t.options import NonNegative, Options, Positive, PositiveInt, Rate
+
+
+class RunConfig(Options):
+    """Where a run lives and what makes it reproducible."""
+
+    dir: Path = Path("runs/default")
+    """Run folder; everything the run writes goes below it."""
+    seed: int = 0
+    """Seed of all randomness: initial weights, batch order, augmentation, dropout, k-means."""
+    deterministic: bool = True
+    """Ask torch for deterministic algorithms where they exist (a warning names the others)."""
+
+
+class AugmentConfig(Options):
+    """Augmentation of training signals; validation and test signals are never augmented."""
+
+    enabled: bool = True
+    """Switch for all of it."""
+    time_shift_ms: NonNegative = 100.0
+    """Largest shift of the signal in time, either way, in milliseconds."""
+    channel_dropout: Rate = 0.10
+    """Probability of silencing each channel for a whole trial."""
+    noise_std: NonNegative = 0.01
+    """Standard deviation of white noise, in units of the z-scored signal."""
+    scale: tuple[Positive, Positive] = (0.9, 1.1)
+    """Range of the factor that multiplies a whole trial."""
+    time_masks: Annotated[int, Field(ge=0)] = 2
+    """Number of spans of time set to zero."""
+    time_mask_fraction: Rate = 0.05
+    """Longest span of one time mask, as a fraction of the trial."""
+    frequency_masks: Annotated[int, Field(ge=0)] = 1
+    """Number of bands removed from the spectrum along time."""
+    frequency_mask_fraction: Rate = 0.05
+    """Widest removed band, as a fraction of 0 Hz to Nyquist."""
+    offset_std: NonNegative = 0.0
+    """Standard deviation of a constant offset per channel and trial."""
+    smoothing_bins: NonNegative = 0.0
+    """Standard deviation of Gaussian smoothing along time, in bins (0 = none)."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AugmentConfig:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale must be [low, high], found {list(self.scale)}")
+        return self
+
+
+class DataConfig(Options):
+    """What to train on."""
+
+    path: str | None = None
+    """Prepared folder (`b2t prepare`), Hugging Face dataset id, or parquet glob."""
+    train_split: str = "train"
+    """Split that is trained on."""
+    validation_split: str = "val"
+    """Split that chooses the best model and stops early."""
+    max_text_tokens: PositiveInt = 128
+    """Longest text in tokens, end token included; a longer one is an error."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Loader processes per rank; batches do not depend on it."""
+    augment: AugmentConfig = AugmentConfig()
+    """Augmentation of training signals."""
+
+
+class OptimConfig(Options):
+    """AdamW; the learning rate and its schedule are set per phase."""
+
+    betas: tuple[Rate, Rate] = (0.9, 0.98)
+    """Decay of the running mean and of the running square of gradients."""
+    eps: Positive = 1e-8
+    """Added to the root of the running square."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay, never on norms, biases, embeddings of sessions or codebooks."""
+    weight_ema: Rate | None = None
+    """Decay of a running average of the weights (0.999 is usual) that validation, decoding and
+    the best model use instead of the weights; null for none."""
+
+
+class CodebookStartConfig(Options):
+    """When and from how much data the codebooks start."""
+
+    after_steps: Annotated[int, Field(ge=0)] = 300
+    """Applied steps with the quantizer passed through, before k-means++ (3 % is a good start)."""
+    frames_per_code: Positive = 16.0
+    """Latent frames gathered over all ranks, per code."""
+
+
+class EvaluationConfig(Options):
+    """Validation during training and decoding after each phase."""
+
+    every: PositiveInt = 500
+    """Applied steps between validations; one more runs at the end of each phase."""
+    max_trials: PositiveInt | None = None
+    """Validation trials at most, spread evenly over the sessions; null means all."""
+    decode_trials: Annotated[int, Field(ge=0)] = 256
+    """Trials decoded freely after each phase, spread evenly over the sessions."""
+    batch_size: PositiveInt = 16
+    """Trials per rank and forward."""
+    max_new_tokens: PositiveInt = 128
+    """Longest decoded text in tokens."""
+    num_beams: PositiveInt = 1
+    """Beams of the decoding (1 = greedy)."""
+
+
+class CheckpointConfig(Options):
+    """What is kept on disk, and when."""
+
+    every: PositiveInt = 500
+    """Applied steps between checkpoints; one more is written at the end of each phase."""
+    keep: PositiveInt = 2
+    """Number of most recent checkpoints kept, besides the best model and the end of each phase."""
+    best_metric: str = "val/loss"
+    """Validation metric that chooses `checkpoints/best`."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether less or more of it is better."""
+
+
+class WandbConfig(Options):
+    """Weights & Biases; `WANDB_MODE=offline` needs no network."""
+
+    enabled: bool = False
+    """Log to WandB as well as to metrics.jsonl."""
+    project: str = "b2t"
+    """Project."""
+    entity: str | None = None
+    """Team or user."""
+    group: str | None = None
+    """Group of runs."""
+    name: str | None = None
+    """Name of the run, null means the run folder's."""
+    tags: list[str] = Field(default=[])
+    """Tags."""
+
+
+class LogConfig(Options):
+    """What is printed and recorded."""
+
+    every: PositiveInt = 50
+    """Applied steps between log lines and records of metrics.jsonl."""
+    progress: bool = True
+    """Progress bar with the time left, on a terminal."""
+    report: bool = True
+    """Write the HTML report when the run warns and when it ends (as `b2t report` does)."""
+    wandb: WandbConfig = WandbConfig()
+    """Weights & Biases."""
+
+
+class MonitorConfig(Options):
+    """Monitors hooked to the engine step, and the alert rules on what they say."""
+
+    enabled: bool = True
+    """False leaves only the losses and the codebooks' use."""
+    window: PositiveInt = 100
+    """Applied steps that windowed metrics look back on."""
+    rules: Literal["default", "strict"] = "default"
+    """Built-in alert rules; strict adds every critical bound of the monitoring table."""
+    extra_rules: list[AlertRule] = Field(default=[])
+    """Rules of your own; one with the name of a built-in rule replaces it."""
+    disabled_rules: list[str] = Field(default=[])
+    """Names of built-in rules that stay silent."""
+
+
+class StabilityConfig(Options):
+    """When a run that no longer learns is ended."""
+
+    max_consecutive_skips: PositiveInt = 50
+    """Optimizer steps in a row that may be skipped for non-finite gradients."""
+    collective_timeout_s: Positive = 1800.0
+    """Seconds that a rank waits for the others before the run is ended."""
+    dry_batch: bool = True
+    """Before the first step, try the longest trials in every phase: too little memory shows at
+    once."""
+
+
+class Config(Options):
+    """Everything that defines a run, besides the DeepSpeed file."""
+
+    run: RunConfig = RunConfig()
+    """Folder and seed."""
+    data: DataConfig = DataConfig()
+    """Dataset, batches, augmentation."""
+    model: ModelConfig = ModelConfig()
+    """Architecture."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer."""
+    phases: list[PhaseConfig] = Field(default_factory=default_phases, min_length=1)
+    """Phases, in order."""
+    temperature: TemperatureConfig = TemperatureConfig()
+    """Temperature of soft assignments."""
+    codebook_start: CodebookStartConfig = CodebookStartConfig()
+    """Start of the codebooks."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Validation and decoding."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    log: LogConfig = LogConfig()
+    """Log lines, metrics, WandB."""
+    monitor: MonitorConfig = MonitorConfig()
+    """Monitors and alerts."""
+    stability: StabilityConfig = StabilityConfig()
+    """Limits on trouble."""
+
+    @model_validator(mode="after")
+    def _phases_are_distinct(self) -> Config:
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) != len(names):
+            raise ValueError(f"phases must have distinct names, found {names}")
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Applied steps of all phases together."""
+        return sum(phase.steps for phase in self.phases)
+
+    def to_yaml(self) -> str:
+        """Return the resolved configuration as YAML, in the order of the fields."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
