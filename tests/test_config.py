@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 
-from b2t.config import COMPONENTS, Config, describe, load_config, preset_names
+from b2t.config import COMPONENTS, Config, LossWeights, describe, load_config, preset_names
 from b2t.errors import UserError
 from b2t.train.ds_config import load_ds_config
 
@@ -183,6 +183,25 @@ def test_bad_values_are_named(override, says):
     with pytest.raises(UserError) as caught:
         load_config("demo", [override])
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["run.seed=-1"], "run.seed: Input should be greater than or equal to 0, found -1"),
+        (["run.seed=99999999999999999999"], "run.seed: Input should be less than"),
+        (["run.dir=''"], "run.dir: give a folder, for example runs/first"),
+        (
+            [f"phases.1.losses.{name}=0" for name in LossWeights.model_fields],
+            "phases.1.losses: all weights are 0: a phase must have at least one loss",
+        ),
+    ],
+)
+def test_what_could_not_be_trained_is_refused(overrides, says):
+    with pytest.raises(UserError) as caught:
+        load_config("demo", overrides)
+    assert says in str(caught.value)
+    assert load_config("demo", ["run.dir=."]).run.dir.name == ""
 
 
 def test_all_mistakes_are_reported_at_once():

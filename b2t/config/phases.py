@@ -69,7 +69,8 @@ class PhaseConfig(Options):
     lr_scale: dict[Component, NonNegative] = Field(default={})
     """Factor on `lr` for single components."""
     warmup_steps: Annotated[int, Field(ge=0)] = 2000
-    """Applied steps of linear warm-up from 0 to the peak."""
+    """Applied steps of linear warm-up from 0 to the peak; a tenth of the phase where it is shorter
+    than them."""
     schedule: Schedule = "cosine"
     """Course of the learning rate after warm-up."""
     component_schedule: dict[Component, Schedule] | None = None
@@ -91,6 +92,13 @@ class PhaseConfig(Options):
     """Applied steps between validations in this phase; null means `evaluation.every`."""
     decode_trials: Annotated[int, Field(ge=0)] | None = None
     """Trials decoded freely after this phase; null means `evaluation.decode_trials`."""
+
+    @field_validator("losses")
+    @classmethod
+    def _something_is_learnt(cls, value: LossWeights) -> LossWeights:
+        if not any(value.model_dump().values()):
+            raise ValueError("all weights are 0: a phase must have at least one loss")
+        return value
 
     @field_validator("trainable")
     @classmethod

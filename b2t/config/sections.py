@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from b2t.config.alert_rules import AlertRule
 from b2t.config.model import ModelConfig
@@ -19,10 +19,17 @@ class RunConfig(Options):
 
     dir: Path = Path("runs/default")
     """Run folder; everything the run writes goes below it."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of all randomness: initial weights, batch order, augmentation, dropout, k-means."""
     deterministic: bool = True
     """Ask torch for deterministic algorithms where they exist (a warning names the others)."""
+
+    @field_validator("dir", mode="before")
+    @classmethod
+    def _is_named(cls, value: object) -> object:
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("give a folder, for example runs/first (. is the current one)")
+        return value
 
 
 class AugmentConfig(Options):

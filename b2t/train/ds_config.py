@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from b2t.errors import UserError
+from b2t.train.ds_values import check_values, check_whole
 
 Precision = Literal["fp16", "bf16", "fp32"]
 
@@ -101,12 +102,15 @@ def load_ds_config(path: str | Path) -> DeepSpeedFile:
             "(its default changes between DeepSpeed versions, so the file must say it)"
         )
     zero = _zero_section(raw, path)
+    precision = _precision(raw, path)
+    check_values(raw, path)
+    check_whole(raw, path)
     return DeepSpeedFile(
         path=path,
         raw=raw,
         micro_batch=micro_batch,
         accumulation=accumulation,
-        precision=_precision(raw, path),
+        precision=precision,
         zero_stage=int(zero.stage),
         clipping=float(clipping),
         offload=zero.offload_optimizer is not None and zero.offload_optimizer.device != "none",

@@ -141,6 +141,7 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
     from b2t.train.flops import flops_of_phases
     from b2t.train.monitoring import Watch, build_monitors
     from b2t.train.ranks import WaitedTooLong, join, leave, timed_out, waiting_in
+    from b2t.train.settings import check_lengths, check_losses
     from b2t.train.signals import EXIT_STOPPED, StopSignals
     from b2t.train.startup import (
         check_data,
@@ -152,6 +153,7 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
     from b2t.train.world_size import keep_global_batch
 
     check_precision(ds_file)
+    check_lengths(config)
     if config.run.deterministic:
         # cuBLAS reads this when the device is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -178,6 +180,7 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
         require_folder(ranks, config.run.dir)
         ds_file = keep_global_batch(ds_file, config.run.dir, ranks.world)
         materials = build(config)
+        check_losses(config, materials.model)
         check_data(ranks, str(config.data.path), config.run.seed)
         known = peak_flops(ranks.device) is not None and ds_file.precision != "fp32"
         flops = flops_of_phases(config, materials, ds_file.accumulation) if known else None
@@ -346,6 +349,12 @@ def refuse_other_run(trainer: Any, state: dict[str, Any]) -> None:
     then, now = global_batch_of(state), trainer.ds_file.global_batch(trainer.ranks.world)
     if then != now:
         differences.append(f"global batch: {then} then, {now} now")
+    clipping = state.get("deepspeed", {}).get("gradient_clipping", trainer.ds_file.clipping)
+    if clipping != trainer.ds_file.clipping:
+        differences.append(
+            f"gradient_clipping: {clipping:g} then, {trainer.ds_file.clipping:g} now "
+            f"({trainer.ds_file.path})"
+        )
     if state["data_fingerprint"] != trainer.materials.info.fingerprint:
         differences.append(
             f"data: fingerprint {state['data_fingerprint']} then, "

@@ -3,6 +3,7 @@
 import pytest
 
 from b2t.config import load_config
+from b2t.errors import UserError
 from b2t.monitor.early_stopping import EarlyStopping
 from b2t.train import trainer as trainer_module
 from b2t.train.build import build
@@ -65,3 +66,8 @@ def test_the_same_metric_goes_on(start, saved, said):
     prepare_run(resumed, "auto")
     assert resumed.progress.best == EarlyStopping("val/loss", "min", best=0.5, best_step=3)
     assert not any("anew" in line for line in said)
+
+
+def test_another_clipping_is_named_among_what_changed(start, saved):
+    with pytest.raises(UserError, match=r"differs:\n  gradient_clipping: 1 then, 5 now \(.*json\)"):
+        prepare_run(start(gradient_clipping=5.0), "auto")

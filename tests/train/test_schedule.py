@@ -47,6 +47,15 @@ def test_a_phase_of_warm_up_alone():
     assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
 
 
+@pytest.mark.parametrize(("steps", "expected"), [(100, 10), (7, 1), (2000, 2000), (1999, 199)])
+def test_a_warm_up_longer_than_the_phase_is_a_tenth_of_it(steps, expected):
+    of = phase(steps=steps, warmup_steps=2000, component_warmup_steps={"encoder": 3000})
+    factors = [lr_factor(step, of) for step in range(steps)]
+    assert factors[expected - 1] == 1.0 and max(factors[: expected - 1], default=0) < 1
+    slow = lr_factor(steps // 10 or 1, of, "encoder")
+    assert steps == 2000 or slow == lr_factor(steps // 10 or 1, of)
+
+
 @given(
     st.integers(1, 500),
     st.integers(0, 600),
@@ -57,5 +66,5 @@ def test_between_zero_and_one_and_never_rising_after_warm_up(steps, warmup, sche
     of = phase(steps=steps, warmup_steps=warmup, schedule=schedule, min_lr_fraction=low)
     factors = [lr_factor(step, of) for step in range(steps + 2)]
     assert all(0 < factor <= 1 for factor in factors[:steps] if warmup or low)
-    after = factors[warmup:]
+    after = factors[warmup if warmup <= steps else max(1, steps // 10) :]
     assert all(later <= earlier + 1e-12 for earlier, later in pairwise(after))

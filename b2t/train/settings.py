@@ -1,0 +1,79 @@
+"""Settings that no step could follow: refused, or adapted with a warning, at the start."""
+
+from typing import Any
+
+from b2t.config import Config
+from b2t.errors import UserError
+from b2t.log import logger
+from b2t.train.schedule import shortened_warmup
+
+log = logger(__name__)
+
+_REACHES = {
+    "generation": "text_decoder",
+    "reconstruction": "signal_decoder",
+    "phoneme": "phoneme_head",
+    "commitment": "quantizer",
+    "diversity": "quantizer",
+    "perplexity": "quantizer",
+}
+"""The component that computes each loss; all of them reach what lies before it."""
+
+_BEFORE = {"adapter", "encoder", "quantizer"}
+
+
+def check_lengths(config: Config) -> None:
+    """Compare warm-ups and the start of the codebooks with the phases' steps.
+
+    Raises:
+        UserError: no step would be left to train codebooks.
+    """
+    start, first = config.codebook_start.after_steps, config.phases[0]
+    if config.model.quantizer.enabled and start >= config.total_steps:
+        raise UserError(
+            f"codebook_start.after_steps={start}, but all phases together have "
+            f"{config.total_steps} steps: the codebooks would never train; lower it (3 % of the "
+            "steps is a good start), or lengthen a phase"
+        )
+    if config.model.quantizer.enabled and start >= first.steps:
+        log.warning(
+            "codebook_start.after_steps=%d lies beyond phase %s of %d steps: the codebooks start "
+            "before its last step",
+            start, first.name, first.steps,
+        )  # fmt: skip
+    for number, phase in enumerate(config.phases):
+        asked = {"warmup_steps": phase.warmup_steps}
+        for name, steps in (phase.component_warmup_steps or {}).items():
+            asked[f"component_warmup_steps.{name}"] = steps
+        for key, steps in asked.items():
+            used = shortened_warmup(steps, phase.steps)
+            if used != steps:
+                log.warning(
+                    "phases.%d.%s=%d is longer than phase %s of %d steps: it is shortened to %d, a "
+                    "tenth of the phase",
+                    number, key, steps, phase.name, phase.steps, used,
+                )  # fmt: skip
+
+
+def check_losses(config: Config, model: Any) -> None:
+    """Refuse a phase whose losses reach nothing that it trains.
+
+    Raises:
+        UserError: names the phase, its losses and what it trains.
+    """
+    for number, phase in enumerate(config.phases):
+        asked = [name for name, weight in phase.losses.model_dump().items() if weight > 0]
+        found = {_REACHES[name] for name in asked if getattr(model, _REACHES[name]) is not None}
+        trained = [name for name in phase.trainable if getattr(model, name) is not None]
+        if not found:
+            raise UserError(
+                f"phases.{number}.losses: phase {phase.name} asks for {', '.join(asked)}, and this "
+                "model has no component for it (generation needs text, phoneme needs phonemes); "
+                "give another loss a weight"
+            )
+        if trained and not (found | _BEFORE) & set(trained):
+            raise UserError(
+                f"phases.{number}: phase {phase.name} trains {', '.join(trained)}, which none of "
+                f"its losses ({', '.join(asked)}) reaches; give its loss a weight, or train "
+                "something else"
+            )

@@ -1,0 +1,56 @@
+"""Settings that no step could follow."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from b2t.config import COMPONENTS, load_config
+from b2t.errors import UserError
+from b2t.train import settings
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    lines = []
+    monkeypatch.setattr(settings.log, "warning", lambda text, *args: lines.append(text % args))
+    return lines
+
+
+def test_a_short_trial_is_told_what_is_shortened(warned):
+    settings.check_lengths(load_config("a5500x2", ["phases.0.steps=200"]))
+    assert len(warned) == 2, warned
+    assert "codebook_start.after_steps=300 lies beyond phase tokenizer of 200 steps" in warned[0]
+    assert "phases.0.warmup_steps=2000 is longer" in warned[1] and "shortened to 20" in warned[1]
+
+
+@pytest.mark.parametrize("preset", ["a5500x2", "demo", "eeg", "rqvae"])
+def test_presets_are_followed_as_they_are(warned, preset):
+    settings.check_lengths(load_config(preset))
+    assert warned == []
+
+
+def test_codebooks_that_would_never_train_are_refused(warned):
+    config = load_config("demo", ["codebook_start.after_steps=700"])
+    with pytest.raises(UserError, match=r"codebook_start\.after_steps=700, but .* 700 steps"):
+        settings.check_lengths(config)
+    settings.check_lengths(load_config("demo", ["codebook_start.after_steps=699"]))
+    config.model.quantizer.enabled = False
+    settings.check_lengths(config)
+
+
+def losses_of(name):
+    zero = [f"phases.0.losses.{n}=0" for n in settings._REACHES if n != name]
+    return [*zero, f"phases.0.losses.{name}=1"]
+
+
+def test_losses_that_reach_nothing_trained_are_refused():
+    model = SimpleNamespace(**dict.fromkeys(COMPONENTS, object()))
+    settings.check_losses(load_config("demo"), model)
+    alone = load_config("demo", [*losses_of("reconstruction"), "phases.0.trainable=[text_decoder]"])
+    with pytest.raises(UserError, match=r"phases\.0: phase tokenizer trains text_decoder, which"):
+        settings.check_losses(alone, model)
+    config = load_config("demo", losses_of("phoneme"))
+    settings.check_losses(config, model)
+    model.phoneme_head = None
+    with pytest.raises(UserError, match=r"phases\.0\.losses: .* no component for it"):
+        settings.check_losses(config, model)
