@@ -1,0 +1,126 @@
+"""Trials padded to a common length."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+IGNORED = -100
+UNSEEN_SESSION = -1
+
+
+@dataclass
+class Batch:
+    """Trials padded to a common length.
+
+    Attributes:
+        signal: [B, T, C] float32, augmented; zero under the mask.
+        target: [B, T, C] float32, what the signal decoder must give back.
+        signal_mask: [B, T] bool, True = recorded. A shifted trial may also start with masked bins.
+        session: [B] int64, index into the model's sessions; -1 = unseen.
+        tokens: [B, L] int64 labels ending in eos, padded with -100; a row without text is all -100.
+        phonemes: [B, S] int64 class ids 1..40, padded with 0.
+        phoneme_lengths: [B] int64, 0 = no phonemes.
+        rows: ids ``session/block/trial``.
+        texts: the sentences, None where a row has none.
+        row_ids: [B] int64, hashes of ``rows``: what the rows are, where a device needs to know.
+    """
+
+    signal: torch.Tensor
+    target: torch.Tensor
+    signal_mask: torch.Tensor
+    session: torch.Tensor
+    tokens: torch.Tensor
+    phonemes: torch.Tensor
+    phoneme_lengths: torch.Tensor
+    rows: list[str]
+    texts: list[str | None]
+    row_ids: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    _counts: dict[str, float] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.row_ids) != len(self.rows):
+            digests = [hashlib.blake2b(row.encode(), digest_size=8).digest() for row in self.rows]
+            self.row_ids = torch.from_numpy(np.frombuffer(b"".join(digests), "<i8").copy())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def counts(self) -> dict[str, float]:
+        """Count the elements that losses are averaged over.
+
+        Returns ``bins`` (recorded bins times channels), ``tokens``, ``phonemes`` and ``rows``.
+        Counted once, on the CPU when the batch was loaded, so that asking costs no device wait.
+        """
+        if self._counts is None:
+            self._counts = {
+                "bins": float(self.signal_mask.sum() * self.signal.shape[-1]),
+                "tokens": float((self.tokens != IGNORED).sum()),
+                "phonemes": float(self.phoneme_lengths.sum()),
+                "rows": float(len(self)),
+            }
+        return dict(self._counts)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Batch":
+        """Move to ``device``; ``dtype`` casts signal and target only."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            cast = dtype if tensor.is_floating_point() else None
+            return tensor.to(device=device, dtype=cast, non_blocking=True)
+
+        return self._map(move)
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked memory (called by ``DataLoader``)."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        tensors: dict[str, Any] = {
+            name: function(value)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **tensors)
+
+
+class Example(NamedTuple):
+    """One row, augmented: signal and target [T, C], mask [T], labels [L], phonemes [S]."""
+
+    signal: np.ndarray
+    target: np.ndarray
+    mask: np.ndarray
+    session: int
+    labels: np.ndarray
+    phonemes: np.ndarray
+    row: str
+    text: str | None
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Pad ``examples`` into one batch."""
+
+    def padded(name: str, value: float) -> torch.Tensor:
+        rows = [torch.from_numpy(getattr(example, name)) for example in examples]
+        return pad_sequence(rows, batch_first=True, padding_value=value)
+
+    def padded_ids(name: str, value: int) -> torch.Tensor:
+        ids = padded(name, value)
+        return ids if ids.shape[1] else ids.new_full((len(examples), 1), value)
+
+    batch = Batch(
+        signal=padded("signal", 0.0),
+        target=padded("target", 0.0),
+        signal_mask=padded("mask", False),
+        session=torch.tensor([example.session for example in examples], dtype=torch.int64),
+        tokens=padded_ids("labels", IGNORED),
+        phonemes=padded_ids("phonemes", 0),
+        phoneme_lengths=torch.tensor([len(example.phonemes) for example in examples]),
+        rows=[example.row for example in examples],
+        texts=[example.text for example in examples],
+    )
+    batch.counts()
+    return batch

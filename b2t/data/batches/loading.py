@@ -1,0 +1,165 @@
+"""Loading of batches with worker processes."""
+
+import os
+import signal as signals
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+
+from b2t.data.augment import Augment
+from b2t.data.batches.batch import Batch, Example, collate
+from b2t.data.batches.order import BatchPlan, evaluation_batches
+from b2t.data.batches.rows import TrialRows
+from b2t.data.trials import signal_lengths
+from b2t.errors import UserError
+
+
+def train_batches(
+    dataset: Dataset,
+    plan: BatchPlan,
+    tokenizer: Any,
+    sessions: Sequence[str],
+    augment: Augment | None,
+    *,
+    seed: int,
+    phase: int = 0,
+    epoch: int = 0,
+    position: int = 0,
+    micro_batch: int,
+    accumulation: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    max_tokens: int | None = None,
+) -> Iterator[tuple[int, int, list[Batch]]]:
+    """Yield (epoch, position, micro-batches of this rank) without end, from (epoch, position) on.
+
+    The same for any number of workers. Close the iterator to stop the workers.
+
+    Raises:
+        UserError: a trial that cannot be trained on, or a text over ``max_tokens``.
+    """
+    rows = TrialRows(
+        dataset, tokenizer, sessions, augment, seed=seed, phase=phase, max_tokens=max_tokens
+    )
+    share = partial(
+        plan.micro_batches,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        rank=rank,
+        world=world,
+    )
+    share(plan.rows(seed, phase, epoch, position))
+    return _steps(rows, plan, share, (epoch, position), accumulation, workers)
+
+
+def _steps(
+    rows: TrialRows,
+    plan: BatchPlan,
+    share: Callable[[np.ndarray], list[np.ndarray]],
+    start: tuple[int, int],
+    accumulation: int,
+    workers: int,
+) -> Iterator[tuple[int, int, list[Batch]]]:
+    def keys() -> Iterator[list[tuple[int, int]]]:
+        epoch, position = start
+        while True:
+            for micro in share(plan.rows(rows.seed, rows.phase, epoch, position)):
+                yield [(epoch, int(index)) for index in micro]
+            epoch, position = plan.following(epoch, position)
+
+    epoch, position = start
+    batches = _load(rows, keys(), workers)
+    while True:
+        yield epoch, position, [next(batches) for _ in range(accumulation)]
+        epoch, position = plan.following(epoch, position)
+
+
+def eval_batches(
+    dataset: Dataset,
+    tokenizer: Any,
+    sessions: Sequence[str],
+    *,
+    augment: Augment | None = None,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    max_tokens: int | None = None,
+) -> Iterator[Batch]:
+    """Yield every row exactly once over all ranks, longest first, without random augmentation.
+
+    Args:
+        augment: the training augmentation, whose smoothing also belongs to evaluation.
+        batch_size: most rows in a batch.
+    """
+    rows = TrialRows(dataset, tokenizer, sessions, augment, max_tokens=max_tokens)
+    plan = evaluation_batches(signal_lengths(dataset), batch_size, rank, world)
+    keys = ([(None, int(index)) for index in batch] for batch in plan)
+    return _load(rows, keys, workers)
+
+
+def _load(rows: TrialRows, keys: Iterator[list[Any]], workers: int) -> Iterator[Batch]:
+    loader = DataLoader(
+        rows,
+        batch_sampler=_Keys(keys),
+        collate_fn=_collate_or_error,
+        num_workers=workers,
+        # Its own generator: a new loader must not advance the model's random state.
+        generator=torch.Generator(),
+        prefetch_factor=2 if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_calm_worker if workers else None,
+        multiprocessing_context="fork" if workers else None,
+    )
+    with warnings.catch_warnings():
+        # Python 3.12 warns of every fork beside threads; workers use numpy and Arrow alone.
+        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+        batches = iter(loader)
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+class _Keys:
+    """Batches of keys as `DataLoader` wants them: an iterable read once."""
+
+    def __init__(self, keys: Iterator[list[Any]]) -> None:
+        self.keys = keys
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return self.keys
+
+
+def _collate_or_error(examples: Sequence[Example | UserError]) -> Batch | UserError:
+    errors = [example for example in examples if isinstance(example, UserError)]
+    return errors[0] if errors else collate(examples)  # type: ignore[arg-type]
+
+
+def _calm_worker(worker: int) -> None:
+    """Leave signals to the trainer, whose handlers a forked worker inherits.
+
+    Launchers send SIGTERM to ranks and all their children. A worker that died of it would end the
+    run before it has saved, so it heeds its parent alone.
+    """
+    for number in (signals.SIGINT, signals.SIGUSR1):
+        signals.signal(number, signals.SIG_IGN)
+    signals.signal(signals.SIGTERM, signals.SIG_DFL)
+    if hasattr(signals, "sigwaitinfo"):
+        signals.pthread_sigmask(signals.SIG_BLOCK, {signals.SIGTERM})
+        threading.Thread(target=_end_when_parent_says, daemon=True).start()
+
+
+def _end_when_parent_says() -> None:
+    parent = os.getppid()
+    while signals.sigwaitinfo({signals.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -1,0 +1,167 @@
+"""Rows of a dataset: read, checked, augmented, their texts tokenized."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from torch.utils.data import Dataset as TorchDataset
+
+from b2t.data.augment import Augment, row_generator
+from b2t.data.batches.batch import UNSEEN_SESSION, Example
+from b2t.data.trials import read_signal, require_finite, row_id
+from b2t.errors import UserError
+from b2t.log import logger
+
+
+class TrialRows(TorchDataset):
+    """Rows of a trial dataset as `Example`, ready to collate.
+
+    Texts are tokenized here, in the process that builds the object: workers only read and augment.
+
+    Args:
+        dataset: trials, as `b2t.data.dataset.load_trials` returns them.
+        tokenizer: any transformers tokenizer with an eos token; None for data without text.
+        sessions: the model's sessions in order.
+        augment: None leaves signals as recorded.
+        max_tokens: longest label sequence, eos included.
+
+    Raises:
+        UserError: a text is longer than ``max_tokens``.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        tokenizer: Any,
+        sessions: Sequence[str],
+        augment: Augment | None = None,
+        *,
+        seed: int = 0,
+        phase: int = 0,
+        max_tokens: int | None = None,
+    ) -> None:
+        self.dataset = dataset.with_format("arrow")
+        self.labels = encode_texts(_texts(dataset), tokenizer)
+        self.sessions = {name: index for index, name in enumerate(sessions)}
+        self.augment = augment
+        self.seed = seed
+        self.phase = phase
+        self._require_short(max_tokens)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: tuple[int | None, int]) -> Example | UserError:
+        """Read the row ``key`` = (epoch, index); an epoch of None reads without augmentation.
+
+        A user's error is returned, not raised: `DataLoader` would wrap it in a worker's traceback.
+        """
+        epoch, index = key
+        try:
+            return self.example(epoch, int(index))
+        except UserError as error:
+            return error
+
+    def example(self, epoch: int | None, index: int) -> Example:
+        """Read and augment one row."""
+        table = self.dataset[index]
+        row = {name: table[name][0].as_py() for name in table.column_names if name != "signal"}
+        name = row_id(row)
+        signal, target, mask = self._augmented(
+            checked_signal(table, name), row["sampling_rate"], name, epoch
+        )
+        return Example(
+            signal=signal,
+            target=target,
+            mask=mask,
+            session=self.sessions.get(row["session"], UNSEEN_SESSION),
+            labels=self.labels[index],
+            phonemes=np.asarray(row["phonemes"] or [], dtype=np.int64),
+            row=name,
+            text=row["text"],
+        )
+
+    def _augmented(
+        self, signal: np.ndarray, sampling_rate: float, name: str, epoch: int | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        augment = self.augment or Augment(enabled=False)
+        if epoch is None:
+            return augment.evaluation(signal)
+        return augment(signal, sampling_rate, row_generator(self.seed, self.phase, epoch, name))
+
+    def _require_short(self, max_tokens: int | None) -> None:
+        if max_tokens is None:
+            return
+        too_long = [index for index, ids in enumerate(self.labels) if len(ids) > max_tokens]
+        if too_long:
+            raise _too_long(self.dataset, self.labels, too_long, max_tokens)
+
+
+def encode_texts(texts: Sequence[str | None], tokenizer: Any) -> list[np.ndarray]:
+    """Tokenize to label ids [L] as the tokenizer frames a target text, ending in eos.
+
+    A row without text gets an empty array, and so does every row without a tokenizer.
+    """
+    present = [text for text in texts if text is not None]
+    if not present or tokenizer is None:
+        return [np.zeros(0, np.int64) for _ in texts]
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the data has text, but the text decoder's tokenizer has no eos token: choose a "
+            "tokenizer with one (tokenizer.eos_token)"
+        )
+    eos = tokenizer.eos_token_id
+    encoded = iter(tokenizer(text_target=present)["input_ids"])
+    labels = []
+    for text in texts:
+        ids = [] if text is None else list(next(encoded))
+        if text is not None and ids[-1:] != [eos]:
+            ids.append(eos)
+        labels.append(np.asarray(ids, dtype=np.int64))
+    return labels
+
+
+def _texts(dataset: Dataset) -> list[str | None]:
+    return dataset.with_format("arrow").select_columns(["text"])[:]["text"].to_pylist()
+
+
+def drop_long_texts(dataset: Dataset, tokenizer: Any, max_tokens: int) -> Dataset:
+    """Return ``dataset`` without rows of more than ``max_tokens`` labels, logging how many."""
+    labels = encode_texts(_texts(dataset), tokenizer)
+    kept = [index for index, ids in enumerate(labels) if len(ids) <= max_tokens]
+    dropped = len(labels) - len(kept)
+    if not dropped:
+        return dataset
+    logger(__name__).warning(
+        "dropped %d of %d rows whose text is longer than %d tokens",
+        dropped,
+        len(labels),
+        max_tokens,
+    )
+    return dataset.select(kept)
+
+
+def checked_signal(table: Any, name: str) -> np.ndarray:
+    """Return the signal [T, C] of a one-row table, refusing what would poison training.
+
+    Raises:
+        UserError: the trial is empty, ragged, or holds NaN or infinity; the message names the row.
+    """
+    try:
+        signal = read_signal(table)
+    except ValueError as error:
+        raise UserError(f"trial {name}: {error}: every bin needs the same channels") from None
+    require_finite(signal, name)
+    return signal
+
+
+def _too_long(
+    dataset: Dataset, labels: list[np.ndarray], rows: list[int], max_tokens: int
+) -> UserError:
+    row = dataset.select_columns(["session", "block", "trial", "text"]).with_format(None)[rows[0]]
+    return UserError(
+        f"trial {row_id(row)}: its text has {len(labels[rows[0]])} tokens, more than the limit of "
+        f"{max_tokens} ({len(rows)} such rows): {row['text'][:60]!r}…; raise the limit or "
+        "drop such rows"
+    )
