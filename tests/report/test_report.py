@@ -304,7 +304,7 @@ def test_no_line_crosses_a_phase_that_freezes_its_component():
         for step in range(10, 130, 10)
     ]
     axes = Figure().subplots()
-    figures._learning_rates(axes, RunData(Path("run"), steps=steps))
+    figures.training.draw_learning_rates(axes, RunData(Path("run"), steps=steps))
     lines = {line.get_label(): line.get_xydata() for line in axes.lines}
     whole, broken = lines["quantizer, signal_decoder"], lines["encoder"]
     assert np.isfinite(whole).all() and len(whole) == 12
@@ -319,7 +319,7 @@ def test_smoothing_does_not_reach_into_another_phase():
         for n in range(1, 81)
     ]
     run = RunData(Path("run"), steps=steps)
-    _, smooth = figures._smooth_by_phase(run, *run.series("loss/total"))
+    _, smooth = figures.training._smooth_by_phase(run, *run.series("loss/total"))
     assert set(np.array(smooth)[np.isfinite(smooth)]) == {1.0, 9.0}
 
 
@@ -337,7 +337,7 @@ def contrast(one, other):
 def test_colours_stand_out_on_the_light_and_on_the_dark_page():
     cards = re.findall(r"--card: (#\w+)", PAGE)
     assert len(cards) == 2 and contrast(*cards) > 10
-    layers = [figures._colour(index, 16)[:3] for index in range(16)]
+    layers = [figures.axes.pick_colour(index, 16)[:3] for index in range(16)]
     for colour in (*figures.COLOURS, *figures.SEVERITY.values(), *layers):
         assert min(contrast(colour, card) for card in cards) >= 3
     for name in ("ink", "faint", "healthy", "concerning", "critical"):
