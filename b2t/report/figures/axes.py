@@ -53,10 +53,12 @@ def time_axis(axes: Axes, run: RunData) -> None:
 
 
 def ink_of(axes: Axes) -> Any:
+    """Colour of the text, which the page replaces by its own."""
     return axes.xaxis.label.get_color()
 
 
 def pick_colour(index: int, many: int) -> Any:
+    """Colour of a line among many: from the palette, or from a map where it is too short."""
     if many <= len(COLOURS):
         return COLOURS[index % len(COLOURS)]
     # From blue to magenta, the part of the map that stands out from light and from dark.
@@ -64,6 +66,7 @@ def pick_colour(index: int, many: int) -> Any:
 
 
 def own_colour(name: str, index: int, many: int) -> Any:
+    """Colour that a loss or a component has in every figure."""
     return _OWN_COLOUR.get(name) or pick_colour(index, many)
 
 

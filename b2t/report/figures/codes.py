@@ -33,6 +33,7 @@ def correlation_png(matrix: list[list[float]]) -> bytes:
 
 
 def draw_layers(axes: Axes, run: RunData, prefix: str, factor: float, unit: str) -> None:
+    """One line per layer, of 16 layers at most; ``factor`` scales the metric to ``unit``."""
     names = run.names(prefix)
     names = names[:: math.ceil(len(names) / _MOST_LAYERS)]
     for index, name in enumerate(names):
@@ -47,6 +48,7 @@ def draw_layers(axes: Axes, run: RunData, prefix: str, factor: float, unit: str)
 
 
 def draw_usage(axes: Axes, usage: list[list[int]]) -> None:
+    """Use of each code over uniform use, from the most to the least used: usage [Q][K] frames."""
     counts = np.array(usage, dtype=float)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1) * counts.shape[1]
     ordered = -np.sort(-share, axis=1)
@@ -84,6 +86,7 @@ def _correlation(axes: Axes, matrix: list[list[float]]) -> None:
 
 
 def of_codes(run: RunData) -> str:
+    """How many codes a layer has, for a heading."""
     size = run.setting("model.quantizer.codebook_size")
     return f" (of {size:,} codes)" if isinstance(size, int) else ""
 

@@ -34,6 +34,7 @@ class Plot:
 
 
 def on_paper(name: str, draw: Callable[[Axes], None]) -> bytes:
+    """PNG with the colours of paper."""
     return _drawn(draw, _PAPER_INK, _PAPER_LINE, "white", name, "png")
 
 

@@ -16,12 +16,14 @@ def traces_png(trial: dict[str, Any], sampling_rate: float) -> bytes:
 
 
 def trial_shown(run: RunData) -> str:
+    """Name of the trial, for a heading."""
     trials = run.traces.get("trials")
     row = trials[0].get("row") if trials else None
     return f", trial {row}" if row else ""
 
 
 def draw_traces(axes: Axes, trial: dict[str, Any], sampling_rate: float) -> None:
+    """Channels of one trial below each other, original and reconstruction."""
     spread = float(np.max([np.ptp(channel) for channel in trial["target"]] or [1.0])) or 1.0
     rows = len(trial["channels"])
     for row, (truth, output) in enumerate(
@@ -58,6 +60,7 @@ def draw_traces(axes: Axes, trial: dict[str, Any], sampling_rate: float) -> None
 
 
 def draw_spectra(axes: Axes, spectrum: dict[str, list[float]]) -> None:
+    """Power density of original and reconstruction."""
     axes.plot(spectrum["hz"], spectrum["target"], color=ink_of(axes), alpha=0.6, label="original")
     axes.plot(spectrum["hz"], spectrum["reconstruction"], color=COLOURS[1], label="reconstruction")
     axes.set_xlabel("frequency, Hz")

@@ -21,6 +21,7 @@ from b2t.report.run_data import RunData
 
 
 def draw_losses(axes: Axes, run: RunData, names: list[str]) -> None:
+    """All losses, unweighted, and their total, smoothed within each phase."""
     parts = [name for name in names if name != "loss/total"]
     for index, name in enumerate(parts):
         steps, values = course_of(run, name)
@@ -64,6 +65,7 @@ def _smooth(values: list[float]) -> list[float]:
 
 
 def draw_shares(axes: Axes, run: RunData) -> None:
+    """Share of each loss in the weighted total."""
     names = run.names("loss_share/")
     steps = sorted({step for name in names for step in run.series(name)[0]})
     rows = []
@@ -80,6 +82,7 @@ def draw_shares(axes: Axes, run: RunData) -> None:
 
 
 def draw_gradients(axes: Axes, run: RunData) -> None:
+    """Gradient norms before clipping, of each component and of all."""
     names = run.names("optim/grad_norm")
     for index, name in enumerate(names):
         steps, values = course_of(run, name)
@@ -124,6 +127,7 @@ def scale_moves(run: RunData) -> bool:
 
 
 def draw_scale(axes: Axes, run: RunData) -> None:
+    """Loss scale and skipped steps."""
     steps, values = course_of(run, "optim/loss_scale")
     if steps:
         style = {"color": COLOURS[0], "drawstyle": "steps-post"}
@@ -142,6 +146,7 @@ def draw_scale(axes: Axes, run: RunData) -> None:
 
 
 def draw_snr(axes: Axes, run: RunData) -> None:
+    """SNR of the reconstruction in training and validation."""
     steps, values = course_of(run, "reconstruction/snr_db")
     if steps:
         plot_course(axes, steps, values, color=COLOURS[0], label="training")
@@ -154,6 +159,7 @@ def draw_snr(axes: Axes, run: RunData) -> None:
 
 
 def draw_movement(axes: Axes, run: RunData) -> None:
+    """Movement of codes, and how many are revived."""
     steps, values = course_of(run, "ema/movement")
     lines = [("movement", "movement, % of norm", steps, [100 * v for v in values])]
     steps, values = course_of(run, "ema/revived_per_step")
@@ -175,6 +181,7 @@ def draw_movement(axes: Axes, run: RunData) -> None:
 
 
 def draw_decoding(axes: Axes, run: RunData) -> None:
+    """Error rates of words, characters and phonemes."""
     for index, name in enumerate(("val/wer", "val/cer", "val/per")):
         steps, values = run.series(name, evaluations=True)
         if steps:
