@@ -81,7 +81,7 @@ def main() -> int:
         config = config.model_copy(update={"phases": [phase]})
         config.evaluation.every = config.checkpoint.every = config.log.every = steps + 1
         materials = build(config)
-        monitors = build_monitors(config.monitor, materials, ranks)
+        monitors = build_monitors(config, materials, ranks)
         clock = Clock(monitors, options.log_every, ranks.device)
         ds_file = load_ds_config(options.deepspeed_config or default_ds_config())
         trainer = Trainer(config, ds_file, materials, ranks, [clock])

@@ -106,7 +106,7 @@ def measure(options: argparse.Namespace, ranks: Ranks, folder: str) -> dict[str,
     pairs, length = options.warmup + options.segments, options.length
     config, checkpoint_every = benchmark_config(options, folder, pairs * length)
     materials = build(config)
-    monitors = build_monitors(config.monitor, materials, ranks)
+    monitors = build_monitors(config, materials, ranks)
     hooks = [Watch(monitors), *(main_callbacks(config, monitors) if ranks.is_main else [])]
     trainer = Trainer(config, ds_file, materials, ranks, hooks)
     prepare_run(trainer, "never")

@@ -114,6 +114,10 @@ class EvaluationConfig(Options):
     """Validation trials at most, spread evenly over the sessions; null means all."""
     decode_trials: Annotated[int, Field(ge=0)] = 256
     """Trials decoded freely after each phase, spread evenly over the sessions."""
+    decode_every: Annotated[int, Field(ge=0)] = 0
+    """Applied steps between free decodings within a phase, each with the validation that is due by
+    then, so that `val/wer`, `val/cer` and `val/per` can choose the best model and stop early; 0
+    decodes after each phase only."""
     batch_size: PositiveInt = 16
     """Trials per rank and forward."""
     max_new_tokens: PositiveInt = 128
@@ -130,7 +134,7 @@ class CheckpointConfig(Options):
     keep: PositiveInt = 2
     """Number of most recent checkpoints kept, besides the best model and the end of each phase."""
     best_metric: str = "val/loss"
-    """Validation metric that chooses `checkpoints/best`."""
+    """Validation metric that chooses `checkpoints/best`; `val/loss` in phases that lack it."""
     best_mode: Literal["min", "max"] = "min"
     """Whether less or more of it is better."""
 

@@ -184,7 +184,7 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
         check_data(ranks, str(config.data.path), config.run.seed)
         known = peak_flops(ranks.device) is not None and ds_file.precision != "fp32"
         flops = flops_of_phases(config, materials, ds_file.accumulation) if known else None
-        monitors = build_monitors(config.monitor, materials, ranks, flops)
+        monitors = build_monitors(config, materials, ranks, flops)
         callbacks: list[Callback] = [Watch(monitors)]
         if ranks.is_main:
             callbacks += main_callbacks(config, monitors)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from b2t.config import AlertRule, MonitorConfig
+from b2t.config import AlertRule, Config, MonitorConfig
 from b2t.errors import UserError
 from b2t.monitor.codebook import CodebookMonitor
 from b2t.monitor.context import Monitor, StepContext
@@ -14,6 +14,7 @@ from b2t.monitor.rvq import RVQMonitor
 from b2t.monitor.training import TrainingMonitor
 from b2t.train.callbacks import Callback
 from b2t.train.flops import StepFlops
+from b2t.train.metric_names import fitting_rules
 
 
 def alert_rules(config: MonitorConfig) -> list[AlertRule]:
@@ -34,10 +35,14 @@ def alert_rules(config: MonitorConfig) -> list[AlertRule]:
 
 
 def build_monitors(
-    config: MonitorConfig, materials: Any, ranks: Any, flops: Mapping[str, StepFlops] | None = None
+    run: Config, materials: Any, ranks: Any, flops: Mapping[str, StepFlops] | None = None
 ) -> Monitors:
-    """Make the monitors that fit a model; ``flops`` of each phase add MFU and HFU."""
-    quantizer = materials.model.quantizer
+    """Make the monitors that fit a model; ``flops`` of each phase add MFU and HFU.
+
+    Raises:
+        UserError: a rule of the user's watches what this run never logs.
+    """
+    config, quantizer = run.monitor, materials.model.quantizer
     if not config.enabled:
         found: dict[str, Monitor] = {"codebook": CodebookMonitor(config.window)}
         return Monitors(found if quantizer is not None else {}, ())
@@ -51,13 +56,10 @@ def build_monitors(
         ),
         "reconstruction": ReconstructionMonitor(materials.info.sampling_rate, window=config.window),
     }
-    rules = alert_rules(config)
     if quantizer is not None:
         found["quantizer"] = RVQMonitor(quantizer, config.window)
-    else:
-        watched = ("codebook/", "ema/", "loss/vq")
-        rules = [rule for rule in rules if not rule.metric.startswith(watched)]
-    return Monitors(found, rules)
+    own = [rule.name for rule in config.extra_rules]
+    return Monitors(found, fitting_rules(alert_rules(config), run, materials, own))
 
 
 class Watch(Callback):

@@ -33,10 +33,11 @@ from b2t.train.diagnosis import diagnose, not_started_alert, skipped_alert
 from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.engine import PhaseEngine, initial_masters, read_master
 from b2t.train.export import export_model
+from b2t.train.metric_names import DECODED, best_rules
 from b2t.train.progress import Progress
 from b2t.train.ranks import Ranks
 from b2t.train.signals import StopSignals
-from b2t.train.validation import decode_after_phase, validate
+from b2t.train.validation import decode, decoding_due, scores, show_decoded, validate
 from b2t.train.weight_ema import WeightEma
 from b2t.train.window import Window
 from b2t.train.zero3 import Zero3Engine
@@ -66,6 +67,9 @@ class Trainer:
         ranks: this process among all.
         callbacks: hooks, in order.
         stop: signals to listen to, None listens to none.
+
+    Raises:
+        UserError: a metric that is to choose the best model or stop a phase is never logged there.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Trainer:
         self.ranks = ranks
         self.callbacks = list(callbacks)
         self.stop = stop
+        self._best_by = best_rules(config, materials)
         self.model = materials.model.to(ranks.device)
         self.masters = initial_masters(self.model)
         self.progress = Progress()
@@ -132,12 +137,12 @@ class Trainer:
         """Continue from a checkpoint; call before `fit`."""
         snapshot.restore(self, checkpoint)
         self._restored = checkpoint
-        saving = self.config.checkpoint
-        former = self.progress.choose_best_by(saving.best_metric, saving.best_mode)
+        metric, mode = self._best_by[self.progress.phase]
+        former = self.progress.choose_best_by(metric, mode)
         if former is not None and former.best is not None:
             log.info(
                 "the best model is chosen anew, by %s (%s): so far it was %s (%s), %.4g at step %d",
-                saving.best_metric, saving.best_mode,
+                metric, mode,
                 former.metric, former.mode, former.best, former.best_step,
             )  # fmt: skip
 
@@ -167,10 +172,13 @@ class Trainer:
 
     def _enter_phase(self, number: int) -> None:
         phase = self.config.phases[number]
-        saving = self.config.checkpoint
-        self.progress.enter_phase(
-            number, saving.best_metric, saving.best_mode, phase.early_stopping
-        )
+        metric, mode = self._best_by[number]
+        self.progress.enter_phase(number, metric, mode, phase.early_stopping)
+        if metric != self.config.checkpoint.best_metric:
+            log.info(
+                "phase %s has no %s: %s chooses its best model",
+                phase.name, self.config.checkpoint.best_metric, metric,
+            )  # fmt: skip
 
     def _build_engine(self, restored: Checkpoint | None) -> None:
         phase = self.phase
@@ -482,22 +490,49 @@ class Trainer:
             record["codebook/temperature"] = float(self.model.quantizer.temperature)
         self._hook("on_log", record)
 
-    def _validate(self) -> None:
-        """Validate; keep the best model."""
-        self.ranks.place = f"validating after step {self.progress.step}"
-        with self._evaluated():
-            metrics = validate(self)
+    def _validate(self, ending: bool = False) -> None:
+        """Validate, decode where that is due, and keep the best model.
+
+        A phase that ends decodes too, and validates but where it stopped early, just validated.
+        """
         progress = self.progress
-        watched = _chosen(metrics, self.config.checkpoint.best_metric, "checkpoint.best_metric")
-        if progress.best.update(watched, progress.step):
-            self._export_best()
-        if progress.stopping is not None:
-            key = f"phases.{progress.phase}.early_stopping.metric"
-            value = _chosen(metrics, progress.stopping.metric, key)
-            progress.stopping.update(value, progress.step)
+        fresh, due = progress.validated < progress.step, decoding_due(self)
+        metrics, decoded = {}, None
+        with self._evaluated():
+            if fresh:
+                self.ranks.place = f"validating after step {progress.step}"
+                metrics = validate(self)
+            if (due or ending) if fresh else not due:
+                self.ranks.place = f"decoding after step {progress.step} of phase {self.phase.name}"
+                decoded = decode(self)
+        texts = {name: value for name, value in scores(decoded).items() if name in DECODED}
+        self._choose({**metrics, **texts}, fresh)
         progress.validated = progress.step
-        self._hook("on_eval", metrics)
+        for found in (metrics, scores(decoded)):
+            if found:
+                self._hook("on_eval", found)
+        if decoded is not None:
+            self._hook("on_decode", decoded.predictions)
+            show_decoded(decoded)
         self._clock = time.perf_counter()
+
+    def _choose(self, metrics: dict[str, float], fresh: bool) -> None:
+        """Keep the model where it is the best so far; count towards early stopping.
+
+        A metric that this validation does not say, as between two decodings, counts for nothing.
+        """
+        best, stopping = self.progress.best, self.progress.stopping
+        if best.metric in metrics and best.update(metrics[best.metric], self.progress.step):
+            self._export_best()
+        if stopping is not None and stopping.metric in metrics:
+            stopping.update(metrics[stopping.metric], self.progress.step)
+        wanted = {rule.metric for rule in (best, stopping) if rule is not None}
+        for name in sorted(wanted - metrics.keys() - set(DECODED)) if fresh else ():
+            log_once(
+                f"absent-{name}",
+                f"step {self.progress.step}: the validation has no {name}, by which a model is "
+                "chosen or a phase stopped: this one does not count",
+            )
 
     def _stopping_early(self) -> bool:
         rule = self.progress.stopping
@@ -511,11 +546,7 @@ class Trainer:
         return True
 
     def _end_phase(self) -> None:
-        if self.progress.validated < self.progress.step:  # not so where it stopped early
-            self._validate()
-        self.ranks.place = f"decoding after phase {self.phase.name}"
-        with self._evaluated():
-            decode_after_phase(self)
+        self._validate(ending=True)
         self.ranks.place = f"ending phase {self.phase.name}"
         self._hook("on_phase_end", self.phase)
         self.engine.collect_masters()
@@ -615,13 +646,3 @@ class Trainer:
                     raise
                 kind = type(callback).__name__
                 log_once(f"{kind}-{name}", f"{kind}: {error}; training goes on", logging.ERROR)
-
-
-def _chosen(metrics: dict[str, float], name: str, key: str) -> float:
-    """Return the validation metric that a configuration key names."""
-    if name not in metrics:
-        raise UserError(
-            f"{key}: {name} is not a validation metric of this phase; "
-            f"expected one of {', '.join(sorted(metrics))}"
-        )
-    return metrics[name]

@@ -11,8 +11,9 @@ import torch
 from b2t.data.batches import Batch, eval_batches
 from b2t.data.trials import spread_over_sessions
 from b2t.evaluate import usage
-from b2t.evaluate.evaluation import evaluate_model
+from b2t.evaluate.evaluation import Evaluation, evaluate_model
 from b2t.log import logger
+from b2t.train.metric_names import active_losses, decode_trials
 from b2t.train.window import left_out
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def validate(trainer: Trainer) -> dict[str, float]:
     model, ranks = trainer.model, trainer.ranks
     weights = {
         name: weight
-        for name, weight in trainer.phase.losses.model_dump().items()
+        for name, weight in active_losses(model, trainer.phase).items()
         if name in _NORMALISER
     }
     ones = dict.fromkeys(("bins", "frames", "tokens", "phonemes", "rows"), 1.0)
@@ -103,12 +104,19 @@ def _metrics(total: dict[str, float], weights: dict[str, float]) -> dict[str, fl
     return metrics
 
 
-def decode_after_phase(trainer: Trainer) -> None:
-    """Decode validation trials freely, print some, and hand the scores to the hooks."""
-    section, own = trainer.config.evaluation, trainer.phase.decode_trials
-    trials = section.decode_trials if own is None else own
+def decoding_due(trainer: Trainer) -> bool:
+    """Whether the validation of this step decodes: a function of the step, so resumes agree."""
+    section, step = trainer.config.evaluation, trainer.progress.step
+    every = trainer.phase.evaluate_every or section.every
+    wanted = section.decode_every
+    return wanted > 0 and step // wanted > (step - every) // wanted
+
+
+def decode(trainer: Trainer) -> Evaluation | None:
+    """Decode validation trials freely on all ranks; None where the phase decodes none."""
+    section, trials = trainer.config.evaluation, decode_trials(trainer.config, trainer.phase)
     if trials == 0:
-        return
+        return None
     speaks = trainer.phase.losses.generation > 0
     result = evaluate_model(
         trainer.model,
@@ -123,14 +131,18 @@ def decode_after_phase(trainer: Trainer) -> None:
         num_beams=section.num_beams,
     )
     trainer.model.train()
+    return result
+
+
+def scores(result: Evaluation | None) -> dict[str, float]:
+    """Return the `val/…` metrics of a decoding, the same on all ranks."""
     names = ("wer", "cer", "per", "distinct_ratio", "snr_db")
-    scores = {name: value for name, value in result.scalars().items() if name in names}
-    metrics = {f"val/{name}": value for name, value in scores.items()}
-    if metrics:
-        for callback in trainer.callbacks:
-            callback.on_eval(trainer, metrics)
-    for callback in trainer.callbacks:
-        callback.on_decode(trainer, result.predictions)
+    found = {} if result is None else result.scalars()
+    return {f"val/{name}": value for name, value in found.items() if name in names}
+
+
+def show_decoded(result: Evaluation) -> None:
+    """Log some of what was decoded."""
     spoken = [p for p in result.predictions if p.prediction is not None and p.target]
     for prediction in spoken[:3]:
         log.info("  target: %s", prediction.target)

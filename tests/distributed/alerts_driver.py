@@ -79,8 +79,8 @@ CASES = {
     "codes alike": Case(sabotage=alike),
     "few frames": Case(["model.encoder.patch_size=30", "model.encoder.patch_stride=30"]),
     "ranks apart": Case(sabotage=one_sided),
-    "misspelt rule": Case(
-        ["monitor.extra_rules=[{name: mine, metric: loss/totall, threshold: 1, message: low}]"],
+    "rule of a GPU": Case(
+        ["monitor.extra_rules=[{name: mine, metric: memory/peak_gib, threshold: 1, message: low}]"],
         steps=42,
     ),
 }

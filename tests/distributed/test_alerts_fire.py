@@ -50,7 +50,7 @@ WARNINGS = [
     ("learning rate", "snr-falls"),
     ("restless revival", "revival-churn"),
     ("codes that do not follow", "vq-ratio"),
-    ("misspelt rule", "missing-metrics"),
+    ("rule of a GPU", "missing-metrics"),
     ("few frames", "phonemes-left-out"),
 ]
 
@@ -71,7 +71,7 @@ def test_warning(runs, case, rule):
     assert alert["message"] and alert["cause"] and alert["remedy"]
 
 
-@pytest.mark.parametrize("case", ["restless revival", "codes that do not follow", "misspelt rule"])
+@pytest.mark.parametrize("case", ["restless revival", "codes that do not follow", "rule of a GPU"])
 def test_a_run_that_only_warns_is_trained_to_its_end(runs, case):
     assert statuses(runs, case) == [0, 0]
     assert state(runs, case)["state"] == "finished"
