@@ -19,7 +19,7 @@ COMMANDS = {
     "tokenize": "b2t.evaluate.tokenize_command",
     "report": "b2t.report.report_command",
     "watch": "b2t.report.watch_command",
-    "doctor": "b2t.doctor_command",
+    "doctor": "b2t.train.doctor_command",
 }
 
 _PLACE_ERRORS = {

@@ -7,8 +7,8 @@ from collections import namedtuple
 
 import pytest
 
-from b2t import doctor_command as doctor
 from b2t.cli import main
+from b2t.train import doctor_command as doctor
 
 Usage = namedtuple("Usage", "total used free")
 
