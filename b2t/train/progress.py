@@ -1,10 +1,11 @@
 """Where a run is: clocks that only applied steps move, and what has been best so far."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from b2t.config import EarlyStoppingConfig
-from b2t.monitor.early_stopping import EarlyStopping
+from b2t.train.best import Best
+from b2t.train.early_stopping import EarlyStopping
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Progress:
     consecutive_skips: int = 0
     validated: int = -1
     seconds: float = 0.0
-    best: EarlyStopping = field(default_factory=EarlyStopping)
+    best: Best = field(default_factory=Best)
     stopping: EarlyStopping | None = None
     finished: bool = False
 
@@ -52,17 +53,17 @@ class Progress:
             rule: early stopping of the phase.
         """
         self.phase, self.phase_step, self.consumed = number, 0, 0
-        self.best = EarlyStopping(metric, mode)
+        self.best = Best(metric, mode)
         self.stopping = None if rule is None else EarlyStopping(**rule.model_dump())
 
-    def choose_best_by(self, metric: str, mode: Literal["min", "max"]) -> EarlyStopping | None:
+    def choose_best_by(self, metric: str, mode: Literal["min", "max"]) -> Best | None:
         """Follow the metric that is configured now; return the best so far that is given up.
 
         None where the metric is the one that has chosen all along.
         """
         if (self.best.metric, self.best.mode) == (metric, mode):
             return None
-        former, self.best = self.best, EarlyStopping(metric, mode)
+        former, self.best = self.best, Best(metric, mode)
         return former
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,12 +72,13 @@ class Progress:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Progress":
-        """Restore what `to_dict` returned."""
+        """Restore what `to_dict` returned, in this version or one that kept more of the best."""
         stopping = values["stopping"]
+        best = {f.name: values["best"][f.name] for f in fields(Best)}
         return cls(
             **{
                 **values,
-                "best": EarlyStopping(**values["best"]),
+                "best": Best(**best),
                 "stopping": None if stopping is None else EarlyStopping(**stopping),
             }
         )

@@ -2,7 +2,8 @@ import json
 import math
 
 from b2t.config import EarlyStoppingConfig
-from b2t.monitor.early_stopping import EarlyStopping
+from b2t.train.best import Best
+from b2t.train.early_stopping import EarlyStopping
 from b2t.train.progress import Progress
 
 
@@ -13,7 +14,7 @@ def test_a_new_phase_starts_its_clocks_and_keeps_those_of_the_run():
     progress.enter_phase(1, "val/per", "max", rule)
     assert (progress.phase, progress.phase_step, progress.consumed) == (1, 0, 0)
     assert (progress.step, progress.skipped, progress.seconds) == (9, 2, 4.0)
-    assert progress.best == EarlyStopping("val/per", "max")
+    assert progress.best == Best("val/per", "max")
     assert progress.stopping == EarlyStopping("val/wer", "max", patience=5, min_delta=0.25)
     progress.enter_phase(2, "val/loss", "min", None)
     assert progress.stopping is None
@@ -26,3 +27,9 @@ def test_clocks_survive_json():
     progress.stopping = EarlyStopping("val/wer", "max")
     progress.stopping.update(math.inf, 7)
     assert Progress.from_dict(json.loads(json.dumps(progress.to_dict()))) == progress
+
+
+def test_a_best_with_the_fields_of_older_checkpoints_is_understood():
+    values = Progress(best=Best("val/per", "max", 0.5, 7)).to_dict()
+    values["best"] |= {"patience": 5, "min_delta": 0.0, "waited": 3}
+    assert Progress.from_dict(values).best == Best("val/per", "max", 0.5, 7)

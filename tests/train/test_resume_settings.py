@@ -4,8 +4,8 @@ import pytest
 
 from b2t.config import load_config
 from b2t.errors import UserError
-from b2t.monitor.early_stopping import EarlyStopping
 from b2t.train import trainer as trainer_module
+from b2t.train.best import Best
 from b2t.train.build import build
 from b2t.train.main import prepare_run
 from b2t.train.trainer import Trainer
@@ -54,7 +54,7 @@ def test_another_metric_or_direction_chooses_the_best_anew(
     resumed = start(f"checkpoint.best_metric={metric}", f"checkpoint.best_mode={mode}")
     prepare_run(resumed, "auto")
     assert resumed.progress.step == 4
-    assert resumed.progress.best == EarlyStopping(metric, mode)
+    assert resumed.progress.best == Best(metric, mode)
     anew = [line for line in said if "chosen anew" in line]
     assert len(anew) == 1 and f"by {metric} ({mode})" in anew[0], said
     assert "val/loss (min), 0.5 at step 3" in anew[0]
@@ -64,7 +64,7 @@ def test_another_metric_or_direction_chooses_the_best_anew(
 def test_the_same_metric_goes_on(start, saved, said):
     resumed = start()
     prepare_run(resumed, "auto")
-    assert resumed.progress.best == EarlyStopping("val/loss", "min", best=0.5, best_step=3)
+    assert resumed.progress.best == Best("val/loss", "min", best=0.5, best_step=3)
     assert not any("anew" in line for line in said)
 
 

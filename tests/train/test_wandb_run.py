@@ -11,11 +11,11 @@ from b2t.config import Config
 from b2t.evaluate.results import Prediction
 from b2t.monitor.alerts import Alert
 from b2t.monitor.context import StepContext
-from b2t.monitor.early_stopping import EarlyStopping
 from b2t.monitor.monitors import Monitors
 from b2t.monitor.reconstruction import ReconstructionMonitor
 from b2t.monitor.rvq import RVQMonitor
 from b2t.quantize import ResidualVQ
+from b2t.train.best import Best
 from b2t.train.progress import Progress
 from b2t.train.wandb_run import Wandb
 
@@ -54,7 +54,7 @@ def monitors():
 def trainer_in(folder):
     config = Config()
     config.run.dir = folder
-    progress = Progress(step=40, best=EarlyStopping(best=1.25, best_step=30))
+    progress = Progress(step=40, best=Best(best=1.25, best_step=30))
     return SimpleNamespace(
         config=config,
         ds_file=SimpleNamespace(raw={"train_micro_batch_size_per_gpu": 8}),

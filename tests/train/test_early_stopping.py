@@ -1,9 +1,10 @@
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 
-from b2t.monitor.early_stopping import EarlyStopping
+from b2t.train.early_stopping import EarlyStopping
 
 
 def steps(stopping, values):
@@ -43,7 +44,7 @@ def test_values_that_are_not_finite_never_improve(bad):
 def test_resume_goes_on_exactly(stop):
     values = [3, 2, 2.5, 1.9, 2, 2, 1.8]
     straight = steps(EarlyStopping(patience=2), values)
-    first, second = EarlyStopping(patience=2), EarlyStopping(patience=2)
+    first = EarlyStopping(patience=2)
     before = steps(first, values[:stop])
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    second = EarlyStopping(**json.loads(json.dumps(asdict(first))))
     assert before + steps(second, values[stop:]) == straight
