@@ -11,8 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from b2t_kernels import tuning
-from b2t_kernels.nearest import examine_rows, load_rows, recover, search, search_codes, winning_run
+from b2t_kernels.nearest import search
 from b2t_kernels.prepare import PreparedCodes, code_scale, padded_codes, padded_width, prepare
+from b2t_kernels.rows import examine_rows, load_rows
+from b2t_kernels.search import recover, search_codes, winning_run
 
 # One launch wins while a layer's fp16 codes are small beside the second-level cache.
 FUSED_BYTES = 1 << 20

@@ -147,7 +147,7 @@ PLAIN_KERNELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "extent_kernel": ("prepare", {"BLOCK_K": 32, "BLOCK_D": 128}, 4),
     "round_kernel": ("prepare", {"BLOCK_K": 32, "BLOCK_D": 128}, 4),
     "refine_kernel": (
-        "nearest",
+        "exact",
         {"SLOTS": MOST_SLOTS, "BLOCK_K": 32, "BLOCK_D": 128},
         REFINE_WARPS,
     ),

@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from b2t_kernels import tuning
-from b2t_kernels.nearest import examine_rows, load_rows, moved_rows
 from b2t_kernels.prepare import code_scale, padded_codes, padded_width, physical_row, prepare
+from b2t_kernels.rows import examine_rows, load_rows, moved_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 WEIGHT_SCALE = tl.constexpr(256.0)
