@@ -280,3 +280,13 @@ def test_print_config_of_the_command_reloads_to_the_same(tmp_path, repository):
     file.write_text(done.stdout)
     assert load_config(file) == load_config("demo", overrides)
     assert json.dumps(yaml.safe_load(done.stdout)), "plain values only"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe\x00", "run: ü".encode("latin-1"), b"[" * 5000, b"{[a]: 1}", b"a: 2026-99-99"],
+)
+def test_a_file_that_is_no_yaml_is_one_message(tmp_path, content):
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"mine\.yaml: (cannot be read as text|not valid YAML)"):
+        load_config(tmp_path / "mine.yaml")

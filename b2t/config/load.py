@@ -65,7 +65,7 @@ def _read_yaml(source: str | Path) -> dict[str, Any]:
     if str(source) in preset_names():
         text = resources.files("b2t.presets").joinpath(f"{source}.yaml").read_text("utf-8")
     elif path.is_file():
-        text = path.read_text("utf-8")
+        text = _text(path)
     else:
         names = preset_names()
         hint = difflib.get_close_matches(str(source), names, n=1)
@@ -76,7 +76,8 @@ def _read_yaml(source: str | Path) -> dict[str, Any]:
         )
     try:
         tree = yaml.load(text, _DistinctKeys)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        # PyYAML passes on what Python says of strange dates, keys and depths.
         raise UserError(f"{source}: not valid YAML: {error}") from None
     if tree is None:
         return {}
@@ -86,6 +87,13 @@ def _read_yaml(source: str | Path) -> dict[str, Any]:
             f"found a {type(tree).__name__}"
         )
     return tree
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text in UTF-8: {error}") from None
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

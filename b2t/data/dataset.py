@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from glob import glob, has_magic
@@ -105,14 +106,19 @@ def _stamp(path: Path) -> tuple[float, ...]:
     """Return what changes when a folder or file is written again, so that no stale copy is used."""
     patterns = ("*.json", "*.npz", "*/state.json", "*/*.arrow")
     below = [file for pattern in patterns for file in sorted(path.glob(pattern))]
-    files = [path, *below] if path.is_dir() else []
-    return tuple(file.stat().st_mtime_ns for file in files)
+    files = (
+        [path, *below]
+        if path.is_dir()
+        else [Path(file) for file in sorted(glob(str(path), recursive=True))]
+    )
+    return tuple(part for file in files for part in (file.stat().st_mtime_ns, file.stat().st_size))
 
 
 @lru_cache(maxsize=8)
 def _open(path: str, stamp: tuple[float, ...]) -> Opened:
     splits = _load(path)
     _require_columns(splits, path)
+    _require_valid(splits, path)
     _require_rows(splits, path)
     record = trusted_record(Path(path), splits)
     fingerprint = record["fingerprint"] if record else examine(splits, path)
@@ -162,7 +168,9 @@ def _load_folder(path: Path) -> dict[str, Dataset]:
     try:
         _require_data_files(path)
         loaded = load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+    except UserError:
+        raise
+    except Exception as error:  # datasets passes on whatever damaged JSON and Arrow lead to
         raise UserError(
             f"{path} cannot be read ({type(error).__name__}: {first_line(error)}): a file is "
             "missing or damaged; prepare it again"
@@ -298,6 +306,50 @@ def _require_columns(splits: dict[str, Dataset], path: str) -> None:
             )
 
 
+def _require_valid(splits: dict[str, Dataset], path: str) -> None:
+    """Refuse columns of another type, and offsets that Arrow would follow beyond the file."""
+    for split, dataset in splits.items():
+        schema = dataset.features.arrow_schema
+        for name, (fits, expected) in _TYPES.items():
+            found = schema.field(name).type
+            if not (fits(found) or (pa.types.is_null(found) and name in _MAY_BE_NULL)):
+                raise UserError(
+                    f"{path}, {split}: column {name} holds {found}, expected {expected}"
+                )
+        try:
+            dataset.data.table.validate(full=True)
+        except pa.ArrowException as error:
+            raise UserError(
+                f"{path}, {split}: its Arrow data are damaged ({first_line(error)}): copy them "
+                "again, or prepare the data again"
+            ) from None
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def _is_classes(kind: pa.DataType) -> bool:
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return lists and (pa.types.is_integer(kind.value_type) or pa.types.is_null(kind.value_type))
+
+
+_TYPES: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
+    "text": (_is_text, "text"),
+    "phonemes": (_is_classes, "lists of whole numbers"),
+    "session": (_is_text, "text"),
+    "subject": (_is_text, "text"),
+    "block": (pa.types.is_integer, "whole numbers"),
+    "trial": (pa.types.is_integer, "whole numbers"),
+    "sampling_rate": (_is_number, "numbers"),
+}
+_MAY_BE_NULL = ("text", "phonemes", "subject")
+
+
 def _require_rows(splits: dict[str, Dataset], path: str) -> None:
     if not splits:
         raise UserError(f"{path}: no split named train, val or test")
@@ -308,6 +360,11 @@ def _require_rows(splits: dict[str, Dataset], path: str) -> None:
 
 def _sampling_rate(splits: dict[str, Dataset], path: str) -> float:
     rates = {rate for dataset in splits.values() for rate in dataset.unique("sampling_rate")}
+    impossible = [rate for rate in rates if rate is None or not 0 < rate < float("inf")]
+    if impossible:
+        raise UserError(
+            f"{path}: sampling_rate is {impossible[0]}, expected a number of Hz above 0"
+        )
     if len(rates) != 1:
         raise UserError(
             f"{path} mixes sampling rates ({', '.join(f'{rate:g} Hz' for rate in sorted(rates))}): "

@@ -65,6 +65,8 @@ def _checked_row(table: pa.Table, place: str) -> tuple[dict[str, Any], np.ndarra
         if row[name] is None:
             raise UserError(f"{place}: {name} is null, where every trial needs one")
     phonemes = row["phonemes"] or []
+    if None in phonemes:
+        raise UserError(f"{place}: phonemes holds null, where every one is a class")
     if phonemes and not 0 < min(phonemes) <= max(phonemes) < len(PHONEMES):
         raise UserError(
             f"{place}: phonemes holds {min(phonemes)} to {max(phonemes)}, expected classes 1 to "

@@ -326,8 +326,9 @@ def _require_filled(source: Source, splits: Sequence[str], options: PrepareOptio
         wanted = [split for split, share in zip(SPLITS, options.fractions, strict=True) if share]
     empty = [split for split in wanted if not counts[split]]
     if empty:
+        first = f"; the first is {source.trials[0].name}" if source.trials else ""
         raise UserError(
-            f"the {empty[0]} split would be empty ({len(splits)} trials: "
+            f"the {empty[0]} split would be empty ({len(splits)} trials{first}: "
             f"{', '.join(f'{split} {counts[split]}' for split in SPLITS)}): give it a larger share "
             "with --split, cut shorter windows with --window, or bring more data"
         )

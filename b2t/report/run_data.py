@@ -12,6 +12,7 @@ import yaml
 
 from b2t.errors import UserError
 from b2t.records import read_jsonl
+from b2t.report.sound import is_number, sound_evaluation, sound_traces
 
 _PATIENCE_S = 300.0
 """Shortest silence that is worth a remark: validation and decoding write nothing meanwhile."""
@@ -83,7 +84,7 @@ class RunData:
         if not isinstance(phases, list):
             return None
         steps = [phase.get("steps", 0) for phase in phases if isinstance(phase, dict)]
-        return sum(steps) or None
+        return sum(filter(is_number, steps)) or None
 
     @property
     def simulated(self) -> bool:
@@ -120,7 +121,9 @@ class RunData:
         found: dict[str, Any] = {}
         for record in self.steps:
             found.update({k: v for k, v in record.items() if k not in _HEAD and is_number(v)})
-            found.update({k: float("nan") for k in record.get("non_finite") or []})
+            lost = record.get("non_finite")
+            names_lost = lost if isinstance(lost, list) else []
+            found.update({name: float("nan") for name in names_lost if isinstance(name, str)})
         if found.get("loss/reconstruction") and "loss/commitment" in found:
             ratio = found["loss/commitment"] / found["loss/reconstruction"]
             found.setdefault("loss/vq_ratio", ratio)
@@ -159,12 +162,14 @@ def load_run(folder: str | Path) -> RunData:
         )
     run = RunData(folder)
     _read_metrics(run)
-    run.config = _mapping(_read(run, "config.yaml", yaml.safe_load))
-    run.evaluation = _mapping(_read(run, "evaluation.json", json.loads))
+    run.config = _config(run, _mapping(_read(run, "config.yaml", yaml.safe_load)))
+    run.evaluation, lost = sound_evaluation(_mapping(_read(run, "evaluation.json", json.loads)))
+    run.problems += lost
     run.model = _mapping(_read(run, "checkpoints/best/config.json", json.loads))
     run.environment = _mapping(_read(run, "environment.json", json.loads))
     run.status = _mapping(_read(run, "status.json", json.loads))
-    run.traces = _mapping(_read(run, "reconstruction.json", json.loads))
+    run.traces, lost = sound_traces(_mapping(_read(run, "reconstruction.json", json.loads)))
+    run.problems += lost
     run.usage = _table(_mapping(_read(run, "codebook_usage.json", json.loads)).get("counts"))
     written = [folder / name for name in ("metrics.jsonl", "config.yaml")]
     newest = next(path for path in written if path.exists())
@@ -174,11 +179,6 @@ def load_run(folder: str | Path) -> RunData:
     if predictions.malformed:
         run.problems.append(_malformed("predictions.jsonl", predictions.malformed))
     return run
-
-
-def is_number(value: Any) -> bool:
-    """Whether a JSON value is a number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _read_metrics(run: RunData) -> None:
@@ -205,10 +205,18 @@ def _read(run: RunData, name: str, parse: Any) -> Any:
         return None
     try:
         return parse(path.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).strip().split("\n")[0]
         run.problems.append(f"{name} cannot be read ({reason})")
         return None
+
+
+def _config(run: RunData, config: dict[str, Any]) -> dict[str, Any]:
+    phases = config.get("phases", [])
+    if isinstance(phases, list) and all(isinstance(phase, dict) for phase in phases):
+        return config
+    run.problems.append("config.yaml: phases is left out, as it is no list of phases")
+    return {key: value for key, value in config.items() if key != "phases"}
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -315,6 +315,46 @@ def test_a_damaged_arrow_file(prepared):
     assert f"{prepared} cannot be read" in message(prepared)
 
 
+def test_offsets_beyond_an_arrow_file_are_refused(prepared):
+    file = next((prepared / "val").glob("*.arrow"))
+    content = file.read_bytes()
+    # Offsets of the rows' bins: sentences of 20, 23, 20 and 23 bins one after another.
+    offsets = np.int32([0, 20, 43, 63, 86]).tobytes()
+    assert content.count(offsets) == 1
+    file.unlink()
+    file.write_bytes(content.replace(offsets, np.int32([0, 20, 43, 10**6, 86]).tobytes()))
+    assert f"{prepared}, val: its Arrow data are damaged" in message(prepared, "val")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "expected"),
+    [
+        ("text", 5, "text"),
+        ("session", 1.5, "text"),
+        ("block", "one", "whole numbers"),
+        ("phonemes", ["AA"], "lists of whole numbers"),
+        ("sampling_rate", "fast", "numbers"),
+    ],
+)
+def test_columns_of_another_type_are_refused(tmp_path, column, value, expected):
+    found = message(parquet(tmp_path / "p", [row(0, **{column: value})]))
+    assert f"train: column {column} holds" in found and f"expected {expected}" in found
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, np.nan, np.inf, None])
+def test_sampling_rates_that_cannot_be(tmp_path, rate):
+    rows = [moving(index, sampling_rate=rate, split="train") for index in range(2)]
+    assert "sampling_rate is" in message(saved(tmp_path / "data", rows))
+
+
+def test_parquet_written_again_is_read_again(tmp_path):
+    rows = [moving(index, split="train") for index in range(5)]
+    pattern = parquet(tmp_path / "p", rows[:2], "train-0.parquet")
+    assert dataset_info(pattern).splits == {"train": 2}
+    parquet(tmp_path / "p", rows, "train-0.parquet")
+    assert dataset_info(pattern).splits == {"train": 5}
+
+
 OFFLINE = """
 import socket, sys
 def refused(*args, **kwargs):

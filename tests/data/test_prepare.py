@@ -275,7 +275,7 @@ def test_an_existing_folder_is_not_lost(tmp_path):
 
 
 def test_an_empty_split_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"val split would be empty.*3 trials"):
+    with pytest.raises(UserError, match=r"val split would be empty.*3 trials; the first is"):
         prepare(Memory(3), tmp_path / "out", PrepareOptions())
     prepare(Memory(3), tmp_path / "out", PrepareOptions(fractions=(1.0, 0.0, 0.0)))
 

@@ -140,6 +140,19 @@ def test_a_group_whose_bytes_are_gone_is_named(t15_release):
         detect(file)
 
 
+def test_a_heap_that_libhdf5_would_walk_for_ever_is_refused(t15_release):
+    folder, _ = t15_release(8)
+    file = folder / "hdf5_data_final" / "t15.2023.08.11" / "data_train.hdf5"
+    content = bytearray(file.read_bytes())
+    heap = content.index(b"GCOL")
+    content[heap + 16 : heap + 96] = bytes(80)
+    file.write_bytes(content)
+    with pytest.raises(
+        UserError, match=rf"{file} cannot be read as HDF5 \(its heap at byte {heap}"
+    ):
+        detect(file)
+
+
 def test_a_header_that_claims_too_much_is_refused_before_memory_is_taken(t15_release, t15_trial):
     folder, _ = t15_release(8)
     file = folder / "hdf5_data_final" / "t15.2023.08.11" / "data_train.hdf5"

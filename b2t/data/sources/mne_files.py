@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from b2t.data.remarks import Remarks
+from b2t.data.sources import fif_check, mat_check
 from b2t.data.sources.base import SourceOptions, TrialInfo, require_rate, resampled
 from b2t.data.sources.cutting import annotated, require_sensible, windows
 from b2t.errors import UserError
@@ -26,8 +27,6 @@ EXTENSIONS = (".fif", ".fif.gz", ".edf", ".bdf", ".set")
 EVENT_COLUMN = "event"
 _HARMLESS = ("naming conventions", "head radius")
 """Parts of MNE's warnings that say nothing about the signals."""
-_DAMAGE = ("Invalid tag",)
-"""Parts of MNE's warnings that only a damaged file brings; what follows would be left out."""
 _PLAUSIBLE = {
     "eeg": ("V", 1e-8, 1e-2),
     "seeg": ("V", 1e-8, 1e-1),
@@ -242,6 +241,7 @@ def _read(file: Path, remarks: Remarks) -> tuple[Any, type]:
 
     name = file.name.lower()
     if name.endswith((".fif", ".fif.gz")):
+        fif_check.require_sound(file)
         content = mne.what(file)
         if content == "epochs":
             return _good_epochs(mne.read_epochs(file, preload=False), file, remarks), _Epochs
@@ -249,6 +249,8 @@ def _read(file: Path, remarks: Remarks) -> tuple[Any, type]:
             raise ValueError("it holds no recording that MNE knows")
         if content != "raw":
             raise UserError(f"{file} holds MNE {content}, where raw data or epochs are expected")
+    if name.endswith(".set"):
+        mat_check.require_sound(file)
     if name.endswith(".set") and _eeglab_epochs(file):
         return mne.io.read_epochs_eeglab(file), _Epochs
     return mne.io.read_raw(file, preload=False), _Continuous
@@ -414,8 +416,6 @@ def _listening(file: Path, remarks: Remarks) -> Iterator[None]:
     kinds = (RuntimeWarning, UserWarning)
     said += [str(warning.message) for warning in caught if issubclass(warning.category, kinds)]
     for text in said:
-        if any(damage in text for damage in _DAMAGE):
-            raise UserError(f"{file} is cut short or damaged ({text[:200]}): copy it again")
         if not any(harmless in text for harmless in _HARMLESS):
             text = " ".join(text.replace(str(file), file.name).split())
             remarks.add(f"MNE warns: {text[:300]}", str(file), "file")

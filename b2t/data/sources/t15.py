@@ -23,6 +23,7 @@ from b2t.data.sources.base import (
     require_rate,
     resampled,
 )
+from b2t.data.sources.hdf5_check import require_sound_heaps
 from b2t.errors import UserError
 
 NAME = "t15"
@@ -73,6 +74,7 @@ class T15Source:
         self._name_unread(path, files)
         for file in tqdm(files, desc="reading labels", unit="file", disable=None):
             with _reading(f"{file}"):
+                require_sound_heaps(file)
                 self._list(file, widths)
         self.remarks.say()
         if not self.trials:
