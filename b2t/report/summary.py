@@ -142,12 +142,13 @@ def write_report(folders: Sequence[str | Path], out: Path | None = None) -> Path
     sizing = fit_sizing(points.points)
     if sizing is not None:
         plots.append(sizing_plot(sizing))
-    for stale in out.glob("*.png"):
-        stale.unlink()
-    for plot in plots:
-        (out / f"{plot.name}.png").write_bytes(plot.png)
+    names = [f"{plot.name}.png" for plot in plots]
+    for stale in set(_figures_of_earlier(out)) - set(names):
+        (out / stale).unlink(missing_ok=True)
+    for name, plot in zip(names, plots, strict=True):
+        (out / name).write_bytes(plot.png)
     write_atomically(out / HTML, _page(runs, summaries, plots, sizing, points))
-    write_atomically(out / JSON, _json(runs, summaries, sizing))
+    write_atomically(out / JSON, _json(runs, summaries, sizing, names))
     return out / HTML
 
 
@@ -231,8 +232,25 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _json(runs: Sequence[RunData], summaries: Sequence[RunSummary], sizing: Sizing | None) -> str:
+def _figures_of_earlier(out: Path) -> list[str]:
+    """Return the PNGs that a report of before says it wrote; others in the folder are not ours."""
+    try:
+        record = json.loads((out / JSON).read_text("utf-8"))
+        figures = record["figures"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    plain = [name for name in figures if isinstance(name, str)] if isinstance(figures, list) else []
+    return [name for name in plain if name.endswith(".png") and name == Path(name).name]
+
+
+def _json(
+    runs: Sequence[RunData],
+    summaries: Sequence[RunSummary],
+    sizing: Sizing | None,
+    figures: Sequence[str],
+) -> str:
     record = {
+        "figures": list(figures),
         "runs": [
             {**asdict(summary), "latest": run.latest(), "evaluation": run.evaluation}
             for run, summary in zip(runs, summaries, strict=True)
