@@ -101,7 +101,8 @@ def test_two_ranks_then_one_then_two_then_four(tiny_trials, tmp_path, ds_path):
     assert all(ours[step] == theirs[step] for step in range(1, 4)), "until the first change"
     assert ours == pytest.approx(theirs, rel=2e-4), "and within rounding after it"
     last = weights(changing, 13), weights(whole, 13)
-    for name in last[0]:
+    # A key's bias has no gradient but rounding, which Adam makes as large as any other.
+    for name in (n for n in last[0] if not n.endswith("k_proj.bias")):
         torch.testing.assert_close(last[0][name], last[1][name], rtol=1e-3, atol=1e-4, msg=name)
 
 
