@@ -11,13 +11,16 @@ _HEADS = {
 """Components that one loss alone reaches."""
 
 
-def trained_components(phases: Sequence[Any], phase: int, phase_step: int) -> list[str]:
+def trained_components(
+    phases: Sequence[Any], phase: int, phase_step: int, before: Sequence[str] = ()
+) -> list[str]:
     """Return the components that at least one applied step has trained, sorted.
 
     Args:
         phases: those of the configuration, in order.
         phase: number of the phase that the run is in, from 0; those before it are done.
         phase_step: applied steps in it.
+        before: components that were trained when the run began.
     """
     done = [*phases[:phase], *(phases[phase : phase + 1] if phase_step else ())]
     return sorted(
@@ -27,4 +30,5 @@ def trained_components(phases: Sequence[Any], phase: int, phase_step: int) -> li
             for name in one.trainable
             if name not in _HEADS or getattr(one.losses, _HEADS[name]) > 0
         }
+        | {*before}
     )

@@ -170,6 +170,8 @@ class CheckpointingConfig(Options):
 class ModelConfig(Options):
     """The sections of `BrainToText`."""
 
+    init_from: str | None = None
+    """Run folder or saved model to start from; what does not fit starts anew and is listed."""
     adapter: AdapterConfig = AdapterConfig()
     """Per-session affine map."""
     encoder: EncoderConfig = EncoderConfig()

@@ -114,7 +114,9 @@ def load_training_checkpoint(folder: Path, best: Path) -> Any:
     progress, config = state["progress"], state.get("config")
     if config is not None:
         phases = Config.model_validate(config).phases
-        model.config.trained = trained_components(phases, progress["phase"], progress["phase_step"])
+        model.config.trained = trained_components(
+            phases, progress["phase"], progress["phase_step"], model.config.started_with
+        )
     return model.eval()
 
 

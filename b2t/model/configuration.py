@@ -70,6 +70,7 @@ class BrainToTextConfig(PretrainedConfig):
         data: of the training: `fingerprint` of the dataset, `train_split`, and `validation_split`,
             which chose the model. None where it is not known.
         trained: names of the components that have been trained; None where it is not known.
+        started_with: those that came trained from another model (`model.init_from`).
 
     Raises:
         ValueError: an unknown key in a section.
@@ -96,6 +97,7 @@ class BrainToTextConfig(PretrainedConfig):
         signal: dict[str, Any] | None = None,
         data: dict[str, str] | None = None,
         trained: list[str] | None = None,
+        started_with: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         # Defines the class that AutoModel then knows.
@@ -113,6 +115,7 @@ class BrainToTextConfig(PretrainedConfig):
         self.simulated_data = simulated_data
         self.data = data
         self.trained = trained
+        self.started_with = list(started_with or [])
         self.signal = None if signal is None else _section("signal", signal)
         super().__init__(
             bos_token_id=bos_token_id,

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -268,7 +269,7 @@ def _build(config: PretrainedConfig, checkpoint: str | None) -> PreTrainedModel:
         return AutoModelForSeq2SeqLM.from_pretrained(
             str(path) if path.is_dir() else checkpoint, config=config, dtype=torch.float32
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"text_decoder.checkpoint={checkpoint}: its weights could not be read ({reason}); "

@@ -17,6 +17,7 @@ from b2t.log import logger
 from b2t.model.brain_to_text import BrainToText
 from b2t.model.configuration import BrainToTextConfig
 from b2t.model.tokenizer import build_tokenizer
+from b2t.train.started import take_start
 
 
 @dataclass
@@ -64,6 +65,7 @@ def build(config: Config) -> Materials:
     # Weights are made on every rank from the same seed.
     torch.manual_seed(config.run.seed)
     model = BrainToText(model_config(config, info, tokenizer, typical_rms(train)))
+    take_start(config, model)
     if model.quantizer is not None:
         model.quantizer.reminders.start_follows = True  # codebook_start.after_steps
     if model.generation_config is not None:

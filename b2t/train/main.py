@@ -277,6 +277,8 @@ def prepare_run(trainer: Any, resume: str) -> bool:
     Raises:
         UserError: the folder holds another run.
     """
+    from b2t.train.started import keep_start
+
     config, ranks = trainer.config, trainer.ranks
     folder = config.run.dir
     if ranks.is_main:
@@ -306,6 +308,7 @@ def prepare_run(trainer: Any, resume: str) -> bool:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / "config.yaml", config.to_yaml())
+            keep_start(config, trainer.model)
             trainer.store.folder.mkdir(exist_ok=True)
         except OSError as problem:
             error = f"run.dir={folder}: cannot be written ({problem}); choose another run.dir"

@@ -567,7 +567,10 @@ class Trainer:
         masters = {**self.engine.collect_masters(), **self.averages}
         progress = self.progress
         self.model.config.trained = trained_components(
-            self.config.phases, progress.phase, progress.phase_step
+            self.config.phases,
+            progress.phase,
+            progress.phase_step,
+            self.model.config.started_with,
         )
         if self.ranks.is_main:
             folder = self.store.folder / BEST

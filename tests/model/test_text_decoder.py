@@ -171,6 +171,11 @@ def test_unusable_checkpoints_and_configs_say_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="nosuch"):
         config_from_mapping({"model_type": "nosuch"}, **IDS)
     save_bart(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    for damaged in (weights[: len(weights) // 2], weights[:5], b""):
+        (tmp_path / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(UserError, match="weights could not be read"):
+            TextDecoder(8, config_from_checkpoint(str(tmp_path)), str(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="weights could not be read"):
         TextDecoder(8, config_from_checkpoint(str(tmp_path)), str(tmp_path))
