@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,10 +49,30 @@ def main() -> None:
     (args.out / "deepspeed.json").write_text(json.dumps(engine))
     results = []
     for number, setting in enumerate(args.settings):
-        results.append(compare_one(args, setting, args.out / f"{number}"))
+        results.append(known_or_new(args, setting, args.out / f"{number}"))
     record = {"arguments": {k: str(v) for k, v in vars(args).items()}, "results": results}
     (args.out / "comparison.json").write_text(json.dumps(record, indent=1))
     print_table(results, args.out)
+
+
+def known_or_new(args: argparse.Namespace, setting: str, folder: Path) -> dict:
+    """Compare a setting, unless an earlier call of the same arguments has."""
+    path = folder / "result.json"
+    asked = {
+        "dataset": args.dataset,
+        "setting": setting,
+        **{name: getattr(args, name) for name in ("minutes", "batch", "seed", "order")},
+    }
+    if path.is_file():
+        record = json.loads(path.read_text())
+        if record["asked"] == asked:
+            print(f"{folder}: known from an earlier call")
+            return record["result"]
+    if folder.exists():
+        shutil.rmtree(folder)  # an unfinished comparison: its run would go on, untimed
+    result = compare_one(args, setting, folder)
+    path.write_text(json.dumps({"asked": asked, "result": result}, indent=1))
+    return result
 
 
 def compare_one(args: argparse.Namespace, setting: str, folder: Path) -> dict:
@@ -104,7 +125,8 @@ def train(
     every = steps + 1 if timing else max(1, steps // 8)
     scaled += [f"evaluation.every={every}", f"checkpoint.every={max(every, steps // 2)}"]
     scaled += [f"log.every={max(1, steps // 50)}", "evaluation.decode_trials=0"]
-    scaled.append(f"codebook_start.after_steps={2 if timing else round(0.15 * steps)}")
+    started = min(2, steps - 1) if timing else round(0.15 * steps)
+    scaled.append(f"codebook_start.after_steps={started}")
     if timing:
         scaled.append("evaluation.max_trials=4")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
