@@ -144,6 +144,13 @@ class TextDecoderConfig(Options):
     """Tokens of a model trained from scratch; a checkpoint brings its own."""
     bpe_vocab_size: Annotated[int, Field(ge=260)] = 2000
     """Tokens of the BPE tokenizer, learnt on the training texts."""
+    memory: Literal["latents", "phonemes"] = "latents"
+    """What it reads: the quantized latents, or the phonemes that the phoneme head hears in them.
+    Phonemes are fewer than frames, and can be learnt to be spelt from text alone (`text_from`)."""
+    memory_depth: Annotated[int, Field(ge=0)] = 2
+    """Transformer layers over the phonemes, as wide as the decoder."""
+    phoneme_errors: Rate = 0.1
+    """Errors per phoneme that training adds, half of them mixtures, the others gaps and extras."""
     dim: PositiveInt = 512
     """Width of the small decoder."""
     depth: PositiveInt = 6

@@ -64,6 +64,9 @@ class PhaseConfig(Options):
     """Components that train; the others are frozen, exactly, and have no optimizer state."""
     losses: LossWeights = LossWeights()
     """Weights of the total loss."""
+    text_from: Literal["signals", "labels"] = "signals"
+    """What text is learnt from with `text_decoder.memory: phonemes`: the phonemes heard in signals,
+    or those of the labels. Where text is all that is learnt, no signal is encoded then."""
     lr: Positive = 3e-4
     """Peak learning rate."""
     lr_scale: dict[Component, NonNegative] = Field(default={})

@@ -6,9 +6,15 @@ from transformers import PretrainedConfig
 
 from b2t.errors import UserError
 from b2t.model.configuration import BrainToTextConfig
+from b2t.model.phoneme_memory import PhonemeMemory
 from b2t.model.session_adapter import SessionAdapter
 from b2t.model.signal_decoder import SignalDecoder
-from b2t.model.text_decoder import config_from_checkpoint, config_from_mapping, small_config
+from b2t.model.text_decoder import (
+    TextDecoder,
+    config_from_checkpoint,
+    config_from_mapping,
+    small_config,
+)
 from b2t.quantize import ResidualVQ
 
 
@@ -42,6 +48,30 @@ def build_signal_decoder(config: BrainToTextConfig) -> SignalDecoder:
         encoder["patch_stride"],
         **config.signal_decoder,
     )
+
+
+def build_text_decoder(
+    config: BrainToTextConfig, resolved: PretrainedConfig, checkpoint: str | None
+) -> TextDecoder:
+    """Build the text decoder and what it reads with.
+
+    Raises:
+        UserError: it is to read phonemes, and the model has no phoneme head.
+    """
+    section, dim = config.text_decoder, config.encoder["dim"]
+    if section["memory"] != "phonemes":
+        return TextDecoder(dim, resolved, checkpoint, section["max_tokens"])
+    if not config.phoneme_head["enabled"]:
+        raise UserError(
+            "text_decoder.memory=phonemes, but this model has no phoneme head: it needs "
+            "phoneme_head.enabled and phonemes in the data; memory=latents does without"
+        )
+    width = section["dim"]
+    memory = PhonemeMemory(
+        width, section["memory_depth"], section["heads"], section["dropout"],
+        section["phoneme_errors"],
+    )  # fmt: skip
+    return TextDecoder(width, resolved, checkpoint, section["max_tokens"], memory)
 
 
 def resolve_text_decoder(config: BrainToTextConfig) -> PretrainedConfig:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, GenerationConfig
 
-from b2t.errors import UserError
 from b2t.model import losses as sums
 from b2t.model.assembly import (
     build_adapter,
     build_quantizer,
     build_signal_decoder,
+    build_text_decoder,
     resolve_text_decoder,
     without,
 )
@@ -23,7 +23,7 @@ from b2t.model.inference import Inference
 from b2t.model.outputs import BrainToTextOutput, Encoded
 from b2t.model.phoneme_head import PhonemeHead
 from b2t.model.pretrained import Pretrained
-from b2t.model.text_decoder import TextDecoder
+from b2t.model.text_side import TextSide
 from b2t.quantize import SoftUsage
 from b2t.quantize.frame_hash import frame_ids
 
@@ -52,10 +52,8 @@ DEFAULT_WEIGHTS: Mapping[str, float] = {
 }
 """Weights of the total loss where a call brings none."""
 
-Number = Tensor | float
 
-
-class BrainToText(Inference, Pretrained):
+class BrainToText(Inference, TextSide, Pretrained):
     """Brain signals to discrete codes, and codes to signal, phonemes and text.
 
     Attributes:
@@ -91,9 +89,7 @@ class BrainToText(Inference, Pretrained):
         head = without(config.phoneme_head, "enabled")
         self.phoneme_head = PhonemeHead(dim, **head) if config.phoneme_head["enabled"] else None
         self.text_decoder = (
-            TextDecoder(dim, text_config, checkpoint, config.text_decoder["max_tokens"])
-            if text_config is not None
-            else None
+            None if text_config is None else build_text_decoder(config, text_config, checkpoint)
         )
         self.generation_config = _decoding(config) if self.text_decoder is not None else None
         self.post_init()
@@ -156,7 +152,7 @@ class BrainToText(Inference, Pretrained):
         signal_mask: Tensor | None = None,
         session: Tensor | None = None,
         *,
-        frames: Number | None = None,
+        frames: sums.Number | None = None,
         losses: Collection[str] = (),
         usage: SoftUsage | None = None,
         micro_batches: int = 1,
@@ -192,11 +188,12 @@ class BrainToText(Inference, Pretrained):
     def forward(
         self,
         batch: "Batch",
-        counts: Mapping[str, Number] | None = None,
+        counts: Mapping[str, sums.Number] | None = None,
         weights: Mapping[str, float] | None = None,
         *,
         usage: SoftUsage | None = None,
         micro_batches: int = 1,
+        text_from_labels: bool = False,
     ) -> BrainToTextOutput:
         """Compute the losses of a batch.
 
@@ -210,6 +207,8 @@ class BrainToText(Inference, Pretrained):
                 quantizer's gradient rule brings a loss `codebook`, of weight 1 unless named.
             usage: soft usage of the whole step, see `ResidualVQ.soft_usage`.
             micro_batches: forwards of this step on each rank; needed with `usage`.
+            text_from_labels: a text decoder that reads phonemes reads those of the labels; signals
+                are not encoded where text is all that is learnt.
 
         Raises:
             UserError: a text longer than the text decoder allows.
@@ -217,6 +216,9 @@ class BrainToText(Inference, Pretrained):
         """
         weights = self._active_weights(weights)
         counts = self.counts(batch) if counts is None else counts
+        reads_labels = text_from_labels and self.reads_phonemes
+        if reads_labels and set(weights) == {"generation"}:
+            return self._spell(batch, counts, weights)
         encoded = self.encode_batch(
             batch.signal,
             batch.signal_mask,
@@ -231,15 +233,16 @@ class BrainToText(Inference, Pretrained):
         losses, metrics = {}, {"frames": encoded.frame_mask.sum()}
         if "reconstruction" in weights:
             reconstruction, total, found = self._reconstruct(batch, encoded)
-            losses["reconstruction"] = _normalise(total, counts["bins"])
+            losses["reconstruction"] = sums.normalise(total, counts["bins"])
             metrics |= found
         if "phoneme" in weights:
             phoneme_logits, total, found = self._classify_phonemes(batch, encoded)
-            losses["phoneme"] = _normalise(total, counts["phonemes"])
+            losses["phoneme"] = sums.normalise(total, counts["phonemes"])
             metrics |= found
         if "generation" in weights:
-            text_logits, total, found = self._predict_text(batch, encoded)
-            losses["generation"] = _normalise(total, counts["tokens"])
+            memory = self.text_memory(encoded, batch if reads_labels else None)
+            text_logits, total, found = self._predict_text(batch, *memory)
+            losses["generation"] = sums.normalise(total, counts["tokens"])
             metrics |= found
         losses |= encoded.losses
         zero = torch.zeros((), device=batch.signal.device)
@@ -298,32 +301,6 @@ class BrainToText(Inference, Pretrained):
         found = sums.phoneme_sums(logits, encoded.frame_mask, batch.phonemes, batch.phoneme_lengths)
         metrics = {"phoneme_rows": found.rows, "phoneme_rows_too_short": found.too_short}
         return logits, found.negative_log_likelihood, metrics
-
-    def _predict_text(
-        self, batch: "Batch", encoded: Encoded
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        assert self.text_decoder is not None
-        tokens = self._checked_tokens(batch)
-        logits = self.text_decoder(encoded.quantized, encoded.frame_mask, tokens)
-        found = sums.token_sums(logits, tokens)
-        metrics = {"tokens": (tokens != sums.IGNORE).sum(), "tokens_correct": found.correct}
-        return logits, found.cross_entropy, metrics
-
-    def _checked_tokens(self, batch: "Batch") -> Tensor:
-        tokens = batch.tokens
-        limit = self.config.text_decoder["max_tokens"]
-        if tokens.shape[1] > limit:
-            lengths = (tokens != sums.IGNORE).sum(1).tolist()
-            longest = max(range(len(lengths)), key=lengths.__getitem__)
-            if lengths[longest] > limit:
-                raise UserError(
-                    f"{batch.rows[longest]}: its text has {lengths[longest]} tokens, the text "
-                    f"decoder takes {limit}; raise data.max_text_tokens or drop the trial"
-                )
-            tokens = tokens[:, :limit]
-        if tokens.shape[1] == 0:
-            return tokens.new_full((tokens.shape[0], 1), sums.IGNORE)
-        return tokens
 
     def freeze(self, components: Iterable[str] = ()) -> None:
         """Freeze exactly these components and train all others.
@@ -397,10 +374,3 @@ def _decoding(config: BrainToTextConfig) -> GenerationConfig:
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
     )
-
-
-def _normalise(total: Tensor, count: Number) -> Tensor:
-    """Divide a sum by a count; nothing to count gives a zero that still has its graph."""
-    if isinstance(count, Tensor):
-        return total / count.to(total.device, torch.float32).clamp(min=1e-6)
-    return total / max(float(count), 1e-6)

@@ -36,6 +36,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "ffn_dim": 2048,
         "dropout": 0.1,
         "max_tokens": 128,
+        "memory": "latents",
+        "memory_depth": 2,
+        "phoneme_errors": 0.1,
     },
 }
 
@@ -56,7 +59,8 @@ class BrainToTextConfig(PretrainedConfig):
         phoneme_head: `enabled`, `dropout`.
         text_decoder: `enabled`, `checkpoint` (whose weights a new model starts from), `config` (a
             transformers config as a mapping), or `dim`, `depth`, `heads`, `ffn_dim`, `dropout` of a
-            small one; `max_tokens`. A saved model keeps the resolved `config`, and where its
+            small one; `max_tokens`; `memory` (`latents` or `phonemes`), `memory_depth` and
+            `phoneme_errors` of the second. A saved model keeps the resolved `config`, and where its
             weights came from in `initialized_from`.
         vocab_size: tokens V of the tokenizer.
         bos_token_id: begins a text, where the tokenizer has one.

@@ -124,7 +124,7 @@ class Inference:
                 kwargs.setdefault(name, value)
         with _inference(model):
             encoded = model.encode_batch(*inputs)
-            return model.text_decoder.generate(encoded.quantized, encoded.frame_mask, **kwargs)
+            return model.text_decoder.generate(*model.text_memory(encoded), **kwargs)
 
     def transcribe(
         self,

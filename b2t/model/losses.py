@@ -13,6 +13,8 @@ from torch.nn import functional as F
 IGNORE = -100
 """Label of a position that is no token."""
 
+Number = Tensor | float
+
 
 class ReconstructionSums(NamedTuple):
     """Sums over the real bins and all channels; SNR in dB is 10·log10(power / squared_error)."""
@@ -120,3 +122,10 @@ def phoneme_sums(
     )
     total = torch.where(used, nll, 0.0).sum()
     return PhonemeSums(total, used.sum(), too_short.sum())
+
+
+def normalise(total: Tensor, count: Number) -> Tensor:
+    """Divide a sum by a count; nothing to count gives a zero that still has its graph."""
+    if isinstance(count, Tensor):
+        return total / count.to(total.device, torch.float32).clamp(min=1e-6)
+    return total / max(float(count), 1e-6)

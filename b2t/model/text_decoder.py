@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 from b2t.errors import UserError
 from b2t.log import log_once
 from b2t.model.losses import IGNORE
+from b2t.model.phoneme_memory import PhonemeMemory
 from b2t.model.transformer import attention_mask
 
 _T5_FAMILY = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
@@ -149,10 +150,11 @@ class TextDecoder(nn.Module):
     without them cross-attention could not tell early frames from late ones.
 
     Args:
-        latent_dim: D.
+        latent_dim: D, or the width of `phonemes`.
         config: config of the sequence-to-sequence model.
         checkpoint: folder or Hub id whose weights it starts from; None starts at random.
         max_tokens: tokens generated at most, end token included.
+        phonemes: makes what the decoder attends to of phonemes; None: it attends to latents.
 
     Raises:
         UserError: the checkpoint's weights cannot be read.
@@ -164,8 +166,10 @@ class TextDecoder(nn.Module):
         config: PretrainedConfig,
         checkpoint: str | None = None,
         max_tokens: int = 128,
+        phonemes: PhonemeMemory | None = None,
     ) -> None:
         super().__init__()
+        self.phonemes = phonemes
         self.seq2seq = _build(config, checkpoint)
         self.seq2seq.set_encoder(_DroppedEncoder(self.seq2seq.get_encoder()))
         self.max_tokens = max_tokens

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from b2t.config import Config, PhaseConfig
 from b2t.data.batches import Batch, TrialRows, collate
 from b2t.model.brain_to_text import BrainToText
+from b2t.model.outputs import Encoded
 from b2t.train.build import Materials
 
 
@@ -52,7 +53,8 @@ def forward_flops(model: BrainToText, batch: Batch) -> dict[str, float]:
     if head is not None:
         runs["phoneme_head"] = lambda: head(latents)
     if decoder is not None and batch.tokens.shape[1]:
-        runs["text_decoder"] = lambda: decoder(latents, mask, batch.tokens)
+        read = Encoded(latents, latents, None, mask, {}, None)
+        runs["text_decoder"] = lambda: decoder(*model.text_memory(read), batch.tokens)
     found = {}
     for name, run in runs.items():
         # The counter does not know the fused attention of CPUs; as matrix products it does.

@@ -62,6 +62,11 @@ def check_losses(config: Config, model: Any) -> None:
         UserError: names the phase, its losses and what it trains.
     """
     for number, phase in enumerate(config.phases):
+        if phase.text_from == "labels" and not model.reads_phonemes:
+            raise UserError(
+                f"phases.{number}.text_from=labels: this model's text decoder reads latents, which "
+                "labels have none of; set model.text_decoder.memory=phonemes"
+            )
         asked = [name for name, weight in phase.losses.model_dump().items() if weight > 0]
         found = {_REACHES[name] for name in asked if getattr(model, _REACHES[name]) is not None}
         trained = [name for name in phase.trainable if getattr(model, name) is not None]

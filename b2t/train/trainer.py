@@ -263,6 +263,7 @@ class Trainer:
             weights=weights,
             usage=usage,
             micro_batches=len(batches),
+            text_from_labels=self.phase.text_from == "labels",
         )
         stats: Any = None
         for number, batch in enumerate(batches):

@@ -1,0 +1,92 @@
+"""What the text decoder reads and learns: latents, or phonemes heard in signals or in labels."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from b2t.errors import UserError
+from b2t.model import losses as sums
+from b2t.model.outputs import BrainToTextOutput, Encoded
+from b2t.model.phoneme_memory import labelled_phonemes, soft_phonemes
+
+if TYPE_CHECKING:
+    from b2t.data.batches import Batch
+
+
+class TextSide:
+    """The half of `BrainToText` that writes text."""
+
+    text_decoder: Any
+    phoneme_head: Any
+    config: Any
+    frame_mask: Any
+
+    @property
+    def reads_phonemes(self) -> bool:
+        """Whether the text decoder reads phonemes instead of latents."""
+        return self.text_decoder is not None and self.text_decoder.phonemes is not None
+
+    def text_memory(
+        self, encoded: Encoded | None, labelled: "Batch | None" = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the text decoder reads: the quantized latents, or the phonemes heard in them.
+
+        Args:
+            encoded: signals; None where ``labelled`` has what is read.
+            labelled: a batch whose phoneme labels are read instead of those heard.
+
+        Returns:
+            [B, N, width] and the mask [B, N].
+        """
+        memory = self.text_decoder.phonemes
+        if memory is None:
+            assert encoded is not None
+            return encoded.quantized, encoded.frame_mask
+        if labelled is not None:
+            return memory(*labelled_phonemes(labelled.phonemes, labelled.phoneme_lengths))
+        assert encoded is not None
+        with torch.no_grad():
+            logits = self.phoneme_head(encoded.quantized)
+        return memory(*soft_phonemes(logits, encoded.frame_mask))
+
+    def _spell(
+        self, batch: "Batch", counts: Mapping[str, sums.Number], weights: Mapping[str, float]
+    ) -> BrainToTextOutput:
+        """Losses of text alone, from the phonemes of the labels."""
+        mask = self.frame_mask(batch.signal_mask)
+        logits, total, found = self._predict_text(batch, *self.text_memory(None, batch))
+        loss = sums.normalise(total, counts["tokens"])
+        return BrainToTextOutput(
+            loss=weights["generation"] * loss,
+            losses={"generation": loss},
+            frame_mask=mask,
+            text_logits=logits,
+            metrics={"frames": mask.sum(), **found},
+        )
+
+    def _predict_text(
+        self, batch: "Batch", memory: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        tokens = self._checked_tokens(batch)
+        logits = self.text_decoder(memory, mask, tokens)
+        found = sums.token_sums(logits, tokens)
+        metrics = {"tokens": (tokens != sums.IGNORE).sum(), "tokens_correct": found.correct}
+        return logits, found.cross_entropy, metrics
+
+    def _checked_tokens(self, batch: "Batch") -> Tensor:
+        tokens = batch.tokens
+        limit = self.config.text_decoder["max_tokens"]
+        if tokens.shape[1] > limit:
+            lengths = (tokens != sums.IGNORE).sum(1).tolist()
+            longest = max(range(len(lengths)), key=lengths.__getitem__)
+            if lengths[longest] > limit:
+                raise UserError(
+                    f"{batch.rows[longest]}: its text has {lengths[longest]} tokens, the text "
+                    f"decoder takes {limit}; raise data.max_text_tokens or drop the trial"
+                )
+            tokens = tokens[:, :limit]
+        if tokens.shape[1] == 0:
+            return tokens.new_full((tokens.shape[0], 1), sums.IGNORE)
+        return tokens
