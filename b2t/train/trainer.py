@@ -33,7 +33,7 @@ from b2t.train.diagnosis import diagnose, not_started_alert, skipped_alert
 from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.engine import PhaseEngine, initial_masters, read_master
 from b2t.train.export import export_model
-from b2t.train.metric_names import DECODED, best_rules
+from b2t.train.metric_names import DECODED, active_losses, best_rules
 from b2t.train.progress import Progress
 from b2t.train.ranks import Ranks
 from b2t.train.signals import StopSignals
@@ -219,7 +219,7 @@ class Trainer:
                 self.plan,
                 self.materials.tokenizer,
                 self.materials.info.sessions,
-                self.materials.augment,
+                self.materials.augment if self._hears() else None,
                 seed=self.config.run.seed,
                 phase=self.progress.phase,
                 epoch=epoch,
@@ -232,6 +232,11 @@ class Trainer:
                 max_tokens=self.config.data.max_text_tokens,
             )
         )
+
+    def _hears(self) -> bool:
+        """Whether this phase encodes signals; one that learns text from labels alone need not."""
+        others = active_losses(self.model, self.phase).keys() - {"generation"}
+        return self.phase.text_from == "signals" or bool(others)
 
     @staticmethod
     def _unpacked(loader: Iterator[tuple[int, int, list[Batch]]]) -> Iterator[list[Batch]]:

@@ -115,9 +115,7 @@ def test_text_depends_on_the_phonemes_heard_alone():
     memory, mask = model.text_decoder.phonemes(
         *soft_phonemes(logits.phoneme_logits, logits.frame_mask)
     )
-    assert torch.equal(
-        model.text_decoder.generate(memory, mask, max_new_tokens=6), expected
-    )
+    assert torch.equal(model.text_decoder.generate(memory, mask, max_new_tokens=6), expected)
     for row in range(3):
         alone = batch_of([40, 33, 20])
         short = [40, 33, 20][row]
