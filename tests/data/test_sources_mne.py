@@ -3,7 +3,6 @@
 import contextlib
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from b2t.data.sources import SourceOptions, detect
 from b2t.data.sources.base import resampled
 from b2t.data.sources.cutting import windows
 from b2t.data.sources.mat_check import require_sound
+from b2t.data.sources.recording import Recording
 from b2t.errors import UserError
 
 mne = pytest.importorskip("mne")
@@ -160,9 +160,9 @@ def test_options_that_make_no_sense(tmp_path, options, message):
 
 
 def test_more_windows_than_can_be_meant_are_refused_at_once():
-    raw = SimpleNamespace(info={"sfreq": 1000.0}, n_times=10**12)
+    recording = Recording(Path("a.fif"), "a", "a", ["Fz"], 1000.0, 10**12, read=lambda *_: None)
     with pytest.raises(UserError, match=r"a\.fif: .*cuts 500000000 windows, more than 1048576"):
-        windows(raw, Path("a.fif"), SourceOptions(window=2.0), Remarks())
+        windows(recording, SourceOptions(window=2.0), Remarks())
 
 
 def said(caplog, path, **options):

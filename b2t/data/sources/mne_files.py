@@ -6,19 +6,22 @@ Epochs are trials as they are, with text from a column of their metadata.
 """
 
 import logging
+import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from b2t.data.remarks import Remarks
 from b2t.data.sources import fif_check, mat_check
-from b2t.data.sources.base import SourceOptions, TrialInfo, require_rate, resampled
+from b2t.data.sources.base import SourceOptions, TrialInfo, require_rate
 from b2t.data.sources.cutting import annotated, require_sensible, windows
+from b2t.data.sources.parts import Part, PartsSource, choose_channels
+from b2t.data.sources.recording import Annotation, CutRecording, Recording, WholeTrials
 from b2t.errors import UserError
 from b2t.log import logger
 
@@ -52,180 +55,90 @@ def open_source(path: Path, files: list[Path], options: SourceOptions) -> "MNESo
     return MNESource(path, files, options)
 
 
-class MNESource:
+class MNESource(PartsSource):
     """Trials of one or several recordings with the same channels, in SI units (V, T)."""
-
-    format = NAME
-    standardized = False
-    unit: str | None = "SI (V, T)"
-    own_splits = False
-    simulated = False
 
     def __init__(self, path: Path, files: list[Path], options: SourceOptions) -> None:
         _require_mne()
         require_sensible(options)
-        self.remarks = Remarks()
-        opened = [_open(file, _session(file, path), options, self.remarks) for file in files]
-        self._parts = _without_continuations(opened)
-        self.trials: list[TrialInfo] = []
-        self._places: list[tuple[_Part, int]] = []
-        for part in self._parts:
-            self._require_agreement(part, options)
-            self.trials.extend(part.trials)
-            self._places.extend((part, index) for index in range(len(part.trials)))
-        _require_distinct_sessions(self._parts, path)
-        self.remarks.say()
-        if not self.trials:
-            raise UserError(f"{path}: no trial: {self._parts[0].nothing()}")
-        self.channels = self._parts[0].channels
-        self.sampling_rate = options.resample or self._parts[0].sampling_rate
+        remarks = Remarks()
+        parts = [_open(file, _session(file, path), options, remarks) for file in files]
+        super().__init__(NAME, path, parts, options, remarks, unit="SI (V, T)")
 
     def read(self, index: int) -> np.ndarray:
         """Return the signal [T, C] of one trial."""
-        part, position = self._places[index]
-        with _listening(part.file, self.remarks):
-            return part.read(position)
+        with _listening(self.file_of(index), self.remarks):
+            return super().read(index)
 
-    def _require_agreement(self, part: "_Part", options: SourceOptions) -> None:
-        first = self._parts[0]
-        if part.channels != first.channels:
+
+def _continuous(
+    raw: Any, picks: list[int], file: Path, session: str, options: SourceOptions, remarks: Remarks
+) -> Part:
+    recording = Recording(
+        file=file,
+        session=session,
+        subject=_subject(raw.info, file, session),
+        channels=[raw.ch_names[pick] for pick in picks],
+        sampling_rate=float(raw.info["sfreq"]),
+        samples=raw.n_times,
+        read=lambda start, stop: raw.get_data(picks, start, stop).T,
+        annotations=list(_annotations(raw)),
+        continued=[Path(name) for name in raw.filenames[1:] if name],
+    )
+    return CutRecording(recording, annotated if options.annotations else windows, options, remarks)
+
+
+def _annotations(raw: Any) -> Iterator[Annotation]:
+    rate = float(raw.info["sfreq"])
+    annotations = raw.annotations
+    # Onsets count from the measurement's date where there is one, samples from the first sample.
+    offset = raw.first_time if annotations.orig_time is not None else 0.0
+    for onset, duration, description in zip(
+        annotations.onset, annotations.duration, annotations.description, strict=True
+    ):
+        if not (math.isfinite(onset) and math.isfinite(duration)):
             raise UserError(
-                f"{first.file} has {_shown(first.channels)} and {part.file} has "
-                f"{_shown(part.channels)}: one dataset needs the same channels in the same order; "
-                "name common ones with --channels A,B,…"
+                f"{raw.filenames[0]}: annotation {description!r} begins at {onset} s and lasts "
+                f"{duration} s, where numbers are expected: remove or repair it"
             )
-        if part.sampling_rate != first.sampling_rate and not options.resample:
-            raise UserError(
-                f"{first.file} is sampled at {first.sampling_rate:g} Hz and {part.file} at "
-                f"{part.sampling_rate:g} Hz: bring them to one rate with --resample HZ"
-            )
+        start = max(0, round((float(onset) - offset) * rate))
+        length = max(1, round(float(duration) * rate)) if duration else 0
+        yield Annotation(start, length, str(description))
 
 
-class _Part(Protocol):
-    """One opened file.
-
-    ``continued`` names the files that it goes on in, where MNE split a long recording.
-    """
-
-    file: Path
-    session: str
-    continued: list[Path]
-    channels: list[str]
-    sampling_rate: float
-    trials: list[TrialInfo]
-
-    def read(self, index: int) -> np.ndarray:
-        """Return the signal [T, C] of one trial."""
-        ...
-
-    def nothing(self) -> str:
-        """Say why there may be no trial."""
-        ...
-
-
-class _Continuous:
-    """A continuous recording cut into stretches, read from disk when asked."""
-
-    def __init__(
-        self,
-        raw: Any,
-        picks: list[int],
-        file: Path,
-        session: str,
-        options: SourceOptions,
-        remarks: Remarks,
-    ) -> None:
-        self.file = file
-        self.session = session
-        self.continued = [Path(name) for name in raw.filenames[1:] if name]
-        self.options = options
-        self.channels = [raw.ch_names[pick] for pick in picks]
-        self.sampling_rate = float(raw.info["sfreq"])
-        self._raw = raw
-        self._picks = picks
-        cut = annotated if options.annotations else windows
-        self._stretches = cut(raw, file, options, remarks)
-        self.trials = [
-            TrialInfo(
-                name=f"{file}, {stretch.start / self.sampling_rate:g} s",
-                session=session,
-                subject=_subject(raw.info, file, session),
-                block=0,
-                trial=index,
-                text=stretch.text,
-                split=stretch.split,
-            )
-            for index, stretch in enumerate(self._stretches)
-        ]
-
-    def read(self, index: int) -> np.ndarray:
-        stretch = self._stretches[index]
-        return resampled(
-            lambda start, stop: self._raw.get_data(self._picks, start, stop).T,
-            stretch.start,
-            stretch.stop,
-            stretch.limits,
-            (self.sampling_rate, self.options.resample or self.sampling_rate),
+def _epochs(
+    epochs: Any,
+    picks: list[int],
+    file: Path,
+    session: str,
+    options: SourceOptions,
+    remarks: Remarks,
+) -> Part:
+    subject = _subject(epochs.info, file, session)
+    trials = [
+        TrialInfo(
+            name=f"{file}, epoch {index}",
+            session=session,
+            subject=subject,
+            block=0,
+            trial=index,
+            text=text,
         )
-
-    def nothing(self) -> str:
-        if self.options.annotations:
-            return f"{self.file} has no annotations; leave out --annotations to cut windows"
-        seconds = self._raw.n_times / self.sampling_rate
-        return (
-            f"{self.file} lasts {seconds:.1f} s, of which the splits take a part each, and a "
-            f"window lasts {self.options.window:g} s; shorten --window"
-        )
-
-
-class _Epochs:
-    """Epochs, each a trial."""
-
-    def __init__(
-        self,
-        epochs: Any,
-        picks: list[int],
-        file: Path,
-        session: str,
-        options: SourceOptions,
-        remarks: Remarks,
-    ) -> None:
-        self.file = file
-        self.session = session
-        self.continued: list[Path] = []
-        self.options = options
-        self.channels = [epochs.ch_names[pick] for pick in picks]
-        self.sampling_rate = float(epochs.info["sfreq"])
-        self._epochs = epochs
-        self._picks = picks
-        texts = _texts(epochs, file, options)
-        self.trials = [
-            TrialInfo(
-                name=f"{file}, epoch {index}",
-                session=session,
-                subject=_subject(epochs.info, file, session),
-                block=0,
-                trial=index,
-                text=text,
-            )
-            for index, text in enumerate(texts)
-        ]
-
-    def read(self, index: int) -> np.ndarray:
-        signal = self._epochs.get_data(self._picks, item=[index], copy=True)[0].T
-        return resampled(
-            lambda start, stop: signal[start:stop],
-            0,
-            len(signal),
-            (0, len(signal)),
-            (self.sampling_rate, self.options.resample or self.sampling_rate),
-        )
-
-    def nothing(self) -> str:
-        return f"{self.file} holds no epoch that is not marked bad"
+        for index, text in enumerate(_texts(epochs, file, options))
+    ]
+    return WholeTrials(
+        file=file,
+        session=session,
+        channels=[epochs.ch_names[pick] for pick in picks],
+        sampling_rate=float(epochs.info["sfreq"]),
+        trials=trials,
+        load=lambda index: epochs.get_data(picks, item=[index], copy=True)[0].T,
+        resample=options.resample,
+        lack=f"{file} holds no epoch that is not marked bad",
+    )
 
 
-def _open(file: Path, session: str, options: SourceOptions, remarks: Remarks) -> _Part:
+def _open(file: Path, session: str, options: SourceOptions, remarks: Remarks) -> Part:
     with _listening(file, remarks):
         recording, kind = _read(file, remarks)
         require_rate(float(recording.info["sfreq"]), options.resample, file)
@@ -236,7 +149,7 @@ def _open(file: Path, session: str, options: SourceOptions, remarks: Remarks) ->
         return part
 
 
-def _read(file: Path, remarks: Remarks) -> tuple[Any, type]:
+def _read(file: Path, remarks: Remarks) -> tuple[Any, Callable[..., Part]]:
     import mne
 
     name = file.name.lower()
@@ -244,7 +157,7 @@ def _read(file: Path, remarks: Remarks) -> tuple[Any, type]:
         fif_check.require_sound(file)
         content = mne.what(file)
         if content == "epochs":
-            return _good_epochs(mne.read_epochs(file, preload=False), file, remarks), _Epochs
+            return _good_epochs(mne.read_epochs(file, preload=False), file, remarks), _epochs
         if content == "unknown":
             raise ValueError("it holds no recording that MNE knows")
         if content != "raw":
@@ -252,8 +165,8 @@ def _read(file: Path, remarks: Remarks) -> tuple[Any, type]:
     if name.endswith(".set"):
         mat_check.require_sound(file)
     if name.endswith(".set") and _eeglab_epochs(file):
-        return mne.io.read_epochs_eeglab(file), _Epochs
-    return mne.io.read_raw(file, preload=False), _Continuous
+        return mne.io.read_epochs_eeglab(file), _epochs
+    return mne.io.read_raw(file, preload=False), _continuous
 
 
 def _good_epochs(epochs: Any, file: Path, remarks: Remarks) -> Any:
@@ -264,7 +177,7 @@ def _good_epochs(epochs: Any, file: Path, remarks: Remarks) -> Any:
     return epochs
 
 
-def _look_at_scale(part: _Part, kinds: list[str], remarks: Remarks) -> None:
+def _look_at_scale(part: Part, kinds: list[str], remarks: Remarks) -> None:
     """Remark on channels that vary by more or less than tissue does, judged by the first trial."""
     deviations = part.read(0).std(axis=0)
     for kind, (unit, low, high) in _PLAUSIBLE.items():
@@ -278,23 +191,6 @@ def _look_at_scale(part: _Part, kinds: list[str], remarks: Remarks) -> None:
                 f"{part.file} ({typical:.0e} {unit})",
                 "file",
             )
-
-
-def _without_continuations(parts: list[_Part]) -> list[_Part]:
-    """Leave out files that MNE reads with the one before, or their trials would come twice."""
-    continued = {file.resolve() for part in parts for file in part.continued}
-    return [part for part in parts if part.file.resolve() not in continued]
-
-
-def _require_distinct_sessions(parts: list[_Part], path: Path) -> None:
-    files: dict[str, Path] = {}
-    for part in parts:
-        if part.session in files:
-            raise UserError(
-                f"{files[part.session]} and {part.file} would both be session {part.session!r}: "
-                "if they are one recording, remove one of them; otherwise rename one"
-            )
-        files[part.session] = part.file
 
 
 def _eeglab_epochs(file: Path) -> bool:
@@ -322,13 +218,7 @@ def _picks(recording: Any, file: Path, options: SourceOptions) -> list[int]:
                 "those to read with --channels A,B,…"
             )
         return picks
-    twice = [name for name in options.channels if options.channels.count(name) > 1]
-    if twice:
-        raise UserError(f"--channels names {twice[0]} more than once: name each channel once")
-    missing = [name for name in options.channels if name not in names]
-    if missing:
-        raise UserError(f"{file} has no channel {', '.join(missing)}: it has {_shown(names)}")
-    return [names.index(name) for name in options.channels]
+    return choose_channels(names, options.channels, file)
 
 
 def _texts(epochs: Any, file: Path, options: SourceOptions) -> list[str | None]:
@@ -369,11 +259,6 @@ def _session(file: Path, root: Path) -> str:
         r"(?:[_-](?:raw|epo|eeg|meg))?\.(?:fif\.gz|fif|edf|bdf|set)$", "", name, flags=re.I
     )
     return name.replace("/", "_").replace("\\", "_")
-
-
-def _shown(channels: Sequence[str]) -> str:
-    names = ", ".join(channels[:8]) + (" …" if len(channels) > 8 else "")
-    return f"{len(channels)} channels ({names})"
 
 
 def _require_mne() -> None:
