@@ -17,6 +17,7 @@ COMMANDS = {
     "decode": "b2t.evaluate.decode_command",
     "lm": "b2t.evaluate.lm_command",
     "tokenize": "b2t.evaluate.tokenize_command",
+    "export": "b2t.evaluate.export_command",
     "report": "b2t.report.report_command",
     "watch": "b2t.report.watch_command",
     "doctor": "b2t.train.doctor_command",
