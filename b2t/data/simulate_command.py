@@ -4,6 +4,7 @@ import argparse
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from b2t.arguments import finite, seed
 from b2t.errors import UserError
@@ -25,9 +26,30 @@ examples:
       as large as the real release
   b2t simulate data/everyday --vocabulary everyday
       sentences as people say them, 450 words, no grammar; --sentences FILE takes yours instead
+  b2t simulate data/hard --setting hard --seed 1
+      the setting of comparisons (docs/RESULTS.md); options beside it change it
   b2t simulate --compare t15.2023.08.13/data_train.hdf5
       firing rates, Fano factor, autocorrelation … of a real recording beside the simulation's
 """
+
+_DEFAULTS: dict[str, Any] = {
+    "trials": (2000, 200, 200),
+    "electrodes": 256,
+    "vocabulary": 50,
+    "tuning": 1.0,
+    "noise": 1.0,
+}
+_SETTINGS: dict[str, dict[str, Any]] = {
+    # Half the calibrated information of an electrode and twice its noise: the field's GRU, trained
+    # for 12 minutes on one thread, has a phoneme error rate of about 15 % (docs/RESULTS.md).
+    "hard": {
+        "trials": (1500, 150, 150),
+        "electrodes": 64,
+        "vocabulary": "everyday",
+        "tuning": 0.7,
+        "noise": 2.0,
+    },
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,20 +57,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     parser.add_argument("out", nargs="?", type=Path, metavar="OUT", help="folder to write to")
+    hard = " ".join(f"--{name} {_text(value)}" for name, value in _SETTINGS["hard"].items())
+    parser.add_argument(
+        "--setting",
+        choices=sorted(_SETTINGS),
+        help=f"several options at once; hard: {hard} (single options go before it)",
+    )
     size = parser.add_argument_group("size")
     size.add_argument("--sessions", type=int, default=4, help="recording days (default: 4)")
     size.add_argument(
         "--trials",
         type=int,
         nargs=3,
-        default=(2000, 200, 200),
         metavar=("TRAIN", "VAL", "TEST"),
         help="trials of each split over all sessions (default: 2000 200 200)",
     )
     size.add_argument(
         "--electrodes",
         type=int,
-        default=256,
         help="electrodes; each gives two features, crossings and power (default: 256)",
     )
     size.add_argument(
@@ -99,12 +125,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     activity = parser.add_argument_group("activity (1 = calibrated on a real trial)")
     activity.add_argument(
-        "--tuning", type=finite, default=1.0, metavar="X", help="strength of tuning (default: 1)"
+        "--tuning", type=finite, metavar="X", help="strength of tuning (default: 1)"
     )
     activity.add_argument(
         "--noise",
         type=finite,
-        default=1.0,
         metavar="X",
         help="noise that electrodes share (default: 1)",
     )
@@ -134,6 +159,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write nothing; print the statistics of a real recording (.hdf5 of T15, or .npy) "
         "beside the simulation's at as many electrodes and bins",
     )
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _vocabulary(text: str) -> int | str:
@@ -195,16 +224,16 @@ def _config(args: argparse.Namespace):
     still = PopulationConfig()
     population = replace(
         still,
-        tuning=args.tuning,
-        noise=args.noise,
+        tuning=_chosen(args, "tuning"),
+        noise=_chosen(args, "noise"),
         drift_per_day=still.drift_per_day * args.drift,
         session_spread=still.session_spread * args.drift,
         gain_spread=still.gain_spread * args.drift,
     )
     return SimulationConfig(
         sessions=args.sessions,
-        trials=tuple(args.trials),
-        electrodes=args.electrodes,
+        trials=tuple(_chosen(args, "trials")),
+        electrodes=_chosen(args, "electrodes"),
         select_from=args.select_from,
         vocabulary=_source(args),
         seed=args.seed,
@@ -219,8 +248,14 @@ def _config(args: argparse.Namespace):
 def _source(args: argparse.Namespace) -> int | str | Path:
     if args.sentences is not None:
         return args.sentences
-    # No default in argparse: one equal to the value given would hide that both options were.
-    return 50 if args.vocabulary is None else args.vocabulary
+    return _chosen(args, "vocabulary")
+
+
+def _chosen(args: argparse.Namespace, name: str) -> Any:
+    """Value of an option: its own, else the setting's, else the default."""
+    # No defaults in argparse: one equal to the value given would hide that it was.
+    given = getattr(args, name)
+    return {**_DEFAULTS, **_SETTINGS.get(args.setting, {})}[name] if given is None else given
 
 
 def _jobs(asked: int) -> int:

@@ -99,3 +99,16 @@ def test_compare_prints_a_table(tmp_path, capsys):
     rate = next(line for line in printed.splitlines() if line.startswith("rate (Hz) "))
     expected = np.median(counts.reshape(2, 2, 4, 400)[:, 0].mean(axis=-1)) * 50
     assert float(rate.split()[2]) == pytest.approx(expected, abs=0.01)
+
+
+def test_single_options_go_before_the_setting(tmp_path):
+    small = ["--trials", 4, 1, 1, "--electrodes", 4, "--jobs", 1, "--sessions", 1]
+    assert call(tmp_path / "a", "--setting", "hard", *small) == 0
+    assert call(tmp_path / "b", "--setting", "hard", *small, "--noise", 1, "--vocabulary", 50) == 0
+    hard, own = (
+        json.loads((tmp_path / name / "simulation.json").read_text())["config"] for name in "ab"
+    )
+    assert hard["vocabulary"] == "everyday" and own["vocabulary"] == 50
+    assert hard["population"]["noise"] == 2.0 and own["population"]["noise"] == 1.0
+    assert hard["population"]["tuning"] == own["population"]["tuning"] < 1.0
+    assert hard["trials"] == own["trials"] == [4, 1, 1] and hard["electrodes"] == 4
