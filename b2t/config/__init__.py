@@ -9,10 +9,8 @@ from b2t.config.alert_rules import AlertRule, Condition
 from b2t.config.explain import describe
 from b2t.config.load import load_config, preset_names
 from b2t.config.model import (
-    COMPONENTS,
     AdapterConfig,
     CheckpointingConfig,
-    Component,
     EncoderConfig,
     ModelConfig,
     PhonemeHeadConfig,
@@ -22,7 +20,6 @@ from b2t.config.model import (
 )
 from b2t.config.phases import (
     EarlyStoppingConfig,
-    LossWeights,
     PhaseConfig,
     Schedule,
     TemperatureConfig,
@@ -41,6 +38,7 @@ from b2t.config.sections import (
     StabilityConfig,
     WandbConfig,
 )
+from b2t.model.objectives import COMPONENTS, Component, LossWeights
 
 __all__ = [
     "AdapterConfig",

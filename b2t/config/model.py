@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from b2t.options import NonNegative, Options, Positive, PositiveInt, Rate
-
-Component = Literal[
-    "adapter", "encoder", "quantizer", "signal_decoder", "phoneme_head", "text_decoder"
-]
-COMPONENTS: tuple[Component, ...] = get_args(Component)
-"""Names of the parts of `BrainToText` that a phase can train or freeze."""
 
 
 class AdapterConfig(Options):

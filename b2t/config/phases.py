@@ -6,27 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from b2t.config.model import COMPONENTS, Component
+from b2t.model.objectives import COMPONENTS, Component, LossWeights
 from b2t.options import Fraction, NonNegative, Options, Positive, PositiveInt
 
 Schedule = Literal["cosine", "linear", "constant"]
-
-
-class LossWeights(Options):
-    """Weights of the total loss; 0 leaves a loss out and its computation too."""
-
-    generation: NonNegative = 1.0
-    """Cross entropy of the text."""
-    reconstruction: NonNegative = 0.5
-    """Squared error of the signal."""
-    commitment: NonNegative = 0.2
-    """Distance of latents to their codes."""
-    diversity: NonNegative = 0.1
-    """KL of the mean soft assignment to uniform."""
-    perplexity: NonNegative = 0.05
-    """1 − exp(H)/K of the mean soft assignment."""
-    phoneme: NonNegative = 0.3
-    """CTC on phonemes, where there are any."""
 
 
 class EarlyStoppingConfig(Options):

@@ -8,7 +8,7 @@ from b2t.config import Config
 from b2t.errors import UserError
 from b2t.log import logger
 from b2t.manifest import find_problem
-from b2t.trained import trained_components
+from b2t.model.trained import trained_components
 
 BEST = Path("checkpoints") / "best"
 MODEL_FILE = "config.json"

@@ -4,8 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from b2t.model.brain_to_text import COMPONENTS, DEFAULT_WEIGHTS, BrainToText
+    from b2t.model.brain_to_text import BrainToText
     from b2t.model.configuration import BrainToTextConfig
+    from b2t.model.objectives import COMPONENTS, DEFAULT_WEIGHTS
     from b2t.model.outputs import BrainToTextOutput, Encoded
     from b2t.model.tokenizer import build_tokenizer, decode_texts, load_tokenizer
 
@@ -13,8 +14,8 @@ _PLACES = {
     "BrainToText": "brain_to_text",
     "BrainToTextConfig": "configuration",
     "BrainToTextOutput": "outputs",
-    "COMPONENTS": "brain_to_text",
-    "DEFAULT_WEIGHTS": "brain_to_text",
+    "COMPONENTS": "objectives",
+    "DEFAULT_WEIGHTS": "objectives",
     "Encoded": "outputs",
     "build_tokenizer": "tokenizer",
     "decode_texts": "tokenizer",

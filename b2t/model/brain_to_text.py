@@ -20,37 +20,17 @@ from b2t.model.assembly import (
 from b2t.model.configuration import BrainToTextConfig
 from b2t.model.encoder import Encoder
 from b2t.model.inference import Inference
+from b2t.model.objectives import COMPONENTS, DEFAULT_WEIGHTS, OBJECTIVES
 from b2t.model.outputs import BrainToTextOutput, Encoded
 from b2t.model.phoneme_head import PhonemeHead
 from b2t.model.pretrained import Pretrained
 from b2t.model.text_side import TextSide
 from b2t.quantize import SoftUsage
 from b2t.quantize.frame_hash import frame_ids
+from b2t.quantize.objectives import LOSSES as QUANTIZER_LOSSES
 
 if TYPE_CHECKING:
     from b2t.data.batches import Batch
-
-COMPONENTS = (
-    "adapter",
-    "encoder",
-    "quantizer",
-    "signal_decoder",
-    "phoneme_head",
-    "text_decoder",
-)
-"""Attribute names of the parts of `BrainToText`; a part that was not built is None."""
-
-QUANTIZER_LOSSES = ("commitment", "diversity", "perplexity")
-
-DEFAULT_WEIGHTS: Mapping[str, float] = {
-    "generation": 1.0,
-    "reconstruction": 0.5,
-    "commitment": 0.2,
-    "diversity": 0.1,
-    "perplexity": 0.05,
-    "phoneme": 0.3,
-}
-"""Weights of the total loss where a call brings none."""
 
 
 class BrainToText(Inference, TextSide, Pretrained):
@@ -263,21 +243,13 @@ class BrainToText(Inference, TextSide, Pretrained):
     def _active_weights(self, weights: Mapping[str, float] | None) -> dict[str, float]:
         """Positive weights of losses whose components exist."""
         weights = DEFAULT_WEIGHTS if weights is None else weights
-        known = {*DEFAULT_WEIGHTS, "codebook"}
-        if set(weights) - known:
-            raise ValueError(
-                f"unknown losses {sorted(set(weights) - known)}; expected {sorted(known)}"
-            )
-        component = {
-            "generation": self.text_decoder,
-            "reconstruction": self.signal_decoder,
-            "phoneme": self.phoneme_head,
-            **dict.fromkeys((*QUANTIZER_LOSSES, "codebook"), self.quantizer),
-        }
+        unknown = set(weights) - set(OBJECTIVES)
+        if unknown:
+            raise ValueError(f"unknown losses {sorted(unknown)}; expected {sorted(OBJECTIVES)}")
         return {
             name: float(weight)
             for name, weight in weights.items()
-            if weight and component[name] is not None
+            if weight and getattr(self, OBJECTIVES[name].component) is not None
         }
 
     def _reconstruct(

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORE = -100
-"""Label of a position that is no token."""
+from b2t.labels import IGNORE
 
 Number = Tensor | float
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from b2t.errors import UserError
-from b2t.model.brain_to_text import COMPONENTS, BrainToText
+from b2t.model.brain_to_text import BrainToText
+from b2t.model.objectives import COMPONENTS
 
 _SHAPE = ("kind", "patch_size", "patch_stride", "dim", "depth", "mlp_ratio", "bidirectional")
 """Keys of an encoder's config that its weights depend on, for messages."""

@@ -17,8 +17,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from b2t.errors import UserError
+from b2t.labels import IGNORE
 from b2t.log import log_once
-from b2t.model.losses import IGNORE
 from b2t.model.phoneme_memory import PhonemeMemory
 from b2t.model.transformer import attention_mask
 

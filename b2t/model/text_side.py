@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from b2t.errors import UserError
+from b2t.labels import IGNORE
 from b2t.model import losses as sums
 from b2t.model.outputs import BrainToTextOutput, Encoded
 from b2t.model.phoneme_memory import labelled_phonemes, soft_phonemes
@@ -72,14 +73,14 @@ class TextSide:
         tokens = self._checked_tokens(batch)
         logits = self.text_decoder(memory, mask, tokens)
         found = sums.token_sums(logits, tokens)
-        metrics = {"tokens": (tokens != sums.IGNORE).sum(), "tokens_correct": found.correct}
+        metrics = {"tokens": (tokens != IGNORE).sum(), "tokens_correct": found.correct}
         return logits, found.cross_entropy, metrics
 
     def _checked_tokens(self, batch: "Batch") -> Tensor:
         tokens = batch.tokens
         limit = self.config.text_decoder["max_tokens"]
         if tokens.shape[1] > limit:
-            lengths = (tokens != sums.IGNORE).sum(1).tolist()
+            lengths = (tokens != IGNORE).sum(1).tolist()
             longest = max(range(len(lengths)), key=lengths.__getitem__)
             if lengths[longest] > limit:
                 raise UserError(
@@ -88,5 +89,5 @@ class TextSide:
                 )
             tokens = tokens[:, :limit]
         if tokens.shape[1] == 0:
-            return tokens.new_full((tokens.shape[0], 1), sums.IGNORE)
+            return tokens.new_full((tokens.shape[0], 1), IGNORE)
         return tokens

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from b2t.config import PhaseConfig
 from b2t.errors import UserError
 from b2t.log import logger
+from b2t.model.objectives import OBJECTIVES
 from b2t.monitor.alerts import Alert
 from b2t.monitor.sinks import ConsoleSink, WebhookSink
 from b2t.records import JsonlSink, rewind, write_atomically
@@ -286,21 +287,11 @@ class Report(Callback):
             logger(__name__).info("report %s", path)
 
 
-_SHORT = {
-    "reconstruction": "rec",
-    "commitment": "commit",
-    "diversity": "div",
-    "perplexity": "perp",
-    "generation": "gen",
-    "phoneme": "phon",
-}
-
-
 def step_line(trainer: Trainer, record: dict[str, float]) -> str:
     """Put the metrics of one log step in a line, with units."""
     parts = " ".join(
-        f"{short} {record[f'loss/{name}']:.3f}"
-        for name, short in _SHORT.items()
+        f"{loss.short} {record[f'loss/{name}']:.3f}"
+        for name, loss in OBJECTIVES.items()
         if f"loss/{name}" in record
     )
     fields = [
@@ -333,9 +324,9 @@ def evaluation_line(step: int, metrics: dict[str, float]) -> str:
     fields = [f"step {step:,} validation"]
     if "val/loss" in metrics:
         fields.append(f"loss {metrics['val/loss']:.3f}")
-    for name, short in _SHORT.items():
+    for name, loss in OBJECTIVES.items():
         if f"val/{name}" in metrics:
-            fields.append(f"{short} {metrics[f'val/{name}']:.3f}")
+            fields.append(f"{loss.short} {metrics[f'val/{name}']:.3f}")
     if metrics.get("val/snr_db") is not None:
         fields.append(f"SNR {metrics['val/snr_db']:.1f} dB")
     for name, label in percent.items():

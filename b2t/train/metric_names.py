@@ -9,21 +9,13 @@ from b2t.config import Config, PhaseConfig
 from b2t.config.alert_rules import AlertRule
 from b2t.errors import UserError
 from b2t.log import logger
+from b2t.model.objectives import OBJECTIVES
 from b2t.monitor.reconstruction import BANDS_HZ
 
 log = logger(__name__)
 
 DECODED = ("val/wer", "val/cer", "val/per", "val/distinct_ratio")
 """What only decoding says."""
-
-_OF = {
-    "generation": "text_decoder",
-    "reconstruction": "signal_decoder",
-    "phoneme": "phoneme_head",
-    "commitment": "quantizer",
-    "diversity": "quantizer",
-    "perplexity": "quantizer",
-}
 
 _ON_SOME_MACHINES = {"memory/peak_gib", "throughput/mfu", "throughput/hfu"}
 """Where the device is a GPU, and a known one: a configuration may serve several machines."""
@@ -35,7 +27,7 @@ def active_losses(model: Any, phase: PhaseConfig) -> dict[str, float]:
     return {
         name: weight
         for name, weight in weights.items()
-        if weight > 0 and getattr(model, _OF[name]) is not None
+        if weight > 0 and getattr(model, OBJECTIVES[name].component) is not None
     }
 
 
@@ -51,7 +43,7 @@ def validation_names(config: Config, materials: Any, phase: PhaseConfig) -> set[
     labelled = {"generation": spoken, "phoneme": phonemes}
     said = {name for name in losses if labelled.get(name, True)}
     names = {"val/loss"}
-    names |= {f"val/{n}" for n in said & {"generation", "reconstruction", "commitment", "phoneme"}}
+    names |= {f"val/{n}" for n in said if OBJECTIVES[n].per}
     if "reconstruction" in said:
         names.add("val/snr_db")
     if "generation" in said:

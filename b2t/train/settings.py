@@ -5,19 +5,10 @@ from typing import Any
 from b2t.config import Config
 from b2t.errors import UserError
 from b2t.log import logger
+from b2t.model.objectives import OBJECTIVES
 from b2t.train.schedule import shortened_warmup
 
 log = logger(__name__)
-
-_REACHES = {
-    "generation": "text_decoder",
-    "reconstruction": "signal_decoder",
-    "phoneme": "phoneme_head",
-    "commitment": "quantizer",
-    "diversity": "quantizer",
-    "perplexity": "quantizer",
-}
-"""The component that computes each loss; all of them reach what lies before it."""
 
 _BEFORE = {"adapter", "encoder", "quantizer"}
 
@@ -68,7 +59,8 @@ def check_losses(config: Config, model: Any) -> None:
                 "labels have none of; set model.text_decoder.memory=phonemes"
             )
         asked = [name for name, weight in phase.losses.model_dump().items() if weight > 0]
-        found = {_REACHES[name] for name in asked if getattr(model, _REACHES[name]) is not None}
+        reached = {OBJECTIVES[name].component for name in asked}
+        found = {name for name in reached if getattr(model, name) is not None}
         trained = [name for name in phase.trainable if getattr(model, name) is not None]
         if not found:
             raise UserError(

@@ -19,6 +19,8 @@ from b2t.data.batches import Batch, BatchPlan, train_batches
 from b2t.data.trials import signal_lengths
 from b2t.errors import UserError
 from b2t.log import log_once, logger
+from b2t.model.objectives import COUNTS
+from b2t.model.trained import trained_components
 from b2t.monitor.alerts import Alert
 from b2t.monitor.context import StepContext
 from b2t.quantize.frame_hash import frame_ids
@@ -41,11 +43,10 @@ from b2t.train.validation import decode, decoding_due, scores, show_decoded, val
 from b2t.train.weight_ema import WeightEma
 from b2t.train.window import Window
 from b2t.train.zero3 import Zero3Engine
-from b2t.trained import trained_components
 
 log = logger(__name__)
 
-COUNTED = ("bins", "frames", "tokens", "phonemes", "rows")
+COUNTED = (*COUNTS, "rows")
 """What losses are averaged over, summed over micro-batches and ranks before each step."""
 
 

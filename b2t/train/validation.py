@@ -13,6 +13,7 @@ from b2t.data.trials import spread_over_sessions
 from b2t.evaluate import usage
 from b2t.evaluate.evaluation import Evaluation, evaluate_model
 from b2t.log import logger
+from b2t.model.objectives import COUNTS, WEIGHTED
 from b2t.train.metric_names import active_losses, decode_trials
 from b2t.train.window import left_out
 
@@ -21,12 +22,7 @@ if TYPE_CHECKING:
 
 log = logger(__name__)
 
-_NORMALISER = {
-    "generation": "tokens",
-    "reconstruction": "bins",
-    "commitment": "frames",
-    "phoneme": "phonemes",
-}
+_NORMALISER = {name: loss.per for name, loss in WEIGHTED.items() if loss.per}
 """Losses that are means over elements; the regularisers of a batch are no validation metric."""
 
 _POOLED = (
@@ -60,7 +56,7 @@ def validate(trainer: Trainer) -> dict[str, float]:
         for name, weight in active_losses(model, trainer.phase).items()
         if name in _NORMALISER
     }
-    ones = dict.fromkeys(("bins", "frames", "tokens", "phonemes", "rows"), 1.0)
+    ones = dict.fromkeys((*COUNTS, "rows"), 1.0)
     keys = (*_NORMALISER, *ones, *_POOLED)
     sums = dict.fromkeys(keys, 0.0)
     codes = None

@@ -11,9 +11,9 @@ from b2t.errors import UserError
 from b2t.evaluate import decode_command, evaluate_command, tokenize_command
 from b2t.evaluate.evaluation import evaluate_model
 from b2t.model import BrainToText
+from b2t.model.trained import trained_components
 from b2t.report.advice import advise
 from b2t.report.run_data import load_run
-from b2t.trained import trained_components
 from tests.evaluate.saved_runs import call, save_dataset, save_run, trials
 from tests.evaluate.test_evaluation import Letters, Reader, batch_of
 

@@ -10,8 +10,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from b2t.data.batches import IGNORED, encode_texts
+from b2t.data.batches import encode_texts
 from b2t.errors import UserError
+from b2t.labels import IGNORE
 from b2t.model.text_decoder import (
     TextDecoder,
     config_from_checkpoint,
@@ -194,7 +195,7 @@ def test_t5_in_fp16_is_warned_of(caplog, monkeypatch):
 
 def padded_labels(tokenizer, texts):
     rows = [torch.from_numpy(ids) for ids in encode_texts(texts, tokenizer)]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe"])

@@ -6,6 +6,7 @@ import pytest
 
 from b2t.config import COMPONENTS, load_config
 from b2t.errors import UserError
+from b2t.model.objectives import WEIGHTED
 from b2t.train import settings
 
 
@@ -39,7 +40,7 @@ def test_codebooks_that_would_never_train_are_refused(warned):
 
 
 def losses_of(name):
-    zero = [f"phases.0.losses.{n}=0" for n in settings._REACHES if n != name]
+    zero = [f"phases.0.losses.{n}=0" for n in WEIGHTED if n != name]
     return [*zero, f"phases.0.losses.{name}=1"]
 
 

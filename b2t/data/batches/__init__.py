@@ -1,13 +1,11 @@
 """Trials to batches: collation, length-grouped order, loading with worker processes."""
 
-from b2t.data.batches.batch import IGNORED, UNSEEN_SESSION, Batch, Example, collate
+from b2t.data.batches.batch import Batch, Example, collate
 from b2t.data.batches.loading import eval_batches, train_batches
 from b2t.data.batches.order import BatchPlan, evaluation_batches
 from b2t.data.batches.rows import TrialRows, checked_signal, drop_long_texts, encode_texts
 
 __all__ = [
-    "IGNORED",
-    "UNSEEN_SESSION",
     "Batch",
     "BatchPlan",
     "Example",

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-IGNORED = -100
-UNSEEN_SESSION = -1
+from b2t.labels import IGNORE
 
 
 @dataclass
@@ -59,7 +58,7 @@ class Batch:
         if self._counts is None:
             self._counts = {
                 "bins": float(self.signal_mask.sum() * self.signal.shape[-1]),
-                "tokens": float((self.tokens != IGNORED).sum()),
+                "tokens": float((self.tokens != IGNORE).sum()),
                 "phonemes": float(self.phoneme_lengths.sum()),
                 "rows": float(len(self)),
             }
@@ -116,7 +115,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         target=padded("target", 0.0),
         signal_mask=padded("mask", False),
         session=torch.tensor([example.session for example in examples], dtype=torch.int64),
-        tokens=padded_ids("labels", IGNORED),
+        tokens=padded_ids("labels", IGNORE),
         phonemes=padded_ids("phonemes", 0),
         phoneme_lengths=torch.tensor([len(example.phonemes) for example in examples]),
         rows=[example.row for example in examples],

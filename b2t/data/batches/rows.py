@@ -8,9 +8,10 @@ from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
 from b2t.data.augment import Augment, row_generator
-from b2t.data.batches.batch import UNSEEN_SESSION, Example
+from b2t.data.batches.batch import Example
 from b2t.data.trials import read_signal, require_finite, row_id
 from b2t.errors import UserError
+from b2t.labels import UNSEEN_SESSION
 from b2t.log import logger
 
 

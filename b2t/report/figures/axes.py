@@ -6,18 +6,14 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 
+from b2t.model.objectives import COMPONENTS, OBJECTIVES
 from b2t.report.run_data import RunData, is_number
 
 COLOURS = ("#3b7dd8", "#cb7119", "#2b9566", "#c8553d", "#8a63c9", "#9c8420", "#2b8fa1", "#c2679f")
 """Each stands out from white and from the dark page by a contrast of 3 at least."""
 SEVERITY = {"critical": "#d1372c", "warning": "#c07b08", "info": "#3b7dd8"}
 _OWN_COLOUR = {
-    name: COLOURS[index]
-    for names in (
-        ("reconstruction", "commitment", "generation", "phoneme", "diversity", "perplexity"),
-        ("encoder", "adapter", "text_decoder", "phoneme_head", "quantizer", "signal_decoder"),
-    )
-    for index, name in enumerate(names)
+    name: COLOURS[index] for names in (OBJECTIVES, COMPONENTS) for index, name in enumerate(names)
 }
 """Losses and components look the same in every figure of every run."""
 _LARGEST_DECADES = 5.0

@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-_HEADS = {
-    "signal_decoder": "reconstruction",
-    "phoneme_head": "phoneme",
-    "text_decoder": "generation",
-}
+from b2t.model.objectives import WEIGHTED
+
+_HEADS = {loss.component: name for name, loss in WEIGHTED.items() if loss.component != "quantizer"}
 """Components that one loss alone reaches."""
 
 
