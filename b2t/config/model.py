@@ -43,6 +43,11 @@ class EncoderConfig(Options):
     """Frames that a convolution looks at, an odd number."""
     bidirectional: bool = False
     """Whether a GRU reads both ways, `dim` / 2 units each; one that does not can stream."""
+    causal: bool = False
+    """No frame looks at what follows its patch, so that `b2t decode --follow` can read bins as they
+    come: attention and convolutions look back only."""
+    window: PositiveInt | None = None
+    """Frames that a frame of a causal transformer attends to, itself included; null: all before."""
 
     @model_validator(mode="after")
     def _consistent(self) -> EncoderConfig:
@@ -55,6 +60,10 @@ class EncoderConfig(Options):
                 f"dim {self.dim} over heads {self.heads} must give an even whole number "
                 "(rotary positions turn pairs)"
             )
+        if self.causal and self.kind == "gru" and self.bidirectional:
+            raise ValueError("a bidirectional GRU is not causal: set bidirectional or causal false")
+        if self.window is not None and not (self.causal and self.kind == "transformer"):
+            raise ValueError("window is for a causal transformer: set causal true and kind so")
         if self.patch_stride > self.patch_size:
             raise ValueError(
                 f"patch_stride {self.patch_stride} above patch_size {self.patch_size} skips bins"
@@ -126,12 +135,26 @@ class PhonemeHeadConfig(Options):
 
 
 class TextDecoderConfig(Options):
-    """Text from quantized latents by cross-attention: a transformers sequence-to-sequence model."""
+    """Text from quantized latents, by a model of transformers."""
 
     enabled: bool = True
     """False trains a tokenizer of signals only; automatic where the data has no text."""
+    kind: Literal["seq2seq", "causal_lm"] = "seq2seq"
+    """A sequence-to-sequence model that attends to the latents, or a causal language model that
+    has them, projected to its width, before its text."""
     checkpoint: str | None = None
-    """Local folder or Hub id of a sequence-to-sequence model; null trains a small one."""
+    """Local folder or Hub id of a model of this kind; null trains a small one."""
+    tuning: Literal["full", "lora", "frozen"] = "full"
+    """What of a causal language model trains where a phase trains the text decoder: all of it,
+    low-rank additions (`pip install "b2t[lora]"`), or only the projection of the latents."""
+    lora_rank: PositiveInt = 16
+    """Rank of the additions."""
+    lora_alpha: PositiveInt = 32
+    """Their scale, over the rank."""
+    lora_dropout: Rate = 0.05
+    """Dropout before them."""
+    lora_targets: list[str] | None = None
+    """Names of the linear layers that get them, as in peft; null: all but the output."""
     config: dict[str, Any] | None = None
     """A transformers config as a mapping with `model_type`, trained from scratch."""
     tokenizer: Literal["byte", "bpe"] = "byte"
@@ -155,6 +178,15 @@ class TextDecoderConfig(Options):
     """Feed-forward width of the small decoder."""
     dropout: Rate = 0.1
     """Dropout of the small decoder."""
+
+    @model_validator(mode="after")
+    def _tunes_a_causal_model(self) -> TextDecoderConfig:
+        if self.kind == "seq2seq" and self.tuning != "full":
+            raise ValueError(
+                f"tuning {self.tuning} is for kind causal_lm; a seq2seq decoder trains whole or, "
+                "left out of a phase's trainable, not at all"
+            )
+        return self
 
 
 class CheckpointingConfig(Options):

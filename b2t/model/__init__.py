@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from b2t.model.configuration import BrainToTextConfig
     from b2t.model.objectives import COMPONENTS, DEFAULT_WEIGHTS
     from b2t.model.outputs import BrainToTextOutput, Encoded
+    from b2t.model.streaming import Stream
     from b2t.model.tokenizer import build_tokenizer, decode_texts, load_tokenizer
 
 _PLACES = {
@@ -17,6 +18,7 @@ _PLACES = {
     "COMPONENTS": "objectives",
     "DEFAULT_WEIGHTS": "objectives",
     "Encoded": "outputs",
+    "Stream": "streaming",
     "build_tokenizer": "tokenizer",
     "decode_texts": "tokenizer",
     "load_tokenizer": "tokenizer",
@@ -29,6 +31,7 @@ __all__ = [
     "COMPONENTS",
     "DEFAULT_WEIGHTS",
     "Encoded",
+    "Stream",
     "build_tokenizer",
     "decode_texts",
     "load_tokenizer",

@@ -5,14 +5,16 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from b2t.errors import UserError
+from b2t.model.causal_text_decoder import CausalTextDecoder, Lora, SpecialTokens
 from b2t.model.configuration import BrainToTextConfig
 from b2t.model.phoneme_memory import PhonemeMemory
 from b2t.model.session_adapter import SessionAdapter
 from b2t.model.signal_decoder import SignalDecoder
-from b2t.model.text_decoder import (
-    TextDecoder,
+from b2t.model.text_decoder import TextDecoder
+from b2t.model.text_models import (
     config_from_checkpoint,
     config_from_mapping,
+    small_causal_config,
     small_config,
 )
 from b2t.quantize import ResidualVQ
@@ -52,30 +54,46 @@ def build_signal_decoder(config: BrainToTextConfig) -> SignalDecoder:
 
 def build_text_decoder(
     config: BrainToTextConfig, resolved: PretrainedConfig, checkpoint: str | None
-) -> TextDecoder:
+) -> TextDecoder | CausalTextDecoder:
     """Build the text decoder and what it reads with.
 
     Raises:
-        UserError: it is to read phonemes, and the model has no phoneme head.
+        UserError: it is to read phonemes, and the model has no phoneme head; its weights cannot be
+            read; peft is not installed.
     """
-    section, dim = config.text_decoder, config.encoder["dim"]
-    if section["memory"] != "phonemes":
-        return TextDecoder(dim, resolved, checkpoint, section["max_tokens"])
+    section, width = config.text_decoder, config.encoder["dim"]
+    memory = None
+    if section["memory"] == "phonemes":
+        width = section["dim"]
+        memory = _phoneme_memory(config)
+    if section["kind"] == "seq2seq":
+        return TextDecoder(width, resolved, checkpoint, section["max_tokens"], memory)
+    tokens = SpecialTokens.of(config.bos_token_id, config.eos_token_id, config.pad_token_id)
+    lora = Lora(
+        section["lora_rank"], section["lora_alpha"], section["lora_dropout"],
+        section["lora_targets"],
+    )  # fmt: skip
+    return CausalTextDecoder(
+        width, resolved, checkpoint, section["max_tokens"], memory,
+        tokens=tokens, tuning=section["tuning"], lora=lora,
+    )  # fmt: skip
+
+
+def _phoneme_memory(config: BrainToTextConfig) -> PhonemeMemory:
     if not config.phoneme_head["enabled"]:
         raise UserError(
             "text_decoder.memory=phonemes, but this model has no phoneme head: it needs "
             "phoneme_head.enabled and phonemes in the data; memory=latents does without"
         )
-    width = section["dim"]
-    memory = PhonemeMemory(
-        width, section["memory_depth"], section["heads"], section["dropout"],
+    section = config.text_decoder
+    return PhonemeMemory(
+        section["dim"], section["memory_depth"], section["heads"], section["dropout"],
         section["phoneme_errors"],
     )  # fmt: skip
-    return TextDecoder(width, resolved, checkpoint, section["max_tokens"], memory)
 
 
 def resolve_text_decoder(config: BrainToTextConfig) -> PretrainedConfig:
-    """Find the seq2seq config and store it, so that a saved model needs no checkpoint."""
+    """Find the config of transformers' model; stored, so that a saved model needs no checkpoint."""
     section = config.text_decoder
     special = {
         "vocab_size": config.vocab_size,
@@ -84,13 +102,16 @@ def resolve_text_decoder(config: BrainToTextConfig) -> PretrainedConfig:
         "pad_token_id": config.pad_token_id,
     }
     if section["checkpoint"] is not None:
-        resolved = config_from_checkpoint(section["checkpoint"])
+        resolved = config_from_checkpoint(section["checkpoint"], section["kind"])
         section["initialized_from"] = section["checkpoint"]
     elif section["config"] is not None:
-        resolved = config_from_mapping(section["config"], **special)
+        resolved = config_from_mapping(section["config"], section["kind"], **special)
     else:
-        keys = ("dim", "depth", "heads", "ffn_dim", "dropout", "max_tokens")
-        resolved = small_config(**{key: section[key] for key in keys}, **special)
+        sizes = {key: section[key] for key in ("dim", "depth", "heads", "ffn_dim", "dropout")}
+        if section["kind"] == "causal_lm":
+            resolved = small_causal_config(**sizes, **special)
+        else:
+            resolved = small_config(**sizes, max_tokens=section["max_tokens"], **special)
     vocabulary = resolved.get_text_config(decoder=True).vocab_size
     if vocabulary < config.vocab_size:
         raise UserError(

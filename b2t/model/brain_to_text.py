@@ -295,6 +295,8 @@ class BrainToText(Inference, TextSide, Pretrained):
             module = getattr(self, name)
             if module is not None:
                 module.requires_grad_(name not in components)
+        if self.text_decoder is not None:
+            self.text_decoder.keep_frozen()
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "BrainToText":

@@ -20,12 +20,20 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "kind": "transformer",
         "kernel_size": 15,
         "bidirectional": False,
+        "causal": False,
+        "window": None,
     },
     "signal_decoder": {"dim": None, "depth": 4, "heads": 8, "mlp_ratio": 4.0, "dropout": 0.0},
     "phoneme_head": {"enabled": True, "dropout": 0.1},
     "text_decoder": {
         "enabled": True,
+        "kind": "seq2seq",
         "checkpoint": None,
+        "tuning": "full",
+        "lora_rank": 16,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "lora_targets": None,
         "initialized_from": None,
         "config": None,
         "tokenizer": "byte",
@@ -52,14 +60,16 @@ class BrainToTextConfig(PretrainedConfig):
         sessions: names of the trained sessions; a batch's session is an index into them.
         adapter: `enabled`, `softsign`, `dropout`.
         encoder: `kind`, `patch_size`, `patch_stride`, `dim`, `depth`, `heads`, `mlp_ratio`,
-            `dropout`, `kernel_size`, `bidirectional`.
+            `dropout`, `kernel_size`, `bidirectional`, `causal`, `window`.
         quantizer: arguments of `b2t.quantize.ResidualVQ` but `dim`; `{"enabled": False}` builds the
             same model without a quantizer.
         signal_decoder: `dim` (None: the encoder's), `depth`, `heads`, `mlp_ratio`, `dropout`.
         phoneme_head: `enabled`, `dropout`.
-        text_decoder: `enabled`, `checkpoint` (whose weights a new model starts from), `config` (a
-            transformers config as a mapping), or `dim`, `depth`, `heads`, `ffn_dim`, `dropout` of a
-            small one; `max_tokens`; `memory` (`latents` or `phonemes`), `memory_depth` and
+        text_decoder: `enabled`, `kind` (`seq2seq` or `causal_lm`), `checkpoint` (whose weights a
+            new model starts from), `config` (a transformers config as a mapping), or `dim`,
+            `depth`, `heads`, `ffn_dim`, `dropout` of a small one; `max_tokens`; `tuning` (`full`,
+            `lora` or `frozen`), `lora_rank`, `lora_alpha`, `lora_dropout` and `lora_targets` of a
+            causal language model; `memory` (`latents` or `phonemes`), `memory_depth` and
             `phoneme_errors` of the second. A saved model keeps the resolved `config`, and where its
             weights came from in `initialized_from`.
         vocab_size: tokens V of the tokenizer.

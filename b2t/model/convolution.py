@@ -1,5 +1,6 @@
 """Encoder body of depthwise convolutions: what small recordings are read best by."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -12,12 +13,16 @@ class ConvolutionBlock(nn.Module):
     norm in place of batch norm, so that neither batch nor rank enters.
     """
 
-    def __init__(self, dim: int, kernel_size: int, mlp_ratio: float, dropout: float) -> None:
+    def __init__(
+        self, dim: int, kernel_size: int, mlp_ratio: float, dropout: float, causal: bool
+    ) -> None:
         super().__init__()
+        self.before = kernel_size - 1 if causal else kernel_size // 2
+        self.after = kernel_size - 1 - self.before
         hidden = int(dim * mlp_ratio)
         self.gate_norm = nn.LayerNorm(dim)
         self.gate = nn.Linear(dim, 2 * dim)
-        self.depthwise = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+        self.depthwise = nn.Conv1d(dim, dim, kernel_size, groups=dim)
         self.mix_norm = nn.LayerNorm(dim)
         self.mix = nn.Linear(dim, dim)
         self.mlp_norm = nn.LayerNorm(dim)
@@ -29,6 +34,15 @@ class ConvolutionBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Refine the frames: x [B, P, D], mask [B, P, 1] bool → [B, P, D]."""
         gated = F.glu(self.gate(self.gate_norm(x)), dim=-1).masked_fill(~mask, 0.0)
+        return self._mix(x, F.pad(gated, (0, 0, self.before, self.after)))
+
+    def advance(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+        """Refine new frames x [B, n, D]; `tail` [B, kernel − 1, D] are the gated ones before."""
+        gated = torch.cat((tail, F.glu(self.gate(self.gate_norm(x)), dim=-1)), dim=1)
+        return self._mix(x, gated), gated[:, gated.shape[1] - self.before :]
+
+    def _mix(self, x: Tensor, gated: Tensor) -> Tensor:
+        """Add to x [B, P, D] what the kernel makes of gated frames [B, P + kernel − 1, D]."""
         mixed = self.depthwise(gated.transpose(1, 2)).transpose(1, 2)
         x = x + self.dropout(self.mix(F.silu(self.mix_norm(mixed))))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
@@ -43,20 +57,27 @@ class Convolution(nn.Module):
         kernel_size: frames that a block looks at, an odd number.
         mlp_ratio: width of the feed-forward layers over D.
         dropout: in convolution output and feed-forward layers.
+        causal: a frame sees none that follow.
 
     Attributes:
         checkpoint_every: recompute the activations of every n-th block in backward; 0 keeps all.
     """
 
     def __init__(
-        self, dim: int, depth: int, kernel_size: int, mlp_ratio: float, dropout: float
+        self,
+        dim: int,
+        depth: int,
+        kernel_size: int,
+        mlp_ratio: float,
+        dropout: float,
+        causal: bool = False,
     ) -> None:
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size {kernel_size} must be odd, to look both ways alike")
         self.checkpoint_every = 0
         self.blocks = nn.ModuleList(
-            ConvolutionBlock(dim, kernel_size, mlp_ratio, dropout) for _ in range(depth)
+            ConvolutionBlock(dim, kernel_size, mlp_ratio, dropout, causal) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
 
@@ -77,3 +98,14 @@ class Convolution(nn.Module):
             else:
                 x = block(x, real)
         return self.norm(x).masked_fill(~real, 0.0)
+
+    def start(self) -> list[Tensor]:
+        """Return the state before the first frame of a causal stack: silence in each block."""
+        weight = self.norm.weight
+        return [weight.new_zeros(1, block.before, len(weight)) for block in self.blocks]
+
+    def advance(self, x: Tensor, state: list[Tensor]) -> Tensor:
+        """Refine frames x [1, n, D] that follow those in `state`, which takes them in."""
+        for index, block in enumerate(self.blocks):
+            x, state[index] = block.advance(x, state[index])
+        return self.norm(x)

@@ -25,6 +25,9 @@ class Encoder(nn.Module):
             layers of a GRU.
         kernel_size: frames that a convolution looks at, an odd number.
         bidirectional: whether a GRU reads both ways.
+        causal: no frame depends on bins behind its patch, so that bins can be read as they come; a
+            GRU that reads forward never does.
+        window: frames that one attends to in a causal transformer, itself included; None: all.
     """
 
     def __init__(
@@ -40,6 +43,8 @@ class Encoder(nn.Module):
         kind: str = "transformer",
         kernel_size: int = 15,
         bidirectional: bool = False,
+        causal: bool = False,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         if not 1 <= patch_stride <= patch_size:
@@ -49,11 +54,12 @@ class Encoder(nn.Module):
         self.embed = nn.Linear(patch_size * channels, dim)
         self.dropout = nn.Dropout(dropout)
         self.kind = kind
+        self.causal = causal or (kind == "gru" and not bidirectional)
         # Named by kind: checkpoints of the first encoders hold `transformer`.
         if kind == "transformer":
-            self.transformer = Transformer(dim, depth, heads, mlp_ratio, dropout)
+            self.transformer = Transformer(dim, depth, heads, mlp_ratio, dropout, causal, window)
         elif kind == "conv":
-            self.conv = Convolution(dim, depth, kernel_size, mlp_ratio, dropout)
+            self.conv = Convolution(dim, depth, kernel_size, mlp_ratio, dropout, causal)
         elif kind == "gru":
             self.gru = Recurrence(dim, depth, bidirectional, dropout)
         else:

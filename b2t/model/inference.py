@@ -271,10 +271,15 @@ def _sessions(session: Sessions, rows: int, known: Sequence[str]) -> np.ndarray 
     given = given * rows if len(given) == 1 else given
     if len(given) != rows:
         raise UserError(f"session: {len(given)} given for {rows} trials")
-    return np.array([_session(item, known) for item in given], np.int64)
+    return np.array([session_index(item, known) for item in given], np.int64)
 
 
-def _session(item: Any, known: Sequence[str]) -> int:
+def session_index(item: Any, known: Sequence[str]) -> int:
+    """Return the index of a session among the known ones, −1 for −1, their mean.
+
+    Raises:
+        UserError: it is not one of them.
+    """
     names = ", ".join(known[:4]) + (" …" if len(known) > 4 else "")
     if isinstance(item, str):
         if item not in known:

@@ -108,6 +108,8 @@ class Pretrained(PreTrainedModel):
         require_sound(model, str(path))
         if dtype is not None:
             model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        if model.text_decoder is not None:
+            model.text_decoder.keep_frozen()  # loading makes every parameter anew
         model._take_company(str(path), hub)
         return (model, info) if with_info else model
 

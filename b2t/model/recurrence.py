@@ -69,6 +69,16 @@ class Recurrence(nn.Module):
                 x = self.dropout(x)
         return self.norm(_take(x, restore)).masked_fill(~mask[..., None], 0.0)
 
+    def start(self) -> list[Tensor]:
+        """Return the state before the first frame of a stack that reads forward, per layer."""
+        return [state[None].contiguous() for state in self.first_state]
+
+    def advance(self, x: Tensor, state: list[Tensor]) -> Tensor:
+        """Refine frames x [1, n, D] that follow those in `state`, which takes them in."""
+        for index, layer in enumerate(self.layers):
+            x, state[index] = layer(x, state[index].to(x.dtype))
+        return self.norm(x)
+
     def _layer(self, x: Tensor, turn: Tensor, first: int) -> Tensor:
         read = [self._read(x, first)]
         if self.ways == 2:

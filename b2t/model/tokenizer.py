@@ -89,6 +89,7 @@ def build_tokenizer(
     texts: Iterable[str] = (),
     vocab_size: int = 2000,
     checkpoint: str | None = None,
+    causal: bool = False,
 ) -> PreTrainedTokenizerBase:
     """Make the tokenizer that a text decoder section asks for.
 
@@ -96,18 +97,35 @@ def build_tokenizer(
         kind: `byte` or `bpe`; a checkpoint brings its own.
         texts: training texts, for `bpe`.
         vocab_size: tokens at most, for `bpe`.
-        checkpoint: folder or Hub id of a sequence-to-sequence model.
+        checkpoint: folder or Hub id of a model.
+        causal: it is a causal language model, whose texts come without their start token: the text
+            decoder puts it between latents and text.
 
     Raises:
         UserError: unknown kind, no texts, or an unreadable checkpoint.
     """
     if checkpoint is not None:
-        return load_tokenizer(checkpoint)
+        tokenizer = load_tokenizer(checkpoint)
+        return without_start(tokenizer) if causal else tokenizer
     if kind == "byte":
         return byte_tokenizer()
     if kind == "bpe":
         return bpe_tokenizer(texts, vocab_size)
     raise UserError(f"text_decoder.tokenizer={kind}: expected byte or bpe")
+
+
+def without_start(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Keep a tokenizer from putting its start token before texts; saving keeps this."""
+    from tokenizers import processors
+
+    core, start = getattr(tokenizer, "backend_tokenizer", None), tokenizer.bos_token_id
+    if start is not None and core is not None and tokenizer("a")["input_ids"][:1] == [start]:
+        if hasattr(tokenizer, "add_bos_token"):
+            tokenizer.add_bos_token = False
+        core.post_processor = processors.TemplateProcessing(
+            single="$A", pair="$A $B", special_tokens=[]
+        )
+    return tokenizer
 
 
 def decode_texts(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> list[str]:

@@ -1,17 +1,21 @@
 """Pre-norm transformer with rotary positions, shared by the encoder and the signal decoder."""
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 
-def rotary_angles(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary positions, each [length, head_dim / 2] float32.
+def rotary_angles(
+    length: int, head_dim: int, device: torch.device, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions from `first` on, each [length, head_dim / 2] float32.
 
     Source: Su et al. 2021, RoFormer, arXiv 2104.09864, base 10,000.
     """
-    position = torch.arange(length, device=device, dtype=torch.float32)
+    position = torch.arange(first, first + length, device=device, dtype=torch.float32)
     pair = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
     angle = position[:, None] * torch.pow(10_000.0, -pair / head_dim)
     return angle.cos(), angle.sin()
@@ -35,6 +39,39 @@ def attention_mask(mask: Tensor) -> Tensor:
     return (mask | (first & ~mask.any(dim=1, keepdim=True)))[:, None, None, :]
 
 
+def causal_mask(mask: Tensor, window: int | None) -> Tensor:
+    """Attention mask [B, 1, P, P] by which a frame sees itself and those before it.
+
+    Args:
+        mask: [B, P] bool, True = real.
+        window: frames that one sees, itself included; None: all before it.
+    """
+    seen = _within(torch.arange(mask.shape[1], device=mask.device), mask.shape[1], window)
+    own = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+    # A masked frame sees itself, so that its softmax stays finite.
+    return ((mask[:, None, :] & seen) | own)[:, None]
+
+
+def _within(queries: Tensor, keys: int, window: int | None) -> Tensor:
+    """Whether places `queries` [n] see places 0 … `keys` − 1: bool [n, keys]."""
+    places = torch.arange(keys, device=queries.device)
+    seen = places <= queries[:, None]
+    return seen if window is None else seen & (places > queries[:, None] - window)
+
+
+@dataclass
+class TransformerState:
+    """What a causal transformer keeps of the frames before.
+
+    Attributes:
+        position: frames so far.
+        caches: of each block the keys and values [B, H, n, d] of the last `window` − 1 frames.
+    """
+
+    position: int = 0
+    caches: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention through `scaled_dot_product_attention`."""
 
@@ -45,13 +82,37 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, keys: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """Attend within each row: x [B, P, D], keys [B, 1, 1, P] bool → [B, P, D]."""
+        """Attend within each row: x [B, P, D], keys [B, 1, 1 or P, P] bool → [B, P, D]."""
+        query, key, value = self._read(x, cosine, sine)
+        return self._mix(query, key, value, keys)
+
+    def advance(
+        self,
+        x: Tensor,
+        cache: tuple[Tensor, Tensor] | None,
+        seen: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Attend from new frames x [B, n, D] to cached ones and each other, as `seen` [n, m] says.
+
+        Returns:
+            [B, n, D], and keys and values of all m frames.
+        """
+        query, key, value = self._read(x, cosine, sine)
+        if cache is not None:
+            key, value = torch.cat((cache[0], key), dim=2), torch.cat((cache[1], value), dim=2)
+        return self._mix(query, key, value, seen), (key, value)
+
+    def _read(self, x: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         batch, length, dim = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, dim // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
+        return rotate(query, cosine, sine), rotate(key, cosine, sine), value
+
+    def _mix(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor) -> Tensor:
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=keys)
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, dim))
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -73,16 +134,44 @@ class Block(nn.Module):
         x = x + self.dropout(self.attention(self.attention_norm(x), keys, cosine, sine))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
+    def advance(
+        self, x: Tensor, cache: tuple[Tensor, Tensor] | None, *place: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Refine new frames x [B, n, D], the ones before in the cache; see `Attention.advance`."""
+        mixed, cache = self.attention.advance(self.attention_norm(x), cache, *place)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), cache
+
 
 class Transformer(nn.Module):
     """A stack of blocks and a final layer norm.
+
+    Args:
+        dim: width D.
+        depth: blocks.
+        heads: attention heads; D over heads must be even.
+        mlp_ratio: width of the feed-forward layers over D.
+        dropout: dropout in attention output and feed-forward layers.
+        causal: a frame sees none that follow.
+        window: frames that one sees of a causal stack, itself included; None: all before it.
 
     Attributes:
         checkpoint_every: recompute the activations of every n-th block in backward; 0 keeps all.
     """
 
-    def __init__(self, dim: int, depth: int, heads: int, mlp_ratio: float, dropout: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float,
+        dropout: float,
+        causal: bool = False,
+        window: int | None = None,
+    ) -> None:
         super().__init__()
+        self.causal = causal
+        self.window = window
         if dim % heads or (dim // heads) % 2:
             raise ValueError(f"dim {dim} over heads {heads} must be an even whole number")
         self.head_dim = dim // heads
@@ -100,7 +189,7 @@ class Transformer(nn.Module):
         Returns:
             [B, P, D], zero under the mask.
         """
-        keys = attention_mask(mask)
+        keys = causal_mask(mask, self.window) if self.causal else attention_mask(mask)
         cosine, sine = rotary_angles(x.shape[1], self.head_dim, x.device)
         for index, block in enumerate(self.blocks):
             if self.training and self.checkpoint_every and index % self.checkpoint_every == 0:
@@ -108,3 +197,23 @@ class Transformer(nn.Module):
             else:
                 x = block(x, keys, cosine, sine)
         return self.norm(x).masked_fill(~mask[..., None], 0.0)
+
+    def start(self) -> TransformerState:
+        """Return the state before the first frame of a causal stack."""
+        return TransformerState()
+
+    def advance(self, x: Tensor, state: TransformerState) -> Tensor:
+        """Refine frames x [B, n, D] that follow those in `state`, which takes them in."""
+        kept = state.caches[0][0].shape[2] if state.caches else 0
+        new = torch.arange(kept, kept + x.shape[1], device=x.device)
+        seen = _within(new, kept + x.shape[1], self.window)
+        angles = rotary_angles(x.shape[1], self.head_dim, x.device, state.position)
+        caches = []
+        for index, block in enumerate(self.blocks):
+            cache = state.caches[index] if state.caches else None
+            x, (keys, values) = block.advance(x, cache, seen, *angles)
+            forget = 0 if self.window is None else max(keys.shape[2] - self.window + 1, 0)
+            caches.append((keys[:, :, forget:], values[:, :, forget:]))
+        state.position += x.shape[1]
+        state.caches = caches
+        return self.norm(x)

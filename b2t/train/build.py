@@ -82,7 +82,11 @@ def _tokenizer(config: Config, train: Dataset) -> PreTrainedTokenizerBase:
     section = config.model.text_decoder
     texts = [text for text in train["text"] if text] if section.tokenizer == "bpe" else []
     return build_tokenizer(
-        section.tokenizer, texts, section.bpe_vocab_size, checkpoint=section.checkpoint
+        section.tokenizer,
+        texts,
+        section.bpe_vocab_size,
+        checkpoint=section.checkpoint,
+        causal=section.kind == "causal_lm",
     )
 
 

@@ -13,12 +13,8 @@ from transformers import (
 from b2t.data.batches import encode_texts
 from b2t.errors import UserError
 from b2t.labels import IGNORE
-from b2t.model.text_decoder import (
-    TextDecoder,
-    config_from_checkpoint,
-    config_from_mapping,
-    small_config,
-)
+from b2t.model.text_decoder import TextDecoder
+from b2t.model.text_models import config_from_checkpoint, config_from_mapping, small_config
 from b2t.model.tokenizer import (
     bpe_tokenizer,
     build_tokenizer,
