@@ -1,5 +1,8 @@
 """Encoder body of depthwise convolutions: what small recordings are read best by."""
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -102,10 +105,11 @@ class Convolution(nn.Module):
     def start(self) -> list[Tensor]:
         """Return the state before the first frame of a causal stack: silence in each block."""
         weight = self.norm.weight
-        return [weight.new_zeros(1, block.before, len(weight)) for block in self.blocks]
+        blocks = cast(Iterable[ConvolutionBlock], self.blocks)
+        return [weight.new_zeros(1, block.before, len(weight)) for block in blocks]
 
     def advance(self, x: Tensor, state: list[Tensor]) -> Tensor:
         """Refine frames x [1, n, D] that follow those in `state`, which takes them in."""
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(cast(Iterable[ConvolutionBlock], self.blocks)):
             x, state[index] = block.advance(x, state[index])
         return self.norm(x)

@@ -1,6 +1,8 @@
 """Pre-norm transformer with rotary positions, shared by the encoder and the signal decoder."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -209,7 +211,7 @@ class Transformer(nn.Module):
         seen = _within(new, kept + x.shape[1], self.window)
         angles = rotary_angles(x.shape[1], self.head_dim, x.device, state.position)
         caches = []
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(cast(Iterable[Block], self.blocks)):
             cache = state.caches[index] if state.caches else None
             x, (keys, values) = block.advance(x, cache, seen, *angles)
             forget = 0 if self.window is None else max(keys.shape[2] - self.window + 1, 0)
