@@ -22,7 +22,6 @@ from b2t.config.phases import (
     EarlyStoppingConfig,
     PhaseConfig,
     Schedule,
-    TemperatureConfig,
 )
 from b2t.config.sections import (
     AugmentConfig,
@@ -39,6 +38,7 @@ from b2t.config.sections import (
     WandbConfig,
 )
 from b2t.model.objectives import COMPONENTS, Component, LossWeights
+from b2t.quantize.options import TemperatureOptions
 
 __all__ = [
     "AdapterConfig",
@@ -67,7 +67,7 @@ __all__ = [
     "Schedule",
     "SignalDecoderConfig",
     "StabilityConfig",
-    "TemperatureConfig",
+    "TemperatureOptions",
     "TextDecoderConfig",
     "WandbConfig",
     "describe",

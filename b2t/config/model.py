@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from b2t.options import NonNegative, Options, Positive, PositiveInt, Rate
+from b2t.options import Options, Positive, PositiveInt, Rate
+from b2t.quantize.options import QuantizerOptions
 
 
 class AdapterConfig(Options):
@@ -71,43 +72,18 @@ class EncoderConfig(Options):
         return self
 
 
-class QuantizerConfig(Options):
-    """Residual vector quantizer; names follow vector-quantize-pytorch where meanings agree."""
+class QuantizerConfig(QuantizerOptions):
+    """The residual vector quantizer, or none."""
 
     enabled: bool = True
     """False trains the same model without a quantizer, the yardstick for its cost in SNR."""
-    num_quantizers: PositiveInt = 8
-    """Layers Q."""
-    codebook_size: Annotated[int, Field(ge=2)] = 8192
-    """Codes K of each layer."""
-    codebook_dim: PositiveInt | None = None
-    """Width of a code; narrower than the latent adds projections, null means the latent's width."""
-    update_rule: Literal["ema", "gradient"] = "ema"
-    """How codes move: averages of their frames, or a codebook loss through the optimizer."""
-    decay: Rate = 0.98
-    """Decay of the running averages; 0.95 suits fewer than 256 codes, 0.98 more."""
-    eps: Positive = 1e-5
-    """Pseudo-frames added to the average count of each code (Laplace smoothing)."""
-    use_cosine_sim: bool = False
-    """Nearest by angle instead of distance."""
-    rotation_trick: bool = True
-    """Gradient to the encoder by rotation of the whole quantized sum; false: straight through."""
-    quantize_dropout: bool = False
-    """Train with a random number of the first layers, the same on all ranks."""
-    shared_codebook: bool = False
-    """One codebook for all layers."""
-    revival: bool = True
-    """Replace codes that fall out of use; a phase can switch it off."""
-    revival_threshold: NonNegative = 0.3
-    """A code is dead below this fraction of uniform use."""
-    revival_every: PositiveInt = 5
-    """Applied steps between revivals."""
-    stochastic_sample_codes: bool = False
-    """Sample codes in training at the current temperature (Gumbel) instead of the nearest."""
-    beam_size: PositiveInt = 1
-    """Sums of codes kept from layer to layer in training; 1: the nearest code of each layer."""
-    eval_beam_size: PositiveInt | None = None
-    """The same in evaluation, null means `beam_size`; more: better signals, slower encoding."""
+
+    @field_validator("codebook_size")
+    @classmethod
+    def _has_a_choice(cls, value: int) -> int:
+        if value < 2:
+            raise ValueError("expected at least 2 codes: one code says nothing of a signal")
+        return value
 
 
 class SignalDecoderConfig(Options):

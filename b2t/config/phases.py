@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from b2t.model.objectives import COMPONENTS, Component, LossWeights
 from b2t.options import Fraction, NonNegative, Options, Positive, PositiveInt
+from b2t.quantize.options import TemperatureOptions
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -23,17 +24,6 @@ class EarlyStoppingConfig(Options):
     """Evaluations without improvement before the phase ends."""
     min_delta: NonNegative = 0.0
     """Smallest change that counts as an improvement."""
-
-
-class TemperatureConfig(Options):
-    """Temperature of soft assignments over training or one phase, in units of the mean distance."""
-
-    start: Positive = 2.0
-    """At the first step."""
-    end: Positive = 0.5
-    """At the last step."""
-    schedule: Literal["cosine", "linear", "exponential"] = "cosine"
-    """Course between them."""
 
 
 class PhaseConfig(Options):
@@ -72,7 +62,7 @@ class PhaseConfig(Options):
     without gradient; false takes them over each micro-batch."""
     early_stopping: EarlyStoppingConfig | None = None
     """Rule that ends the phase before its last step."""
-    temperature: TemperatureConfig | None = None
+    temperature: TemperatureOptions | None = None
     """Range of the temperature within this phase; null follows `temperature` over the training."""
     evaluate_every: PositiveInt | None = None
     """Applied steps between validations in this phase; null means `evaluation.every`."""

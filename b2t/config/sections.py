@@ -10,8 +10,9 @@ from pydantic import Field, field_validator, model_validator
 
 from b2t.config.alert_rules import AlertRule
 from b2t.config.model import ModelConfig
-from b2t.config.phases import PhaseConfig, TemperatureConfig, default_phases
+from b2t.config.phases import PhaseConfig, default_phases
 from b2t.options import NonNegative, Options, Positive, PositiveInt, Rate
+from b2t.quantize.options import TemperatureOptions
 
 
 class RunConfig(Options):
@@ -209,7 +210,7 @@ class Config(Options):
     """Optimizer."""
     phases: list[PhaseConfig] = Field(default_factory=default_phases, min_length=1)
     """Phases, in order."""
-    temperature: TemperatureConfig = TemperatureConfig()
+    temperature: TemperatureOptions = TemperatureOptions()
     """Temperature of soft assignments."""
     codebook_start: CodebookStartConfig = CodebookStartConfig()
     """Start of the codebooks."""
