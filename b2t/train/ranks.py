@@ -6,10 +6,9 @@ import os
 import re
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,15 +18,13 @@ import torch
 import torch.distributed as dist
 
 from b2t.log import quiet_libraries
+from b2t.train.build_lock import lock_builds
 
 _COMMUNICATION = re.compile(r"(torch[/\\]distributed|deepspeed[/\\]comm)[/\\][^/\\]+$")
 """Files whose functions are called on the way to a collective."""
 
 
 _SHARED_MEMORY = Path("/dev/shm")
-
-_OLD_LOCK_S = 300.0
-"""Longer than any operator takes to compile."""
 
 
 class WaitedTooLong(Exception):  # noqa: N818  # reads as what happened
@@ -149,7 +146,7 @@ def join(timeout_s: float = 1800.0) -> Ranks:
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_port()
         )
     cache = os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_operator_cache()))
-    _forget_old_locks(Path(cache))
+    lock_builds(Path(cache))
     _prefer_own_tools()
     import deepspeed
 
@@ -206,17 +203,6 @@ def _operator_cache() -> Path:
     """
     environment = hashlib.blake2b(sys.prefix.encode(), digest_size=6).hexdigest()
     return Path.home() / ".cache" / "torch_extensions" / f"b2t-{environment}"
-
-
-def _forget_old_locks(cache: Path) -> None:
-    """Remove locks of processes that were killed while they compiled or loaded an operator.
-
-    torch waits for such a lock for ever, silently.
-    """
-    for lock in cache.glob("*/lock"):
-        with suppress(OSError):
-            if time.time() - lock.stat().st_mtime > _OLD_LOCK_S:
-                lock.unlink()
 
 
 def _prefer_own_tools() -> None:

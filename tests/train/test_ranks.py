@@ -22,18 +22,6 @@ def test_the_ninja_of_this_environment_comes_first(monkeypatch, tmp_path):
     assert os.environ["PATH"].count(own) == 1, "once is enough"
 
 
-def test_a_lock_that_a_killed_process_left_is_removed(tmp_path):
-    old, new = (tmp_path / name / "lock" for name in ("old", "new"))
-    for lock in (old, new):
-        lock.parent.mkdir()
-        lock.touch()
-    then = old.stat().st_mtime - 301
-    os.utime(old, (then, then))
-    ranks._forget_old_locks(tmp_path)
-    assert new.exists() and not old.exists()
-    ranks._forget_old_locks(tmp_path / "nowhere")
-
-
 def test_joining_prefers_it(one_rank):
     assert shutil.which("ninja") == str(Path(sys.executable).parent / "ninja")
 
