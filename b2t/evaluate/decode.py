@@ -67,12 +67,11 @@ def decode_batches(
 
 @torch.no_grad()
 def read_batches(model: Any, batches: Iterable[Batch], words: Any) -> Iterator[tuple[str, str]]:
-    """Yield (row id, text) for every row, words read from phonemes by a `WordDecoder`."""
+    """Yield (row id, text) for every row, words read by a `WordReader`, jointly where it can."""
     for batch in batches:
         output = model.eval()(to_model(batch, model), weights={"phoneme": 1.0})
-        yield from zip(
-            batch.rows, words.decode(output.phoneme_logits, output.frame_mask), strict=True
-        )
+        found = words.read(output)
+        yield from zip(batch.rows, found.first if found.joint is None else found.joint, strict=True)
 
 
 def to_model(batch: Batch, model: Any) -> Batch:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from b2t.evaluate.evaluate_command import (
     add_checkpoint,
+    add_no_rescoring,
     generation_options,
     open_words,
     positive,
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beams", type=positive, help="beams; 1 is greedy (default: the run's)")
     parser.add_argument("--max-new-tokens", type=positive, help="longest text (default: the run's)")
     parser.add_argument("--lm", type=Path, help="language model of `b2t lm`: words from phonemes")
+    add_no_rescoring(parser)
     parser.add_argument("--device", help="torch device (default: a GPU where there is one)")
     parser.add_argument("--out", type=Path, help="JSONL file to write instead of printing")
     add_checkpoint(parser)
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     opened = run_folder.open_run(args.run, args.checkpoint)
     split = run_folder.choose_split(args.dataset, args.split)
     model, tokenizer = run_folder.load_model(opened, args.device)
-    words = open_words(model, args.lm)
+    words = open_words(model, args.lm, not args.no_rescoring)
     if tokenizer is None and words is None:
         raise UserError(
             f"{opened.checkpoint}: the model has no text decoder, so there is no text to decode; "

@@ -18,7 +18,8 @@ examples:
 Text is decoded freely: the model never sees the target. Beside every error rate stands the
 same model fed Gaussian noise with each trial's channel means, deviations and length: a model
 that has learnt the language and not the brain scores alike on both.
-With --lm, words are also read from the phonemes by a lexicon and a language model of `b2t lm`.
+With --lm, words are also read from the phonemes by a lexicon and a language model of `b2t lm`,
+and by joint scores with the text decoder or a causal model, where these were tuned.
 Writes evaluation.json, predictions.jsonl and evaluation.png into the run folder."""
 
 
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beams", type=positive, help="beams; 1 is greedy (default: the run's)")
     parser.add_argument("--max-new-tokens", type=positive, help="longest text (default: the run's)")
     parser.add_argument("--lm", type=Path, help="language model of `b2t lm`: words from phonemes")
+    add_no_rescoring(parser)
     parser.add_argument("--limit", type=positive, help="at most LIMIT trials, from all sessions")
     parser.add_argument("--no-noise", action="store_true", help="leave out the noise control")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the controls (0)")
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     path = opened.data_path(args.data)
     split = run_folder.choose_split(path, args.split)
     model, tokenizer = run_folder.load_model(opened, args.device)
-    words = open_words(model, args.lm)
+    words = open_words(model, args.lm, not args.no_rescoring)
     batches = run_folder.load_batches(
         opened,
         model,
@@ -96,8 +98,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def open_words(model: Any, folder: Path | None) -> Any | None:
+def open_words(model: Any, folder: Path | None, rescoring: bool = True) -> Any | None:
     """Open the language model of `--lm`, None where there is none.
+
+    Args:
+        model: a `BrainToText`.
+        folder: of the language model.
+        rescoring: read by joint scores too, where they were tuned.
 
     Raises:
         UserError: it cannot be read, or the model has no phonemes.
@@ -105,14 +112,14 @@ def open_words(model: Any, folder: Path | None) -> Any | None:
     if folder is None:
         return None
     from b2t.errors import UserError
-    from b2t.evaluate.language_model import open_decoder
+    from b2t.evaluate.language_model import open_reader
 
     if model.phoneme_head is None:
         raise UserError(
             "--lm: the model has no phoneme head (model.phoneme_head.enabled), so there are no "
             "phonemes to read words from"
         )
-    return open_decoder(folder)[0]
+    return open_reader(folder, model, rescoring)
 
 
 def generation_options(
@@ -140,6 +147,15 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         default="best",
         metavar="WHICH",
         help="model of the run: best, last, the number of a step, or a folder (best)",
+    )
+
+
+def add_no_rescoring(parser: argparse.ArgumentParser) -> None:
+    """Declare `--no-rescoring`."""
+    parser.add_argument(
+        "--no-rescoring",
+        action="store_true",
+        help="with --lm: leave out the joint scores that `b2t lm --tune` chose weights for",
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,10 +23,10 @@ SHUFFLES = 20
 
 
 class ReadsWords(Protocol):
-    """What reads sentences from phoneme logits, as `b2t.evaluate.words.WordDecoder` does."""
+    """What reads sentences from phonemes, as `b2t.evaluate.rescoring.WordReader` does."""
 
-    def decode(self, logits: Tensor, mask: Tensor) -> list[str]:
-        """Read logits [B, P, K] under a mask [B, P] → B texts."""
+    def read(self, output: Any) -> Any:
+        """Read B signals of a model's output: `first`, B texts, and `joint`, B texts or None."""
 
 
 def evaluate_model(
@@ -132,16 +132,25 @@ class _Speaker:
             return [None] * len(batch.rows)
         return list(decode_text(self.model, batch, self.tokenizer, **self.generation))
 
-    def phonemes(self, output: Any) -> tuple[list[list[int] | None], list[str | None]]:
-        """Phonemes, and words that are read from them."""
+    def phonemes(self, output: Any) -> list["_Heard"]:
+        """Phonemes of each row, and words that are read from them."""
         rows = len(output.frame_mask)
-        logits = output.phoneme_logits
-        if logits is None:
-            return [None] * rows, [None] * rows
-        words = (
-            [None] * rows if self.words is None else self.words.decode(logits, output.frame_mask)
-        )
-        return list(collapse_ctc(logits, output.frame_mask)), list(words)
+        if output.phoneme_logits is None:
+            return [_Heard()] * rows
+        first = joint = [None] * rows
+        if self.words is not None:
+            found = self.words.read(output)
+            first, joint = found.first, joint if found.joint is None else found.joint
+        phonemes = collapse_ctc(output.phoneme_logits, output.frame_mask)
+        return [_Heard(*row) for row in zip(phonemes, first, joint, strict=True)]
+
+
+class _Heard(NamedTuple):
+    """Phonemes of one row, and words by language model and by joint scores."""
+
+    phonemes: list[int] | None = None
+    words: str | None = None
+    joint: str | None = None
 
 
 @torch.no_grad()
@@ -156,7 +165,7 @@ def _predict(speaker: _Speaker, batch: Batch, share: _Share) -> list[Prediction]
         share.count(output.codes)
     share.frames += int(output.frame_mask.sum())
     share.rms |= dict(zip(batch.rows, _rms(batch), strict=True))
-    phonemes, words = speaker.phonemes(output)
+    heard = speaker.phonemes(output)
     texts, lengths = speaker.texts(batch), batch.phoneme_lengths.tolist()
     return [
         Prediction(
@@ -164,10 +173,11 @@ def _predict(speaker: _Speaker, batch: Batch, share: _Share) -> list[Prediction]
             session=name.rsplit("/", 2)[0],
             target=target,
             prediction=texts[row],
-            lm_prediction=words[row],
-            phonemes=phonemes[row],
+            lm_prediction=heard[row].words,
+            joint_prediction=heard[row].joint,
+            phonemes=heard[row].phonemes,
             target_phonemes=batch.phonemes[row, : lengths[row]].tolist()
-            if lengths[row] and phonemes[row] is not None
+            if lengths[row] and heard[row].phonemes is not None
             else None,
         )
         for row, (name, target) in enumerate(zip(batch.rows, batch.texts, strict=True))
@@ -177,9 +187,11 @@ def _predict(speaker: _Speaker, batch: Batch, share: _Share) -> list[Prediction]
 @torch.no_grad()
 def _predict_noise(speaker: _Speaker, noise: Batch, found: list[Prediction]) -> None:
     if any(prediction.phonemes is not None for prediction in found):
-        phonemes, words = speaker.phonemes(speaker.model(noise, weights={"phoneme": 1.0}))
+        heard = speaker.phonemes(speaker.model(noise, weights={"phoneme": 1.0}))
         for row, prediction in enumerate(found):
-            prediction.noise_phonemes, prediction.lm_noise_prediction = phonemes[row], words[row]
+            prediction.noise_phonemes = heard[row].phonemes
+            prediction.lm_noise_prediction = heard[row].words
+            prediction.joint_noise_prediction = heard[row].joint
     for prediction, text in zip(found, speaker.texts(noise), strict=True):
         prediction.noise_prediction = text
 
@@ -253,14 +265,20 @@ def _score_text(result: Evaluation, predictions: list[Prediction], seed: int) ->
 
 
 def _score_words(result: Evaluation, predictions: list[Prediction], seed: int) -> None:
-    scored = [p for p in predictions if p.target is not None and p.lm_prediction is not None]
-    if not scored:
-        return
-    noise = None
-    if scored[0].lm_noise_prediction is not None:
-        noise = [p.lm_noise_prediction or "" for p in scored]
-    said = [p.lm_prediction or "" for p in scored]
-    _error_rates(result, "_lm", [p.target or "" for p in scored], said, noise, seed)
+    for kind in ("lm", "joint"):
+        said = {p.row: getattr(p, f"{kind}_prediction") for p in predictions}
+        scored = [p for p in predictions if p.target is not None and said[p.row] is not None]
+        if not scored:
+            continue
+        noise = [getattr(p, f"{kind}_noise_prediction") for p in scored]
+        _error_rates(
+            result,
+            f"_{kind}",
+            [p.target or "" for p in scored],
+            [said[p.row] for p in scored],
+            noise if noise[0] is not None else None,
+            seed,
+        )
 
 
 def _error_rates(

@@ -85,6 +85,13 @@ def _rates(axes: Axes, result: Evaluation) -> None:
             result.wer_lm_noise,
             result.wer_lm_shuffled,
         ),
+        (
+            "WER (joint)",
+            result.wer_joint,
+            result.wer_joint_interval,
+            result.wer_joint_noise,
+            result.wer_joint_shuffled,
+        ),
     ]
     rows = [row for row in rows if row[1] is not None]
     for position, (_, rate, interval, noise, shuffled) in enumerate(rows):

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -14,7 +15,10 @@ from tqdm import tqdm
 from b2t.errors import UserError
 from b2t.evaluate import metrics
 from b2t.evaluate.lexicon import RULE, build_lexicon, read_lexicon
+from b2t.evaluate.likelihood import CausalScorer
 from b2t.evaluate.ngram import NGramModel, estimate
+from b2t.evaluate.rescoring import Rescoring, WordReader, require_text_decoder
+from b2t.evaluate.surface import learn_surface, read_surface
 from b2t.evaluate.words import SearchOptions, WordDecoder, emissions
 from b2t.records import write_atomically
 
@@ -22,6 +26,7 @@ ARPA_FILE = "lm.arpa"
 LEXICON_FILE = "lexicon.txt"
 CARD_FILE = "lm.json"
 SENTENCES_FILE = "sentences.npy"
+SURFACE_FILE = "surface.json"
 
 _GRID: dict[str, tuple[float, ...]] = {
     "lm_weight": (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0),
@@ -40,6 +45,7 @@ class Tuned(BaseModel):
         tries: settings that were tried.
         wer: of the chosen one, which is too good by having been chosen.
         wer_before: of the weights before.
+        wer_joint: of the joint scores, likewise; None where nothing but CTC and n-grams judges.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -52,6 +58,7 @@ class Tuned(BaseModel):
     tries: int
     wer: float
     wer_before: float
+    wer_joint: float | None = None
 
 
 class LanguageModelCard(BaseModel):
@@ -66,6 +73,7 @@ class LanguageModelCard(BaseModel):
         left_out: words without a pronunciation, which are never decoded.
         pronunciation: rule of the lexicon.
         search: weights and widths.
+        rescoring: weights of the joint scores, None where none were tuned.
         tuned: what chose the weights, None for the defaults.
     """
 
@@ -82,6 +90,7 @@ class LanguageModelCard(BaseModel):
     left_out: list[str]
     pronunciation: str = RULE
     search: SearchOptions = SearchOptions()
+    rescoring: Rescoring | None = None
     tuned: Tuned | None = None
 
     def write(self, folder: Path) -> None:
@@ -155,6 +164,7 @@ def make(
     folder.mkdir(parents=True, exist_ok=True)
     model.write(folder / ARPA_FILE)
     lexicon.write(folder / LEXICON_FILE)
+    learn_surface(text for source in sources for text in source.texts).write(folder / SURFACE_FILE)
     np.save(folder / SENTENCES_FILE, np.unique([_hash(" ".join(s)) for s in sentences]))
     card.write(folder)
     return card, model
@@ -191,6 +201,33 @@ def open_decoder(folder: Path, **search: float) -> tuple[WordDecoder, LanguageMo
     lexicon = read_lexicon(folder / LEXICON_FILE)
     options = SearchOptions.model_validate({**card.search.model_dump(), **search})
     return WordDecoder(folder / ARPA_FILE, lexicon, options), card
+
+
+def open_reader(folder: Path, model: Any, rescoring: bool = True) -> WordReader:
+    """Open a folder to read words of what a model makes of signals.
+
+    Args:
+        folder: that `make` has written.
+        model: a `BrainToText`.
+        rescoring: read by joint scores too, where their weights were tuned.
+
+    Raises:
+        UserError: a file is missing or damaged, or the model lacks what was tuned.
+    """
+    decoder, card = open_decoder(folder)
+    weights = card.rescoring
+    if weights is None or not rescoring:
+        return WordReader(decoder)
+    causal = None
+    if weights.causal is not None and weights.causal_weight:
+        causal = CausalScorer(weights.causal, str(next(model.parameters()).device))
+    return WordReader(
+        decoder,
+        weights,
+        require_text_decoder(model, weights, str(folder)),
+        read_surface(folder / SURFACE_FILE),
+        causal,
+    )
 
 
 def known_share(folder: Path, targets: Iterable[str]) -> float | None:

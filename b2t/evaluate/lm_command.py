@@ -14,6 +14,7 @@ EPILOG = """\
 examples:
   b2t lm data/demo/prepared --out lm/demo
   b2t lm data/demo/prepared --out lm/demo --tune runs/demo
+  b2t lm data/demo/prepared --out lm/demo --tune runs/demo --rescore gpt2
   b2t lm prepared/t15 news.txt --out lm/large --order 4 --prune 0 0 1 --max-words 125000
   b2t evaluate runs/demo --lm lm/demo
 
@@ -21,7 +22,9 @@ A dataset gives the sentences of its training split, and pronunciations from its
 .txt file one sentence per line. Words that no label shows are looked up in the CMU dictionary;
 those that it lacks are listed and never decoded. The n-grams are smoothed by modified Kneser-Ney
 and written as ARPA. --tune chooses the weights of language model, words and blank on a split that
-is neither trained on nor reported (val); without SOURCE it tunes a model that is there."""
+is neither trained on nor reported (val); without SOURCE it tunes a model that is there. Where the
+run has a text decoder, or --rescore names a causal language model of transformers, --tune also
+chooses the weights of joint scores: CTC, n-grams and these judge the best hypotheses together."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tune", type=Path, metavar="RUN", help="run whose phonemes tune weights")
     parser.add_argument("--tune-data", help="dataset to tune on (default: the run's data.path)")
     parser.add_argument("--tune-split", default="val", help="split to tune on (val)")
+    parser.add_argument(
+        "--rescore", metavar="MODEL", help="causal language model that judges too: folder or Hub id"
+    )
+    parser.add_argument(
+        "--n-best", type=positive, default=50, help="hypotheses that are judged jointly (50)"
+    )
     parser.add_argument("--limit", type=positive, help="tune on at most LIMIT trials")
     parser.add_argument("--batch-size", type=positive, default=16, help="trials per forward (16)")
     parser.add_argument("--device", help="torch device (default: a GPU where there is one)")
@@ -118,6 +127,7 @@ def _tune(args: argparse.Namespace) -> None:
     from b2t.errors import UserError
     from b2t.evaluate import run_folder
     from b2t.evaluate.language_model import Tuned, known_share, open_decoder, tune
+    from b2t.evaluate.likelihood import CausalScorer
 
     decoder, card = open_decoder(args.out)
     opened = run_folder.open_run(args.tune, args.checkpoint)
@@ -128,11 +138,15 @@ def _tune(args: argparse.Namespace) -> None:
             f"--tune-split {split}: the model was trained on it, so that its phonemes are too good "
             "there; name a split that was held out"
         )
+    causal = None if args.rescore is None else CausalScorer(args.rescore, args.device)
     model, _ = run_folder.load_model(opened, args.device)
-    batches = run_folder.load_batches(
-        opened, model, path, split, None, args.batch_size, args.limit, args.force, texts=True
-    )
-    rows, targets = phoneme_logits(model, batches)
+
+    def batches() -> Any:
+        return run_folder.load_batches(
+            opened, model, path, split, None, args.batch_size, args.limit, args.force, texts=True
+        )
+
+    rows, targets = phoneme_logits(model, batches())
     if not rows:
         raise UserError(f"{path}: the {split} split has no text to tune by")
     search, wer, before, tries = tune(decoder, rows, targets, progress=True)
@@ -147,15 +161,61 @@ def _tune(args: argparse.Namespace) -> None:
         wer=wer,
         wer_before=before,
     )
-    card.write(args.out)
     print(
         f"tuned on {len(rows):,} trials of {split}, {tries} settings: language model "
         f"{search.lm_weight:g}, word {search.word_score:g}, blank {search.blank_penalty:g}; "
         f"WER there {100 * before:.1f} → {100 * wer:.1f} %"
     )
+    card.rescoring = None
+    _tune_jointly(args, card, decoder, model, causal, batches())
+    card.write(args.out)
     known = known_share(args.out, targets)
     if known:
         print(f"note: {100 * known:.1f} % of these sentences stand in the model's text")
+
+
+def _tune_jointly(
+    args: argparse.Namespace,
+    card: "LanguageModelCard",
+    decoder: Any,
+    model: Any,
+    causal: Any | None,
+    batches: Any,
+) -> None:
+    """Choose the weights of joint scores where there is more to judge than CTC and n-grams."""
+    from b2t.evaluate.language_model import SURFACE_FILE
+    from b2t.evaluate.rescoring import Rescoring, WordReader, collect, tune_rescoring
+    from b2t.evaluate.surface import read_surface
+
+    writes = model.text_decoder is not None and (
+        model.config.trained is None or "text_decoder" in model.config.trained
+    )
+    if not writes and causal is None:
+        return
+    start = Rescoring(
+        n_best=args.n_best,
+        own=4 if writes else 0,
+        lm_weight=card.search.lm_weight,
+        word_score=card.search.word_score,
+        causal=args.rescore,
+    )
+    reader = WordReader(
+        decoder,
+        start,
+        model if writes else None,
+        read_surface(args.out / SURFACE_FILE),
+        causal,
+    )
+    trials, targets = collect(reader, model, batches)
+    weights, wer, before, tries = tune_rescoring(trials, targets, start)
+    card.rescoring = weights
+    assert card.tuned is not None
+    card.tuned.wer_joint = wer
+    print(
+        f"joint scores, {tries} settings: language model {weights.lm_weight:g}, word "
+        f"{weights.word_score:g}, text decoder {weights.decoder_weight:g}, causal model "
+        f"{weights.causal_weight:g}; WER there {100 * before:.1f} → {100 * wer:.1f} %"
+    )
 
 
 def phoneme_logits(model: Any, batches: Any) -> tuple[list[Any], list[str]]:

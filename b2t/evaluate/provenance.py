@@ -55,7 +55,8 @@ def note_language_model(result: "Evaluation", folder: Path, path: str) -> None:
     from b2t.evaluate.language_model import known_share, read_card
 
     card = read_card(folder)
-    targets = [p.target for p in result.predictions if p.target is not None]
+    predictions = result.predictions
+    targets = [p.target for p in predictions if p.target is not None]
     known = known_share(folder, targets)
     result.language_model = {
         "folder": str(folder),
@@ -65,6 +66,8 @@ def note_language_model(result: "Evaluation", folder: Path, path: str) -> None:
         "known_sentences": known,
         **card.search.model_dump(),
     }
+    if card.rescoring is not None and any(p.joint_prediction is not None for p in predictions):
+        result.language_model["rescoring"] = card.rescoring.model_dump()
     if known:
         result.notes.append(
             f"{100 * known:.1f} % of the target sentences stand in the language model's text"

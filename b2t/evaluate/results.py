@@ -20,7 +20,8 @@ class Prediction:
     """What was said and what was meant for one row; None where the row or model lacks it.
 
     `prediction` is what the text decoder says, `lm_prediction` what a lexicon and a language model
-    read from the phonemes; `noise_*` and `lm_noise_*` are the same of noise.
+    read from the phonemes, `joint_prediction` what all of them say together by joint scores;
+    `noise_*`, `lm_noise_*` and `joint_noise_*` are the same of noise.
     """
 
     row: str
@@ -30,6 +31,8 @@ class Prediction:
     noise_prediction: str | None = None
     lm_prediction: str | None = None
     lm_noise_prediction: str | None = None
+    joint_prediction: str | None = None
+    joint_noise_prediction: str | None = None
     target_phonemes: list[int] | None = None
     phonemes: list[int] | None = None
     noise_phonemes: list[int] | None = None
@@ -53,6 +56,8 @@ class Evaluation:
         per_noise, cer_noise, wer_noise: the same model fed noise of the same channel statistics.
         wer_lm, cer_lm: of the words that a lexicon and an n-gram model read from the phonemes (with
             `wer_lm_interval`, `wer_lm_noise`, `wer_lm_shuffled`, `exact_lm`).
+        wer_joint, cer_joint: by joint scores of CTC, n-grams, text decoder and causal model, with
+            the same companions.
         wer_shuffled: WER when each trial is decoded from another trial's signal, mean over
             random permutations.
         bleu, rouge1, rouge2, rougeL: overlap in 0–100.
@@ -99,6 +104,14 @@ class Evaluation:
     cer_lm_interval: tuple[float, float] | None = None
     cer_lm_noise: float | None = None
     exact_lm: float | None = None
+    wer_joint: float | None = None
+    wer_joint_interval: tuple[float, float] | None = None
+    wer_joint_noise: float | None = None
+    wer_joint_shuffled: float | None = None
+    cer_joint: float | None = None
+    cer_joint_interval: tuple[float, float] | None = None
+    cer_joint_noise: float | None = None
+    exact_joint: float | None = None
     bleu: float | None = None
     rouge1: float | None = None
     rouge2: float | None = None

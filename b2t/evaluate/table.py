@@ -66,9 +66,17 @@ def _rates(result: Evaluation) -> Table:
             result.wer_lm_noise,
             result.wer_lm_shuffled,
         ),
+        (
+            "words by joint scores",
+            result.wer_joint,
+            result.wer_joint_interval,
+            result.wer_joint_noise,
+            result.wer_joint_shuffled,
+        ),
     )
     untrained = dict.fromkeys(
-        ("phonemes (PER)", "words by language model"), "phoneme_head" in result.untrained
+        ("phonemes (PER)", "words by language model", "words by joint scores"),
+        "phoneme_head" in result.untrained,
     )
     untrained |= dict.fromkeys(
         ("characters (CER)", "words (WER)"), "text_decoder" in result.untrained
@@ -133,6 +141,8 @@ def _pairs(predictions: list[Prediction]) -> Table:
             "of noise": p.noise_prediction,
             "by language model": p.lm_prediction,
             "of noise by it": p.lm_noise_prediction,
+            "by joint scores": p.joint_prediction,
+            "of noise by them": p.joint_noise_prediction,
         }
         kinds = [kind for kind, text in said.items() if text is not None]
         texts = [text for text in said.values() if text is not None]

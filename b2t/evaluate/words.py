@@ -6,10 +6,11 @@ counterpart). b2t estimates the model and the lexicon: see `b2t.evaluate.languag
 """
 
 import contextlib
+import itertools
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from b2t.data.phonemes import BLANK, PHONEMES, SIL
+from b2t.data.phonemes import BLANK, PHONEMES, SIL, pronunciations, to_ids
 from b2t.errors import UserError
 from b2t.evaluate.lexicon import Lexicon
 from b2t.evaluate.ngram import UNKNOWN
 
 _KENLM_FAULTS = (RuntimeError, OSError, ValueError, IndexError)
+
+_VARIANTS = 16
+"""Pronunciations of one sentence that are tried at most."""
 
 
 class SearchOptions(BaseModel):
@@ -57,14 +61,16 @@ class Hypothesis:
     Attributes:
         text: words with single spaces.
         score: total, by which hypotheses are ordered.
-        ctc: logarithm of the alignments' probability.
+        ctc: logarithm of the best alignment's probability.
         lm: log10 probability of the words under the language model, without its weight.
+        labels: phonemes and silences that were read, class ids.
     """
 
     text: str
     score: float
     ctc: float
     lm: float
+    labels: tuple[int, ...] = ()
 
 
 def emissions(logits: Tensor, mask: Tensor, blank_penalty: float = 0.0) -> list[Tensor]:
@@ -126,6 +132,7 @@ class WordDecoder:
 
     def __init__(self, arpa: Path, lexicon: Lexicon, options: SearchOptions) -> None:
         self._library = library()
+        self._lexicon = lexicon
         self._words, self._model = _read_model(arpa, lexicon)
         self._trie = _trie(self._library, self._words, self._model, lexicon)
         self.with_options(options)
@@ -171,7 +178,13 @@ class WordDecoder:
         for found in self._search.decode(frames.data_ptr(), *frames.shape):
             text = " ".join(self._words.get_entry(word) for word in found.words if word >= 0)
             if text not in best:
-                best[text] = Hypothesis(text, found.score, found.emittingModelScore, found.lmScore)
+                best[text] = Hypothesis(
+                    text,
+                    found.score,
+                    found.emittingModelScore,
+                    found.lmScore,
+                    _merged(found.tokens),
+                )
                 if len(best) == number:
                     break
         return list(best.values()) or [Hypothesis("", -math.inf, -math.inf, -math.inf)]
@@ -180,6 +193,32 @@ class WordDecoder:
         """Read a batch: logits [B, P, 41] and mask [B, P] → B texts."""
         rows = emissions(logits, mask, self.options.blank_penalty)
         return [self.n_best(row, 1)[0].text for row in rows]
+
+    def lm_score(self, words: Sequence[str]) -> float:
+        """Return log10 of a sentence's probability under the language model, its end included."""
+        state, total = self._model.start(False), 0.0
+        unknown = self._words.get_index(UNKNOWN)
+        for word in words:
+            index = self._words.get_index(word) if self._words.contains(word) else unknown
+            state, score = self._model.score(state, index)
+            total += score
+        return total + self._model.finish(state)[1]
+
+    def pronounce(self, words: Sequence[str]) -> list[tuple[int, ...]]:
+        """Class ids of a sentence, a silence after every word, in up to 16 pronunciations.
+
+        Words outside the lexicon are looked up in the CMU dictionary; the list is empty where one
+        stands in neither.
+        """
+        each = [
+            self._lexicon.spellings.get(word) or [tuple(to_ids(p)) for p in pronunciations(word)]
+            for word in words
+        ]
+        variants = itertools.islice(itertools.product(*each), _VARIANTS)
+        return [
+            tuple(label for spelling in variant for label in (*spelling, SIL))
+            for variant in variants
+        ]
 
 
 class PhonemeBeam:
@@ -208,9 +247,12 @@ class PhonemeBeam:
     def _one(self, frames: Tensor) -> list[int]:
         if not len(frames):
             return []
-        tokens = torch.tensor(self._search.decode(frames.data_ptr(), *frames.shape)[0].tokens)
-        # The search frames an alignment by one token before and one after the signal.
-        return [c for c in torch.unique_consecutive(tokens[1:-1]).tolist() if c != BLANK]
+        return list(_merged(self._search.decode(frames.data_ptr(), *frames.shape)[0].tokens))
+
+
+def _merged(alignment: Sequence[int]) -> tuple[int, ...]:
+    """Labels of an alignment, which the search frames by one token at each end."""
+    return tuple(c for c, _ in itertools.groupby(alignment[1:-1]) if c != BLANK)
 
 
 def _read_model(arpa: Path, lexicon: Lexicon) -> tuple[Any, Any]:

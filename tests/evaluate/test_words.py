@@ -251,7 +251,7 @@ def test_from_a_dataset_to_words(run, tmp_path, capsys):
     capsys.readouterr()
     call(decode_command, run, data, "--lm", folder)
     lines = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
-    assert lines == {row["row"]: row["lm_prediction"] for row in rows}
+    assert lines == {row["row"]: row["joint_prediction"] for row in rows}
 
 
 def test_a_split_that_was_trained_on_does_not_tune(run, tmp_path):
