@@ -28,7 +28,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "b2t needs Python 3.10 or newer, found " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) $(BIN)/python -m pip install --quiet --editable '.[dev,eeg,lm,lora,peers]'
+	PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) $(BIN)/python -m pip install --quiet --editable '.[dev,eeg,bids,nwb,lm,lora,peers]'
 	@touch $@
 
 demo: install
@@ -41,7 +41,7 @@ test: install
 
 test-latest:
 	$(PYTHON) -m venv $(LATEST)
-	$(LATEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev,eeg,lm,lora,peers]'
+	$(LATEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev,eeg,bids,nwb,lm,lora,peers]'
 	PATH="$(CURDIR)/$(LATEST)/bin:$$PATH" OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -m "not distributed"
 
 test-tritons: install

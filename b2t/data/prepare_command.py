@@ -8,7 +8,7 @@ from b2t.arguments import seed
 from b2t.errors import UserError
 from b2t.records import require_writable
 
-SUMMARY = "read recordings (T15 HDF5, FIF, EDF, BDF, SET) into an Arrow dataset"
+SUMMARY = "read recordings (see docs/DATA.md for the formats) into an Arrow dataset"
 
 _EPILOG = """\
 examples:
@@ -31,12 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", type=Path, help="a recording, or a folder")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the new dataset")
     parser.add_argument(
+        "--source",
+        metavar="FORMAT",
+        dest="format",
+        help="format of SOURCE: bids, t15, t12, pickle, zuco, nwb, labram, mne, mat, numpy, csv, "
+        "or one that another package brings (default: found by looking)",
+    )
+    parser.add_argument(
         "--normalize",
         choices=("auto", "block", "none"),
         default="auto",
         help="block: z-score each channel over its block (T15) or recording; none: keep the unit; "
         "auto: block, but none for T15, which is z-scored already (default: auto)",
     )
+    _add_signal_arguments(parser)
     parser.add_argument("--resample", metavar="HZ", type=float, help="new sampling rate in Hz")
     parser.add_argument(
         "--split",
@@ -50,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep all trials of one text in one split: no test sentence was seen in training",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of the random split (default: 0)")
-    recordings = parser.add_argument_group("recordings that MNE reads")
+    recordings = parser.add_argument_group("continuous recordings")
     recordings.add_argument(
         "--window",
         metavar="S",
@@ -73,12 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recordings.add_argument(
         "--text-column",
         metavar="NAME",
-        help="metadata column of the epochs that holds the text ('event': the event's name)",
+        help="column of epochs, tables or NWB trials that holds the text (epochs: 'event' is the "
+        "event's name)",
     )
     recordings.add_argument(
         "--channels",
         metavar="A,B,…",
-        help="channels to read, in this order (default: all EEG, MEG and intracranial ones)",
+        help="channels to read, in this order; F* stands for all that match (default: all EEG, MEG "
+        "and intracranial ones)",
     )
     parser.add_argument(
         "--skip-bad-trials",
@@ -88,6 +98,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier dataset at OUT"
+    )
+
+
+def _add_signal_arguments(parser: argparse.ArgumentParser) -> None:
+    signal = parser.add_argument_group("what is the signal (MATLAB, NumPy, CSV, NWB, ZuCo)")
+    signal.add_argument(
+        "--signal",
+        metavar="NAME",
+        help="variable of a .mat, series of an NWB file ('units': spikes), measure of ZuCo's words",
+    )
+    signal.add_argument(
+        "--rate",
+        metavar="HZ|NAME",
+        help="sampling rate in Hz, or the .mat's variable that holds it",
+    )
+    signal.add_argument(
+        "--layout",
+        choices=("time-first", "channels-first"),
+        help="which axis of an array comes first (default: time)",
+    )
+    signal.add_argument(
+        "--bin-ms",
+        metavar="MS",
+        type=float,
+        default=20.0,
+        help="width of the bins that spikes of NWB units are counted in (default: 20)",
+    )
+    signal.add_argument(
+        "--level",
+        choices=("words", "sentences"),
+        default="words",
+        help="ZuCo: band features of each word, or the EEG of each sentence (default: words)",
     )
 
 
@@ -116,8 +158,13 @@ def run(args: argparse.Namespace) -> int:
         text_column=args.text_column,
         channels=_names(args.channels),
         resample=args.resample,
+        signal=args.signal,
+        rate=args.rate,
+        layout=args.layout,
+        bin_ms=args.bin_ms,
+        level=args.level,
     )
-    source = detect(args.source, reading)
+    source = detect(args.source, reading, args.format)
     record = {"source": args.source.name, "reading": vars(reading)}
     content = prepare(source, args.out, options, record=record)
     print(summary(content, args.out))

@@ -27,6 +27,13 @@ class SourceOptions:
         channels: names to read, in this order; None = all recorded channels.
         resample: sampling rate of the result in Hz; None = as recorded.
         fractions: shares of train, val and test where the source has no splits of its own.
+        signal: name of the signal in files that hold several things.
+        rate: sampling rate of files that do not say theirs: Hz, or the name of a variable.
+        layout: ``time-first`` signals are [T, C], ``channels-first`` ones [C, T]; None takes what
+            the format says.
+        bin_ms: width of the bins that spikes are counted in, in ms.
+        level: what a trial of ZuCo is: the band features of its ``words``, or the EEG of a
+            ``sentences``.
     """
 
     window: float = 2.0
@@ -36,6 +43,11 @@ class SourceOptions:
     channels: tuple[str, ...] | None = None
     resample: float | None = None
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    signal: str | None = None
+    rate: str | None = None
+    layout: str | None = None
+    bin_ms: float = 20.0
+    level: str = "words"
 
 
 @dataclass(frozen=True)
@@ -86,9 +98,18 @@ class Source(Protocol):
 
 
 class SourceFormat(Protocol):
-    """A module that reads one format."""
+    """A module that reads one format.
+
+    Attributes:
+        NAME: what ``--source`` and messages call it.
+        READS: what it reads, in a few words.
+        OPTIONS: fields of `SourceOptions` that mean something to it, beside the resampling and
+            the shares of the splits.
+    """
 
     NAME: str
+    READS: str
+    OPTIONS: frozenset[str]
 
     def find(self, path: Path) -> list[Path]:
         """Return the files of this format at ``path`` (a file or a folder), or nothing."""

@@ -134,7 +134,7 @@ def annotated(recording: Recording, options: SourceOptions, remarks: Remarks) ->
             )
             continue
         text = mark.text.strip() or None
-        stretches.append(Stretch(mark.start, stop, limits, text=text))
+        stretches.append(Stretch(mark.start, stop, limits, mark.split, text))
     return stretches
 
 

@@ -7,6 +7,7 @@ Epochs are trials as they are, with text from a column of their metadata.
 
 import logging
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,7 +27,14 @@ from b2t.errors import UserError
 from b2t.log import logger
 
 NAME = "mne"
-EXTENSIONS = (".fif", ".fif.gz", ".edf", ".bdf", ".set")
+READS = "recordings that MNE reads (FIF, EDF, BDF, GDF, EEGLAB SET, BrainVision, CTF, KIT, CNT, …)"
+OPTIONS = frozenset({"window", "overlap", "annotations", "text_column", "channels"})
+EXTENSIONS = (
+    ".fif", ".fif.gz", ".edf", ".bdf", ".gdf", ".set", ".vhdr", ".cnt", ".con", ".sqd", ".lay",
+    ".egi", ".nxe", ".cdt",
+)  # fmt: skip
+FOLDERS = (".ds", ".mff")
+"""Recordings that are folders: CTF and EGI."""
 EVENT_COLUMN = "event"
 _HARMLESS = ("naming conventions", "head radius")
 """Parts of MNE's warnings that say nothing about the signals."""
@@ -44,26 +52,52 @@ lies about 1e-6 to 1e-3 V, MEG about 1e-13 to 1e-11 T."""
 
 def find(path: Path) -> list[Path]:
     """Return the recordings at ``path``: the file itself, or all below the folder."""
-    candidates = [path] if path.is_file() else sorted(path.rglob("*"))
-    return [
-        file for file in candidates if file.is_file() and file.name.lower().endswith(EXTENSIONS)
-    ]
+    if path.name.lower().endswith(FOLDERS) or path.is_file():
+        return [path] if path.name.lower().endswith((*EXTENSIONS, *FOLDERS)) else []
+    found = []
+    for folder, below, names in os.walk(path):
+        below[:] = sorted(below)
+        inner = [name for name in below if name.lower().endswith(FOLDERS)]
+        files = [name for name in names if name.lower().endswith(EXTENSIONS)]
+        found += [Path(folder) / name for name in (*inner, *files)]
+        below[:] = [name for name in below if name not in inner]
+    return sorted(found)
 
 
 def open_source(path: Path, files: list[Path], options: SourceOptions) -> "MNESource":
     """Open all recordings."""
-    return MNESource(path, files, options)
+    named = [(file, _session(file, path)) for file in files]
+    return MNESource(NAME, path, named, options, _read)
+
+
+Read = Callable[[Path, Remarks], tuple[Any, Callable[..., Part]]]
+"""Opens a file: MNE's object, and what makes a part of it."""
 
 
 class MNESource(PartsSource):
-    """Trials of one or several recordings with the same channels, in SI units (V, T)."""
+    """Trials of one or several recordings with the same channels, in SI units (V, T).
 
-    def __init__(self, path: Path, files: list[Path], options: SourceOptions) -> None:
+    Args:
+        format: name of the format.
+        path: what the user named.
+        files: recordings, each with the name of its session.
+        options: how to cut them.
+        read: opens one.
+    """
+
+    def __init__(
+        self,
+        format: str,
+        path: Path,
+        files: list[tuple[Path, str]],
+        options: SourceOptions,
+        read: Read,
+    ) -> None:
         _require_mne()
         require_sensible(options)
         remarks = Remarks()
-        parts = [_open(file, _session(file, path), options, remarks) for file in files]
-        super().__init__(NAME, path, parts, options, remarks, unit="SI (V, T)")
+        parts = [_open(file, session, options, remarks, read) for file, session in files]
+        super().__init__(format, path, parts, options, remarks, unit="SI (V, T)")
 
     def read(self, index: int) -> np.ndarray:
         """Return the signal [T, C] of one trial."""
@@ -71,9 +105,10 @@ class MNESource(PartsSource):
             return super().read(index)
 
 
-def _continuous(
+def continuous(
     raw: Any, picks: list[int], file: Path, session: str, options: SourceOptions, remarks: Remarks
 ) -> Part:
+    """Cut a raw object of MNE."""
     recording = Recording(
         file=file,
         session=session,
@@ -138,9 +173,9 @@ def _epochs(
     )
 
 
-def _open(file: Path, session: str, options: SourceOptions, remarks: Remarks) -> Part:
+def _open(file: Path, session: str, options: SourceOptions, remarks: Remarks, read: Read) -> Part:
     with _listening(file, remarks):
-        recording, kind = _read(file, remarks)
+        recording, kind = read(file, remarks)
         require_rate(float(recording.info["sfreq"]), options.resample, file)
         picks = _picks(recording, file, options)
         part = kind(recording, picks, file, session, options, remarks)
@@ -166,7 +201,7 @@ def _read(file: Path, remarks: Remarks) -> tuple[Any, Callable[..., Part]]:
         mat_check.require_sound(file)
     if name.endswith(".set") and _eeglab_epochs(file):
         return mne.io.read_epochs_eeglab(file), _epochs
-    return mne.io.read_raw(file, preload=False), _continuous
+    return mne.io.read_raw(file, preload=False), continuous
 
 
 def _good_epochs(epochs: Any, file: Path, remarks: Remarks) -> Any:
@@ -255,9 +290,7 @@ def _subject(info: Any, file: Path, session: str) -> str:
 def _session(file: Path, root: Path) -> str:
     """Name a session by its file, below ``root``, without extension and MNE's suffix."""
     name = str(file.relative_to(root)) if root.is_dir() else file.name
-    name = re.sub(
-        r"(?:[_-](?:raw|epo|eeg|meg))?\.(?:fif\.gz|fif|edf|bdf|set)$", "", name, flags=re.I
-    )
+    name = re.sub(r"(?:[_-](?:raw|epo|eeg|meg))?\.(?:fif\.gz|[a-z]{2,4})$", "", name, flags=re.I)
     return name.replace("/", "_").replace("\\", "_")
 
 
@@ -265,7 +298,7 @@ def _require_mne() -> None:
     try:
         import mne  # noqa: F401
     except ImportError:
-        raise UserError('reading FIF, EDF, BDF and SET needs MNE: pip install "b2t[eeg]"') from None
+        raise UserError('reading FIF, EDF, BDF or SET needs MNE: pip install "b2t[eeg]"') from None
 
 
 @contextmanager

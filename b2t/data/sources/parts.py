@@ -1,5 +1,6 @@
 """One source of several files or recordings: the same channels and rate, sessions kept apart."""
 
+import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -116,18 +117,26 @@ def choose_channels(
 ) -> list[int]:
     """Return the places of the channels to read, all of them where none are ``wanted``.
 
+    Args:
+        names: C names.
+        wanted: names, or patterns such as ``F*`` that stand for all channels that match.
+        place: where they are, for messages.
+
     Raises:
-        UserError: a channel that is not there, or is named twice; ``place`` says where.
+        UserError: a channel that is not there, or is named twice.
     """
     if wanted is None:
         return list(range(len(names)))
-    twice = [name for name in wanted if wanted.count(name) > 1]
-    if twice:
-        raise UserError(f"--channels names {twice[0]} more than once: name each channel once")
-    missing = [name for name in wanted if name not in names]
+    every = list(names)
+    found = {name: [name] if name in every else fnmatch.filter(every, name) for name in wanted}
+    missing = [name for name, matches in found.items() if not matches]
     if missing:
         raise UserError(f"{place} has no channel {', '.join(missing)}: it has {shown(names)}")
-    return [list(names).index(name) for name in wanted]
+    chosen = [name for pattern in wanted for name in found[pattern]]
+    twice = [name for name in chosen if chosen.count(name) > 1]
+    if twice:
+        raise UserError(f"--channels names {twice[0]} more than once: name each channel once")
+    return [every.index(name) for name in chosen]
 
 
 def shown(channels: Sequence[str]) -> str:

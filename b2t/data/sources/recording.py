@@ -17,6 +17,7 @@ class Annotation:
     start: int
     length: int
     text: str
+    split: str | None = None
 
 
 @dataclass(frozen=True)

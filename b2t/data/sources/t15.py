@@ -4,8 +4,6 @@ The layout is that of the public release: ``hdf5_data_final/t15.YYYY.MM.DD/data_
 groups ``trial_0000`` … with ``input_features`` [T, 512], ``seq_class_ids`` and ``transcription``.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,12 @@ from b2t.data.sources.base import (
     resampled,
 )
 from b2t.data.sources.hdf5_check import require_sound_heaps
+from b2t.data.sources.reading import reading
 from b2t.errors import UserError
 
 NAME = "t15"
+READS = "Brain-to-Text '25 HDF5 (…/t15.YYYY.MM.DD/data_train.hdf5)"
+OPTIONS: frozenset[str] = frozenset()
 SAMPLING_RATE = 50.0
 _AREAS = ("ventral6v", "area4", "55b", "dorsal6v")
 _FEATURES = ("crossings", "power")
@@ -58,11 +59,6 @@ class T15Source:
     own_splits = True
 
     def __init__(self, path: Path, files: list[Path], options: SourceOptions) -> None:
-        if options.channels or options.text_column or options.annotations:
-            raise UserError(
-                f"{path} is a T15 release: --channels, --text-column and --annotations are for "
-                "recordings that MNE reads"
-            )
         require_rate(SAMPLING_RATE, options.resample, path)
         self.sampling_rate = options.resample or SAMPLING_RATE
         self.simulated = False
@@ -73,7 +69,7 @@ class T15Source:
         widths: dict[int, str] = {}
         self._name_unread(path, files)
         for file in tqdm(files, desc="reading labels", unit="file", disable=None):
-            with _reading(f"{file}"):
+            with reading(f"{file}"):
                 require_sound_heaps(file)
                 self._list(file, widths)
         self.remarks.say()
@@ -87,7 +83,7 @@ class T15Source:
         """Return the signal [T, C] of one trial."""
         file, key = self._places[index]
         name = f"{file}, {key}"
-        with _reading(name):
+        with reading(name):
             group = self._file(file)[key]
             features = group["input_features"]
             bins = _bins(group, len(features), name)
@@ -134,7 +130,7 @@ class T15Source:
         if not keys:
             self.remarks.add("holds no trial_0000 …: is the download complete?", str(path), "file")
         for key in keys:
-            with _reading(f"{path}, {key}"):
+            with reading(f"{path}, {key}"):
                 group = file[key]
                 trial = _trial(path, key, group)
                 self.simulated |= bool(group.attrs.get("simulated", False))
@@ -162,21 +158,6 @@ class T15Source:
                     "fetch it again"
                 ) from None
         return self._open[1]
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Turn what h5py raises on a damaged file into a message that names the place."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # h5py passes on whatever HDF5 met, as many kinds of exceptions
-        reason = next(iter(str(error).splitlines()), "no detail")[:200]
-        raise UserError(
-            f"{name}: cannot be read ({type(error).__name__}: {reason}): the file is damaged or "
-            "cut short; copy it again"
-        ) from None
 
 
 def channel_names(channels: int) -> list[str]:
