@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from b2t.arguments import seconds
 from b2t.evaluate.evaluate_command import (
     add_checkpoint,
     add_no_rescoring,
@@ -17,10 +18,15 @@ EPILOG = """\
 examples:
   b2t decode runs/demo data/demo/prepared
   b2t decode runs/t15 prepared/t15 --split test --beams 4 --out submission.jsonl
+  acquire | b2t decode runs/causal --follow - --session t15.2024.01.01 --lm lm/t15
 
 With --lm, words are read from the phonemes by a lexicon and a language model of `b2t lm`.
 Prints one line per trial: its id (session/block/trial), a tab, the text. With --out the lines
-are JSON objects with `row` and `prediction`."""
+are JSON objects with `row` and `prediction`.
+
+With --follow, lines are the seconds of signal read, `partial` or `final`, and the text, at each
+change. Bins are float32, little-endian, C values after each other, in the unit of the prepared
+recordings (z-scored as `b2t prepare` does, not smoothed) and the model's order of channels."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run", type=Path, help="run folder, or a folder with a saved model")
-    parser.add_argument("dataset", help="prepared folder, Hugging Face id, or parquet glob")
+    parser.add_argument(
+        "dataset", nargs="?", help="prepared folder, Hugging Face id, or parquet glob"
+    )
     parser.add_argument("--split", default="test", help="split to decode (test)")
     parser.add_argument("--batch-size", type=positive, default=16, help="trials per forward (16)")
     parser.add_argument("--beams", type=positive, help="beams; 1 is greedy (default: the run's)")
@@ -38,10 +46,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="torch device (default: a GPU where there is one)")
     parser.add_argument("--out", type=Path, help="JSONL file to write instead of printing")
     add_checkpoint(parser)
+    _add_follow(parser)
     parser.add_argument(
         "--force",
         action="store_true",
         help="go on where the data are of another kind than the model was trained on",
+    )
+
+
+def _add_follow(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("as bins come (a causal model: model.encoder.causal)")
+    group.add_argument(
+        "--follow",
+        metavar="SOURCE",
+        help="read bins from standard input (-) or a growing file (raw float32, or .npy) instead "
+        "of a dataset; a bin of NaN ends a sentence",
+    )
+    group.add_argument("--session", help="session of the bins (default: the mean of all)")
+    group.add_argument(
+        "--at-once",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="bins read at once (1: as they come)",
+    )
+    group.add_argument(
+        "--idle",
+        type=seconds,
+        default=5.0,
+        metavar="SECONDS",
+        help="a file that has not grown for so long has ended (5)",
     )
 
 
@@ -54,6 +88,12 @@ def run(args: argparse.Namespace) -> int:
     from b2t.evaluate.decode import decode_batches, read_batches
     from b2t.records import require_writable, write_atomically
 
+    if (args.dataset is None) == (args.follow is None):
+        raise UserError("give a dataset to decode, or --follow SOURCE for bins as they come")
+    if args.follow is not None:
+        from b2t.evaluate.follow import run as follow
+
+        return follow(args)
     if args.out is not None:
         if args.out.is_dir():
             raise UserError(f"--out={args.out}: it is a folder; name a file")

@@ -140,7 +140,7 @@ class WordDecoder:
     def with_options(self, options: SearchOptions) -> "WordDecoder":
         """Take other weights and widths; the model and the lexicon stay loaded."""
         self.options = options
-        self._search = self._library.LexiconDecoder(
+        self.search = self._library.LexiconDecoder(
             self._library.LexiconDecoderOptions(
                 options.beam_size,
                 options.beam_size_token,
@@ -175,8 +175,8 @@ class WordDecoder:
         if not len(frames):
             return [Hypothesis("", 0.0, 0.0, 0.0)]
         best: dict[str, Hypothesis] = {}
-        for found in self._search.decode(frames.data_ptr(), *frames.shape):
-            text = " ".join(self._words.get_entry(word) for word in found.words if word >= 0)
+        for found in self.search.decode(frames.data_ptr(), *frames.shape):
+            text = self.text(found)
             if text not in best:
                 best[text] = Hypothesis(
                     text,
@@ -188,6 +188,10 @@ class WordDecoder:
                 if len(best) == number:
                     break
         return list(best.values()) or [Hypothesis("", -math.inf, -math.inf, -math.inf)]
+
+    def text(self, found: Any) -> str:
+        """Words of a result of the search, with single spaces."""
+        return " ".join(self._words.get_entry(word) for word in found.words if word >= 0)
 
     def decode(self, logits: Tensor, mask: Tensor) -> list[str]:
         """Read a batch: logits [B, P, 41] and mask [B, P] → B texts."""

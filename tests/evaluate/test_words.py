@@ -278,3 +278,20 @@ def test_nothing_to_learn_from_is_told(tmp_path):
         call(lm_command, tmp_path / "none.txt", "--out", tmp_path / "lm")
     with pytest.raises(UserError, match="name a dataset"):
         call(lm_command, "--out", tmp_path / "lm")
+
+
+def test_words_as_frames_come_are_those_of_whole_trials(tmp_path):
+    from b2t.evaluate.word_stream import WordStream
+
+    arpa = tmp_path / "lm.arpa"
+    estimate(TEXT, order=2).write(arpa)
+    decoder = WordDecoder(arpa, lexicon_of(WORDS), SearchOptions(blank_penalty=0.5))
+    for seed in range(6):
+        logits = random_logits(14, seed)
+        (expected,) = decoder.decode(logits[None], torch.ones(1, 14, dtype=torch.bool))
+        for size in (1, 5):
+            stream = WordStream(decoder)
+            said = [stream.push(piece) for piece in logits.split(size)]
+            assert stream.finish() == expected
+            assert len({*said}) > 1 or not expected
+    assert WordStream(decoder).finish() == ""
