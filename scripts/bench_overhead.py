@@ -43,11 +43,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from b2t.config import Config, load_config
 from b2t.data.batches import Batch, train_batches
 from b2t.log import configure, quiet_libraries
+from b2t.train.admission import prepare_run
 from b2t.train.build import build
 from b2t.train.ds_config import DeepSpeedFile, load_ds_config
 from b2t.train.engine import parameter_groups
-from b2t.train.main import default_ds_config, main_callbacks, name_accelerator, prepare_run
+from b2t.train.launch import main_callbacks
+from b2t.train.main import default_ds_config, name_accelerator
 from b2t.train.monitoring import Watch, build_monitors
+from b2t.train.phase import components as components_of
 from b2t.train.ranks import Ranks, join, leave
 from b2t.train.schedule import lr_factor
 from b2t.train.trainer import Trainer
@@ -171,7 +174,7 @@ class Bare(ABC):
                 parameter.copy_(masters.get(name, trainer.masters[name]))
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(dict(trainer.model.named_buffers())[name])
-        present = trainer.components()
+        present = components_of(trainer.model)
         self.model.freeze([name for name in present if name not in self.phase.trainable])
         self.model.train()
         groups = parameter_groups(self.model, self.phase, self.config.optim)
@@ -332,7 +335,7 @@ class Turns:
                 self._save()
         if number % 2 == 1 and number < self.pairs:
             self._let_bare()
-        self.trainer._clock = time.perf_counter()
+        self.trainer.clock.restart()
         self.logged = np.zeros(2)
         self.started = self._now()
 

@@ -1,18 +1,14 @@
-"""Hooks around the engine step, and the ones that every run has: console and files."""
+"""The hooks that every run has on rank 0: console, files, report."""
 
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from b2t.config import PhaseConfig
@@ -20,58 +16,12 @@ from b2t.errors import UserError
 from b2t.log import logger
 from b2t.model.objectives import OBJECTIVES
 from b2t.monitor.alerts import Alert
+from b2t.monitor.context import StepContext
 from b2t.monitor.sinks import ConsoleSink, WebhookSink
 from b2t.records import JsonlSink, rewind, write_atomically
 from b2t.report.summary import try_write_report
-
-if TYPE_CHECKING:
-    from b2t.evaluate.results import Prediction
-    from b2t.train.trainer import Trainer
-
-
-class Callback:
-    """Base of hooks; each does nothing until overridden.
-
-    All ranks call all hooks in the same order, so that a hook may use collectives. Hooks must not
-    wait for the device outside `on_log`. Where a hook cannot write (a full disk), training goes on.
-
-    Attributes:
-        collective: the hook meets the other ranks inside; an error of the system there ends the
-            run, because the others would wait.
-    """
-
-    collective = False
-
-    def on_start(self, trainer: Trainer) -> None:
-        """Before the first step, after a resume."""
-
-    def on_step(self, trainer: Trainer, context: Any) -> None:
-        """After each applied step; `context` is a `b2t.monitor.context.StepContext`."""
-
-    def on_log(self, trainer: Trainer, record: dict[str, float]) -> None:
-        """At each log step, with the metrics since the last one; may add to them."""
-
-    def on_eval(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """After each validation, with its metrics."""
-
-    def on_decode(self, trainer: Trainer, predictions: Sequence[Prediction]) -> None:
-        """After free decoding, with the predictions of all ranks."""
-
-    def on_phase_end(self, trainer: Trainer, phase: PhaseConfig) -> None:
-        """After the last step, validation and decoding of a phase."""
-
-    def on_alert(self, trainer: Trainer, alert: Alert) -> None:
-        """When a rule fires."""
-
-    def on_end(self, trainer: Trainer) -> None:
-        """When the run leaves, finished or not."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """State that a resume restores, as JSON."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+from b2t.train.callback import Callback, Run
+from b2t.train.environment import environment
 
 
 class ProgressBar(Callback):
@@ -80,7 +30,7 @@ class ProgressBar(Callback):
     def __init__(self) -> None:
         self._bar: tqdm | None = None
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Run) -> None:
         """Show the bar."""
         self._bar = tqdm(
             total=trainer.config.total_steps,
@@ -92,13 +42,13 @@ class ProgressBar(Callback):
             smoothing=0.05,
         )
 
-    def on_step(self, trainer: Trainer, context: Any) -> None:
+    def on_step(self, trainer: Run, context: StepContext) -> None:
         """Advance."""
         assert self._bar is not None
         self._bar.set_description(trainer.phase.name, refresh=False)
         self._bar.update(trainer.progress.step - self._bar.n)
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Run) -> None:
         """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
@@ -110,19 +60,19 @@ class Console(Callback):
     def __init__(self) -> None:
         self._alerts = ConsoleSink()
 
-    def on_log(self, trainer: Trainer, record: dict[str, float]) -> None:
+    def on_log(self, trainer: Run, record: dict[str, float]) -> None:
         """Print the step."""
         logger().info(step_line(trainer, record))
 
-    def on_eval(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+    def on_eval(self, trainer: Run, metrics: dict[str, float]) -> None:
         """Print the validation."""
         logger().info(evaluation_line(trainer.progress.step, metrics))
 
-    def on_phase_end(self, trainer: Trainer, phase: PhaseConfig) -> None:
+    def on_phase_end(self, trainer: Run, phase: PhaseConfig) -> None:
         """Say that the phase is over."""
         logger().info("phase %s ended after %d steps", phase.name, trainer.progress.phase_step)
 
-    def on_alert(self, trainer: Trainer, alert: Alert) -> None:
+    def on_alert(self, trainer: Run, alert: Alert) -> None:
         """Print the alert with its likely cause and remedy."""
         self._alerts.send(alert, trainer.config.run.dir.name)
 
@@ -133,11 +83,11 @@ class Webhook(Callback):
     def __init__(self) -> None:
         self._sink = WebhookSink()
 
-    def on_alert(self, trainer: Trainer, alert: Alert) -> None:
+    def on_alert(self, trainer: Run, alert: Alert) -> None:
         """Post it."""
         self._sink.send(alert, trainer.config.run.dir.name)
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Run) -> None:
         """Wait for posts under way."""
         self._sink.close()
 
@@ -151,7 +101,7 @@ class MetricsFile(Callback):
         self._started = time.time()
         self._lost = 0
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Run) -> None:
         """Drop records that a resumed run writes again, and open the file."""
         try:
             rewind(self.path, trainer.progress.step)
@@ -163,24 +113,24 @@ class MetricsFile(Callback):
             ) from None
         self._started = time.time() - trainer.progress.seconds
 
-    def on_log(self, trainer: Trainer, record: dict[str, float]) -> None:
+    def on_log(self, trainer: Run, record: dict[str, float]) -> None:
         """Write the step."""
         self._write(trainer, record)
 
-    def on_eval(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+    def on_eval(self, trainer: Run, metrics: dict[str, float]) -> None:
         """Write the validation."""
         self._write(trainer, metrics)
 
-    def on_alert(self, trainer: Trainer, alert: Alert) -> None:
+    def on_alert(self, trainer: Run, alert: Alert) -> None:
         """Write the alert."""
         self._write(trainer, {"alert": alert.to_dict()})
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Run) -> None:
         """Close the file."""
         if self._sink is not None:
             self._sink.close()
 
-    def _write(self, trainer: Trainer, values: dict[str, Any]) -> None:
+    def _write(self, trainer: Run, values: dict[str, Any]) -> None:
         assert self._sink is not None
         head = {
             "step": trainer.progress.step,
@@ -213,16 +163,21 @@ class RunFiles(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Run) -> None:
         """Record versions and devices, and that the run has begun."""
-        self._write("environment.json", environment(trainer))
+        facts = {
+            "ranks": trainer.ranks.world,
+            "precision": trainer.ds_file.precision,
+            "simulated_data": trainer.materials.info.simulated,
+        }
+        self._write("environment.json", environment(trainer.ranks.device, facts))
         self._status(trainer)
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Run) -> None:
         """Record how it ended."""
         self._status(trainer)
 
-    def _status(self, trainer: Trainer) -> None:
+    def _status(self, trainer: Run) -> None:
         step = trainer.progress.step
         self._write("status.json", {"state": trainer.outcome, "step": step, "time": time.time()})
 
@@ -233,33 +188,6 @@ class RunFiles(Callback):
             logger(__name__).error("%s could not be written: %s", self.folder / name, error)
 
 
-def environment(trainer: Trainer) -> dict[str, Any]:
-    """Versions and devices that a result depends on."""
-    device = trainer.ranks.device
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu",
-        "ranks": trainer.ranks.world,
-        "precision": trainer.ds_file.precision,
-        "simulated_data": trainer.materials.info.simulated,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        **versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that a result depends on."""
-    names = ("b2t", "torch", "deepspeed", "transformers", "datasets", "triton", "numpy")
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 class Report(Callback):
     """The HTML report: on alerts in the background, and when the run ends, however it does."""
 
@@ -267,7 +195,7 @@ class Report(Callback):
         self.folder = folder
         self._writer: subprocess.Popen[bytes] | None = None
 
-    def on_alert(self, trainer: Trainer, alert: Alert) -> None:
+    def on_alert(self, trainer: Run, alert: Alert) -> None:
         """Write it in another process, unless one is still at it."""
         busy = self._writer is not None and self._writer.poll() is None
         if alert.severity == "warning" and not busy:
@@ -276,7 +204,7 @@ class Report(Callback):
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Run) -> None:
         """Write it; not when a scheduler waits for the run to leave."""
         if self._writer is not None:
             self._writer.wait()
@@ -287,7 +215,7 @@ class Report(Callback):
             logger(__name__).info("report %s", path)
 
 
-def step_line(trainer: Trainer, record: dict[str, float]) -> str:
+def step_line(trainer: Run, record: dict[str, float]) -> str:
     """Put the metrics of one log step in a line, with units."""
     parts = " ".join(
         f"{loss.short} {record[f'loss/{name}']:.3f}"

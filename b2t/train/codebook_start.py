@@ -11,9 +11,12 @@ from b2t.config import Config
 from b2t.data.batches import Batch, TrialRows, collate
 from b2t.log import logger
 from b2t.model.brain_to_text import BrainToText
+from b2t.monitor.alerts import Alert
 from b2t.quantize.frame_hash import frame_ids
 from b2t.quantize.start import NoFiniteFrames
 from b2t.train.build import Materials
+from b2t.train.diagnosis import diagnose, not_started_alert
+from b2t.train.progress import Progress
 from b2t.train.ranks import Ranks
 
 _KEPT = 16
@@ -70,6 +73,21 @@ def start_codebooks(
         report.seconds,
         ", ".join(f"{found} of {quantizer.codebook_size}" for found in report.seeded),
     )
+
+
+def why_not_started(
+    model: BrainToText, problem: NoFiniteFrames, progress: Progress, ranks: Ranks
+) -> Alert:
+    """Diagnose codebooks that no latent frame can start. Collective."""
+    finding = diagnose(
+        model,
+        problem.batches,
+        lambda _, batch: model.latents(batch.signal, batch.signal_mask, batch.session),
+        (),
+        (),
+        ranks,
+    )
+    return not_started_alert(finding, progress, str(problem))
 
 
 def enough_trials(frames: np.ndarray, wanted: float, seed: int) -> np.ndarray:

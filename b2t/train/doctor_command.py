@@ -348,7 +348,8 @@ def check_limits() -> Iterator[Finding]:
 def check_deepspeed_file(path: str) -> Iterator[Finding]:
     """The DeepSpeed file, key by key, and whether this machine has its precision."""
     from b2t.train.ds_config import load_ds_config
-    from b2t.train.main import check_precision, name_accelerator
+    from b2t.train.launch import check_precision
+    from b2t.train.main import name_accelerator
 
     name_accelerator()
     try:
@@ -386,7 +387,8 @@ def check_training(config: Any, ds_path: str | None, ranks: int | None) -> Itera
     from b2t.train.build import build
     from b2t.train.ds_config import load_ds_config
     from b2t.train.main import default_ds_config
-    from b2t.train.startup import checkpoint_bytes, describe_memory, require_disk
+    from b2t.train.memory import describe_memory
+    from b2t.train.startup import checkpoint_bytes, require_disk
 
     world = ranks or max(1, torch.cuda.device_count())
     try:

@@ -12,9 +12,11 @@ from b2t.monitor.reconstruction import ReconstructionMonitor
 from b2t.monitor.rules import RULE_SETS
 from b2t.monitor.rvq import RVQMonitor
 from b2t.monitor.training import TrainingMonitor
-from b2t.train.callbacks import Callback
+from b2t.train.build import Materials
+from b2t.train.callback import Callback, Run
 from b2t.train.flops import StepFlops
 from b2t.train.metric_names import fitting_rules
+from b2t.train.ranks import Ranks
 
 
 def alert_rules(config: MonitorConfig) -> list[AlertRule]:
@@ -35,7 +37,7 @@ def alert_rules(config: MonitorConfig) -> list[AlertRule]:
 
 
 def build_monitors(
-    run: Config, materials: Any, ranks: Any, flops: Mapping[str, StepFlops] | None = None
+    run: Config, materials: Materials, ranks: Ranks, flops: Mapping[str, StepFlops] | None = None
 ) -> Monitors:
     """Make the monitors that fit a model; ``flops`` of each phase add MFU and HFU.
 
@@ -69,15 +71,16 @@ class Watch(Callback):
     """
 
     collective = True
+    key = "Watch"
 
     def __init__(self, monitors: Monitors) -> None:
         self.monitors = monitors
 
-    def on_step(self, trainer: Any, context: StepContext) -> None:
+    def on_step(self, trainer: Run, context: StepContext) -> None:
         """Take in the step."""
         self.monitors.update(context)
 
-    def on_log(self, trainer: Any, record: dict[str, float]) -> None:
+    def on_log(self, trainer: Run, record: dict[str, float]) -> None:
         """Add the metrics, and check the rules."""
         record.update(self.monitors.metrics())
         for alert in self.monitors.check(trainer.progress.step, record):

@@ -1,88 +1,110 @@
-"""What a checkpoint of a run holds, taken from the trainer and given back to it."""
+"""What a checkpoint of a run holds, taken from its parts and given back to them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from b2t.train.callbacks import versions
+from b2t.config import Config
+from b2t.train.callback import Callback
 from b2t.train.checkpoint import Checkpoint
+from b2t.train.ds_config import DeepSpeedFile
+from b2t.train.environment import versions
 from b2t.train.progress import Progress
-
-if TYPE_CHECKING:
-    from b2t.train.trainer import Trainer
+from b2t.train.ranks import Ranks
 
 _AVERAGE = "weight_ema:"
 """Prefix of averaged weights among the tensors beside the weights."""
 
 
 def take(
-    trainer: Trainer,
-    masters: dict[str, Tensor],
+    *,
+    weights: dict[str, Tensor],
     moments: dict[str, Tensor],
-    engine: dict[str, Any] | None,
-    window: dict[str, Any] | None,
+    averages: Mapping[str, Tensor],
+    progress: Progress,
+    callbacks: Sequence[Callback],
+    numbers: Mapping[str, Any],
+    origin: Mapping[str, Any],
 ) -> Checkpoint:
     """Return everything that continues the run exactly.
 
     Args:
-        trainer: whose buffers, averages, progress and hooks are taken.
-        masters: exact float32 weights by name.
+        weights: exact float32 weights, and buffers, by name.
         moments: Adam's moments, whole, by `name/moment`.
-        engine: counters of the phase's engine, None between phases.
-        window: sums since the last record, None between phases.
+        averages: averaged weights by name.
+        progress: the clocks.
+        callbacks: hooks whose state is taken.
+        numbers: `engine`, the counters of the phase's engine, and `window`, the sums since the
+            last record; None each between phases.
+        origin: what `origin` returned.
     """
-    numbers, tensors = _callback_states(trainer)
-    averages = {f"{_AVERAGE}{name}": value for name, value in trainer.averages.items()}
-    state = {
-        "progress": trainer.progress.to_dict(),
-        "engine": engine,
-        "window": window,
-        "callbacks": numbers,
-        "config": trainer.config.model_dump(mode="json"),
-        "deepspeed": trainer.ds_file.raw,
-        "world": trainer.ranks.world,
-        "global_batch": trainer.ds_file.global_batch(trainer.ranks.world),
-        "data_fingerprint": trainer.materials.info.fingerprint,
+    values, tensors = _callback_states(callbacks)
+    averaged = {f"{_AVERAGE}{name}": value for name, value in averages.items()}
+    state = {"progress": progress.to_dict(), **numbers, "callbacks": values, **origin}
+    return Checkpoint(weights, {**moments, **averaged, **tensors}, state)
+
+
+def origin(
+    config: Config, ds_file: DeepSpeedFile, ranks: Ranks, data_fingerprint: str
+) -> dict[str, Any]:
+    """Describe what made a checkpoint, for whoever goes on from it."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "deepspeed": ds_file.raw,
+        "world": ranks.world,
+        "global_batch": ds_file.global_batch(ranks.world),
+        "data_fingerprint": data_fingerprint,
         "versions": versions(),
     }
-    buffers = dict(trainer.model.named_buffers())
-    return Checkpoint({**masters, **buffers}, {**moments, **averages, **tensors}, state)
 
 
-def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Set progress, masters, buffers, averages and hooks; engine and window follow with a phase."""
-    trainer.progress = Progress.from_dict(checkpoint.state["progress"])
+def restore(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    masters: dict[str, Tensor],
+    callbacks: Sequence[Callback],
+) -> tuple[Progress, dict[str, Tensor]]:
+    """Set masters, buffers and hooks; return the clocks and the averages.
+
+    Engine and window follow with a phase.
+    """
     for name, value in checkpoint.weights.items():
-        if name in trainer.masters:
-            trainer.masters[name] = value
-    for name, buffer in trainer.model.named_buffers():
+        if name in masters:
+            masters[name] = value
+    for name, buffer in model.named_buffers():
         if name in checkpoint.weights:
             buffer.data = checkpoint.weights[name].to(buffer.device)
-    trainer.averages = _under(_AVERAGE, checkpoint.moments)
-    for callback in trainer.callbacks:
-        name = type(callback).__name__
-        numbers = checkpoint.state["callbacks"].get(name, {})
-        state = {**numbers, **_under(f"{name}:", checkpoint.moments)}
+    for callback in callbacks:
+        key = _key(callback)
+        numbers = checkpoint.state["callbacks"].get(key, {})
+        state = {**numbers, **_under(f"{key}:", checkpoint.moments)}
         if state:
             callback.load_state_dict(state)
+    progress = Progress.from_dict(checkpoint.state["progress"])
+    return progress, _under(_AVERAGE, checkpoint.moments)
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _key(callback: Callback) -> str:
+    return callback.key or type(callback).__name__
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors whose key begins with ``prefix``, without it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _callback_states(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """States of the hooks by class name: JSON values, and tensors under `Name:key`."""
+def _callback_states(callbacks: Sequence[Callback]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """States of the hooks by key: JSON values, and tensors under `key:name`."""
     numbers: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
-    for callback in trainer.callbacks:
-        name = type(callback).__name__
-        for key, value in callback.state_dict().items():
+    for callback in callbacks:
+        key = _key(callback)
+        for name, value in callback.state_dict().items():
             if isinstance(value, Tensor):
-                tensors[f"{name}:{key}"] = value
+                tensors[f"{key}:{name}"] = value
             else:
-                numbers.setdefault(name, {})[key] = value
+                numbers.setdefault(key, {})[name] = value
     return numbers, tensors

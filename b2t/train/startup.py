@@ -4,51 +4,57 @@ import hashlib
 import json
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from b2t.config import COMPONENTS, Config, PhaseConfig
-from b2t.data.batches import TrialRows, collate
+from b2t.config import Config
 from b2t.data.verification import verify_sample
 from b2t.errors import UserError
 from b2t.log import logger
 from b2t.records import require_writable
+from b2t.train.build import Materials
+from b2t.train.dry_batch import DryBatch
 from b2t.train.ds_config import DeepSpeedFile
+from b2t.train.memory import GIB, describe_memory
 from b2t.train.ranks import Ranks
-
-if TYPE_CHECKING:
-    from b2t.train.trainer import Trainer
 
 log = logger(__name__)
 
-_GIB = 2**30
 _SAMPLE, _SAMPLE_SECONDS = 128, 2.0
 """Trials that a start compares with their checksums, and for how long at most."""
-_WIDTH = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
-def check_start(trainer: "Trainer") -> None:
+def check_start(
+    config: Config,
+    phase: int,
+    materials: Materials,
+    ds_file: DeepSpeedFile,
+    ranks: Ranks,
+) -> None:
     """Run all checks that need the whole run; call after `restore` and before `fit`.
+
+    Args:
+        config: the resolved configuration.
+        phase: number of the phase that the run begins or goes on with.
+        materials: data, tokenizer, model.
+        ds_file: the checked DeepSpeed file.
+        ranks: this process among all.
 
     Raises:
         UserError: on all ranks alike, but for a dry batch that one rank has no memory for.
     """
-    config, ranks = trainer.config, trainer.ranks
-    size = checkpoint_bytes(trainer.model, config.optim.weight_ema is not None)
+    size = checkpoint_bytes(materials.model, config.optim.weight_ema is not None)
     wanted = config.checkpoint.keep + 1 + len(config.phases)
     _on_main(ranks, lambda: require_disk(config.run.dir, size, wanted))
-    phases = config.phases[trainer.progress.phase :]
-    log.info("%s", describe_memory(trainer.model, phases, trainer.ds_file, ranks.world))
+    phases = config.phases[phase:]
+    log.info("%s", describe_memory(materials.model, phases, ds_file, ranks.world))
     if config.stability.dry_batch:
         ranks.place = "trying the longest trials"
-        dry_batches(trainer, phases)
+        DryBatch(config, materials, ds_file, ranks).try_phases(phases)
 
 
 def require_folder(ranks: Ranks, folder: Path) -> None:
@@ -92,9 +98,6 @@ def _on_main(ranks: Ranks, check: Callable[[], None]) -> None:
     error = ranks.from_main(error)
     if error:
         raise UserError(error)
-
-
-# ---- the same everywhere
 
 
 def require_same_everywhere(ranks: Ranks, config: Config, ds_file: DeepSpeedFile) -> None:
@@ -154,9 +157,6 @@ def _flatten(value: Any, prefix: str) -> Iterator[tuple[str, str]]:
         yield prefix, json.dumps(value)
 
 
-# ---- disk and memory
-
-
 def checkpoint_bytes(model: nn.Module, averaged: bool = False) -> int:
     """Largest size of a checkpoint: float32 weights, moments, averages of weights, buffers."""
     weights = sum(p.numel() for p in model.parameters())
@@ -172,170 +172,8 @@ def require_disk(folder: Path, size: int, wanted: int) -> None:
         UserError: less than one checkpoint fits.
     """
     free = shutil.disk_usage(folder).free
-    text = f"{folder}: {free / _GIB:.2f} GiB free, a checkpoint takes up to {size / _GIB:.2f} GiB"
+    text = f"{folder}: {free / GIB:.2f} GiB free, a checkpoint takes up to {size / GIB:.2f} GiB"
     if free < size:
         raise UserError(f"{text}: free some space, or choose another run.dir")
     if free < wanted * size:
         log.warning("%s, and up to %d are on disk at once", text, wanted)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank, activations not counted.
-
-    Attributes:
-        weights: parameters in the engine's precision, this rank's share under ZeRO-3.
-        gradients: of trained parameters, this rank's share under ZeRO-2 and ZeRO-3.
-        optimizer: float32 masters and Adam's moments, this rank's share; 0 under CPU offload.
-        buffers: codebooks and their averages.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    buffers: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.buffers
-
-
-def estimate_memory(
-    model: nn.Module, phase: PhaseConfig, ds_file: DeepSpeedFile, world: int
-) -> Memory:
-    """Estimate the bytes that a phase keeps on each device between micro-batches."""
-    width = _WIDTH[ds_file.precision]
-    trained = sum(
-        p.numel()
-        for name in phase.trainable
-        if getattr(model, name, None) is not None
-        for p in getattr(model, name).parameters()
-    )
-    share = -(-trained // world)
-    weights = sum(p.numel() for p in model.parameters())
-    return Memory(
-        weights=width * (-(-weights // world) if ds_file.zero_stage == 3 else weights),
-        gradients=width * (share if ds_file.zero_stage >= 2 else trained),
-        optimizer=0 if ds_file.offload else 12 * share,
-        buffers=sum(b.numel() * b.element_size() for b in model.buffers()),
-    )
-
-
-def describe_memory(
-    model: nn.Module, phases: Sequence[PhaseConfig], ds_file: DeepSpeedFile, world: int
-) -> str:
-    """Return the estimate of the phase that needs most, in words."""
-    phase = max(phases, key=lambda p: estimate_memory(model, p, ds_file, world).total)
-    memory = estimate_memory(model, phase, ds_file, world)
-    parts = [
-        f"{name} {getattr(memory, name) / _GIB:.2f}"
-        for name in ("weights", "gradients", "optimizer", "buffers")
-    ]
-    return (
-        f"about {memory.total / _GIB:.2f} GiB per rank before activations in phase {phase.name} "
-        f"({', '.join(parts)})"
-    )
-
-
-# ---- dry batch
-
-
-def dry_batches(trainer: "Trainer", phases: Sequence[PhaseConfig]) -> None:
-    """Forward and backward of the longest trials in every phase to come; nothing is changed.
-
-    Runs on the bare model before DeepSpeed wraps it, in the engine's precision, beside a block of
-    memory as large as the gradients and optimizer state to come. Collective: the regularisers sum
-    over ranks.
-
-    Raises:
-        UserError: out of memory, on the ranks that it happens to.
-    """
-    batch = longest_batch(trainer)
-    for phase in phases:
-        with _as_trained(trainer, phase):
-            try:
-                _dry_batch(trainer, phase, batch)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                raise UserError(_no_memory(trainer, phase, batch, error)) from None
-    if trainer.ranks.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(trainer.ranks.device) / _GIB
-        log.info("dry batch of the longest trials: %.2f GiB at most", peak)
-        torch.cuda.empty_cache()
-
-
-def longest_batch(trainer: "Trainer") -> Any:
-    """Return this rank's micro-batch of the longest training trials, as training augments them."""
-    micro, ranks = trainer.ds_file.micro_batch, trainer.ranks
-    longest = np.argsort(-trainer.plan.lengths, kind="stable")[: micro * ranks.world]
-    rows = TrialRows(
-        trainer.materials.train,
-        trainer.materials.tokenizer,
-        trainer.materials.info.sessions,
-        trainer.materials.augment,
-        seed=trainer.config.run.seed,
-        max_tokens=trainer.config.data.max_text_tokens,
-    )
-    return collate([rows.example(0, int(row)) for row in longest[ranks.rank :: ranks.world]])
-
-
-def _dry_batch(trainer: "Trainer", phase: PhaseConfig, batch: Any) -> None:
-    model, ranks = trainer.model, trainer.ranks
-    memory = estimate_memory(model, phase, trainer.ds_file, ranks.world)
-    held = memory.optimizer + memory.gradients if ranks.device.type == "cuda" else 0
-    ballast = torch.empty(held, dtype=torch.uint8, device=ranks.device)
-    dtype = next(p for p in model.parameters()).dtype
-    output = model(batch.to(ranks.device, dtype), weights=phase.losses.model_dump())
-    output.loss.backward()
-    del ballast
-
-
-@contextmanager
-def _as_trained(trainer: "Trainer", phase: PhaseConfig) -> Iterator[None]:
-    """Lend the model as a phase trains it: frozen, cast, codebooks in use; then put all back."""
-    model, device = trainer.model, trainer.ranks.device
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[
-        trainer.ds_file.precision
-    ]
-    present = [name for name in COMPONENTS if getattr(model, name) is not None]
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    before = {name: (p.data, p.requires_grad) for name, p in model.named_parameters()}
-    training = model.training
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            model.freeze([name for name in present if name not in phase.trainable])
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(dtype)
-            if model.quantizer is not None:
-                codebooks = model.quantizer.codebooks
-                codebooks.initialized.fill_(model.quantizer.num_quantizers)
-            model.train()
-            yield
-        finally:
-            for name, parameter in model.named_parameters():
-                parameter.data, parameter.requires_grad = before[name]
-                parameter.grad = None
-            with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    buffer.copy_(buffers[name])
-            model.train(training)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
-
-
-def _no_memory(trainer: "Trainer", phase: PhaseConfig, batch: Any, error: BaseException) -> str:
-    ds_file = trainer.ds_file
-    return (
-        f"rank {trainer.ranks.rank}: out of memory in a dry batch of phase {phase.name} with the "
-        f"{len(batch)} longest trials ({batch.signal.shape[1]} bins, "
-        f"{', '.join(batch.rows[:2])} …): {str(error).splitlines()[0]}\n"
-        f"  In {ds_file.path} lower train_micro_batch_size_per_gpu (now {ds_file.micro_batch}) and "
-        f"raise gradient_accumulation_steps (now {ds_file.accumulation}) as much; or set "
-        "model.activation_checkpointing to 1, or use ds_configs/zero2_offload.json."
-    )

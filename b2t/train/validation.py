@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
+from b2t.config import Config, EvaluationConfig, PhaseConfig
 from b2t.data.batches import Batch, eval_batches
 from b2t.data.trials import spread_over_sessions
 from b2t.evaluate import usage
 from b2t.evaluate.evaluation import Evaluation, evaluate_model
 from b2t.log import logger
+from b2t.model.brain_to_text import BrainToText
 from b2t.model.objectives import COUNTS, WEIGHTED
-from b2t.train.metric_names import active_losses, decode_trials
+from b2t.train.build import Materials
+from b2t.train.metric_names import decode_trials
+from b2t.train.ranks import Ranks
 from b2t.train.window import left_out
-
-if TYPE_CHECKING:
-    from b2t.train.trainer import Trainer
 
 log = logger(__name__)
 
@@ -30,58 +30,75 @@ _POOLED = (
 )  # fmt: skip
 
 
-def validation_batches(trainer: Trainer, limit: int | None) -> Iterator[Batch]:
+def validation_batches(
+    config: Config, materials: Materials, ranks: Ranks, limit: int | None
+) -> Iterator[Batch]:
     """Return a rank's share of the validation trials (`limit` of them, from all sessions)."""
-    dataset = trainer.materials.validation
+    dataset = materials.validation
     if limit is not None:
         dataset = dataset.select(spread_over_sessions(dataset, limit))
     return eval_batches(
         dataset,
-        trainer.materials.tokenizer,
-        trainer.materials.info.sessions,
-        augment=trainer.materials.augment,
-        batch_size=trainer.config.evaluation.batch_size,
-        rank=trainer.ranks.rank,
-        world=trainer.ranks.world,
-        max_tokens=trainer.config.data.max_text_tokens,
+        materials.tokenizer,
+        materials.info.sessions,
+        augment=materials.augment,
+        batch_size=config.evaluation.batch_size,
+        rank=ranks.rank,
+        world=ranks.world,
+        max_tokens=config.data.max_text_tokens,
     )
 
 
 @torch.no_grad()
-def validate(trainer: Trainer) -> dict[str, float]:
-    """Return `val/…` metrics pooled over all trials and ranks: losses, SNR, codes in use."""
-    model, ranks = trainer.model, trainer.ranks
-    weights = {
-        name: weight
-        for name, weight in active_losses(model, trainer.phase).items()
-        if name in _NORMALISER
-    }
+def validate(
+    model: BrainToText,
+    batches: Iterable[Batch],
+    losses: Mapping[str, float],
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """Return `val/…` metrics pooled over all trials and ranks: losses, SNR, codes in use.
+
+    Args:
+        model: left in training mode.
+        batches: this rank's share of the trials.
+        losses: weights of those that are trained, by name.
+        dtype: of the model's weights.
+        ranks: whose shares are pooled. Collective.
+    """
+    weights = {name: weight for name, weight in losses.items() if name in _NORMALISER}
     ones = dict.fromkeys((*COUNTS, "rows"), 1.0)
     keys = (*_NORMALISER, *ones, *_POOLED)
     sums = dict.fromkeys(keys, 0.0)
-    codes = None
+    codes, quantizer = None, model.quantizer
     model.eval()
-    for batch in validation_batches(trainer, trainer.config.evaluation.max_trials):
+    for batch in batches:
         for name, value in model.counts(batch).items():
             sums[name] += float(value)
-        output = model(batch.to(ranks.device, trainer.engine.dtype), counts=ones, weights=weights)
+        output = model(batch.to(ranks.device, dtype), counts=ones, weights=weights)
         for name in _NORMALISER.keys() & output.losses.keys():
             sums[name] += float(output.losses[name])
         for name in _POOLED:
             sums[name] += float(output.metrics.get(name, 0.0))
-        if output.codes is not None and model.quantizer.initialized:
-            counts = usage.count_codes(output.codes, model.quantizer.codebook_size).cpu()
+        if output.codes is not None and quantizer is not None and quantizer.initialized:
+            counts = usage.count_codes(output.codes, quantizer.codebook_size).cpu()
             codes = counts if codes is None else codes + counts
     model.train()
     total = dict(zip(sums, ranks.sum(list(sums.values())), strict=True))
-    metrics = _metrics(total, weights)
-    shares = [share for share in ranks.gather(codes) if share is not None]
-    if shares:
-        pooled = torch.stack(shares).sum(0)
-        for q, value in enumerate(usage.utilization(pooled).tolist()):
-            metrics[f"val/codebook/utilization/{q}"] = value
-        for q, value in enumerate(usage.perplexity(pooled).tolist()):
-            metrics[f"val/codebook/perplexity/{q}"] = value
+    return _metrics(total, weights) | _codes_in_use(ranks.gather(codes))
+
+
+def _codes_in_use(counts: Iterable[torch.Tensor | None]) -> dict[str, float]:
+    """Utilization and perplexity of each layer from every rank's counts [Q, K]."""
+    shares = [share for share in counts if share is not None]
+    if not shares:
+        return {}
+    pooled = torch.stack(shares).sum(0)
+    metrics = {}
+    for q, value in enumerate(usage.utilization(pooled).tolist()):
+        metrics[f"val/codebook/utilization/{q}"] = value
+    for q, value in enumerate(usage.perplexity(pooled).tolist()):
+        metrics[f"val/codebook/perplexity/{q}"] = value
     return metrics
 
 
@@ -100,33 +117,34 @@ def _metrics(total: dict[str, float], weights: dict[str, float]) -> dict[str, fl
     return metrics
 
 
-def decoding_due(trainer: Trainer) -> bool:
+def decoding_due(section: EvaluationConfig, phase: PhaseConfig, step: int) -> bool:
     """Whether the validation of this step decodes: a function of the step, so resumes agree."""
-    section, step = trainer.config.evaluation, trainer.progress.step
-    every = trainer.phase.evaluate_every or section.every
+    every = phase.evaluate_every or section.every
     wanted = section.decode_every
     return wanted > 0 and step // wanted > (step - every) // wanted
 
 
-def decode(trainer: Trainer) -> Evaluation | None:
+def decode(
+    model: BrainToText, config: Config, materials: Materials, phase: PhaseConfig, ranks: Ranks
+) -> Evaluation | None:
     """Decode validation trials freely on all ranks; None where the phase decodes none."""
-    section, trials = trainer.config.evaluation, decode_trials(trainer.config, trainer.phase)
+    section, trials = config.evaluation, decode_trials(config, phase)
     if trials == 0:
         return None
-    speaks = trainer.phase.losses.generation > 0
+    speaks = phase.losses.generation > 0
     result = evaluate_model(
-        trainer.model,
-        validation_batches(trainer, trials),
-        trainer.materials.tokenizer if speaks else None,
-        split=trainer.config.data.validation_split,
-        simulated=trainer.materials.info.simulated,
+        model,
+        validation_batches(config, materials, ranks, trials),
+        materials.tokenizer if speaks else None,
+        split=config.data.validation_split,
+        simulated=materials.info.simulated,
         noise_control=False,
         decode=speaks,
-        seed=trainer.config.run.seed,
+        seed=config.run.seed,
         max_new_tokens=section.max_new_tokens,
         num_beams=section.num_beams,
     )
-    trainer.model.train()
+    model.train()
     return result
 
 

@@ -7,22 +7,19 @@ import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from b2t.config import LogConfig, PhaseConfig
 from b2t.errors import UserError
+from b2t.evaluate.results import Prediction
 from b2t.log import logger
 from b2t.monitor.alerts import Alert
 from b2t.monitor.monitors import Monitors
 from b2t.monitor.reconstruction import ReconstructionMonitor
 from b2t.monitor.rvq import RVQMonitor
 from b2t.report import figures
-from b2t.train.callbacks import Callback
+from b2t.train.callback import Callback, Run
 from b2t.train.checkpoint import BEST
-
-if TYPE_CHECKING:
-    from b2t.evaluate.results import Prediction
-    from b2t.train.trainer import Trainer
 
 UNITS = {
     "codebook/*_trend": "per 1,000 updates",
@@ -60,6 +57,8 @@ class Wandb(Callback):
         monitors: whose figures are drawn; None draws none.
     """
 
+    key = "Wandb"
+
     def __init__(self, config: LogConfig, folder: Path, monitors: Monitors | None = None) -> None:
         self.config = config.wandb
         self.folder = folder
@@ -68,7 +67,7 @@ class Wandb(Callback):
         self._drawn_at = -1
         self._run: Any = None
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Run) -> None:
         """Open the run, or the same one again.
 
         Raises:
@@ -107,11 +106,11 @@ class Wandb(Callback):
         where = f"offline in {os.path.relpath(self._run.dir)}" if offline else self._run.url
         logger(__name__).info("wandb run %s (%s)", self.run_id, where)
 
-    def on_log(self, trainer: Trainer, record: dict[str, float]) -> None:
+    def on_log(self, trainer: Run, record: dict[str, float]) -> None:
         """Log the step."""
         self._run.log({"step": trainer.progress.step, **record})
 
-    def on_eval(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+    def on_eval(self, trainer: Run, metrics: dict[str, float]) -> None:
         """Log the validation, the figures of this step, and what the best model is."""
         step = trainer.progress.step
         images = self._figures() if step != self._drawn_at else {}
@@ -126,7 +125,7 @@ class Wandb(Callback):
             self._run.summary["best/phase"] = trainer.phase.name
             self._run.summary["best/folder"] = str(trainer.store.folder / BEST)
 
-    def on_decode(self, trainer: Trainer, predictions: Sequence[Prediction]) -> None:
+    def on_decode(self, trainer: Run, predictions: Sequence[Prediction]) -> None:
         """Log what was meant and what was said, row by row."""
         import wandb
 
@@ -138,20 +137,20 @@ class Wandb(Callback):
             table.add_data(trainer.phase.name, trainer.progress.step, p.row, p.target, p.prediction)
         self._run.log({"step": trainer.progress.step, f"predictions/{trainer.phase.name}": table})
 
-    def on_phase_end(self, trainer: Trainer, phase: PhaseConfig) -> None:
+    def on_phase_end(self, trainer: Run, phase: PhaseConfig) -> None:
         """Keep how the phase ended."""
         best = trainer.progress.best
         self._run.summary[f"phases/{phase.name}/steps"] = trainer.progress.phase_step
         self._run.summary[f"phases/{phase.name}/best"] = best.best
         self._run.summary[f"phases/{phase.name}/best_step"] = best.best_step
 
-    def on_alert(self, trainer: Trainer, alert: Alert) -> None:
+    def on_alert(self, trainer: Run, alert: Alert) -> None:
         """Pass the alert on."""
         levels = {"critical": "ERROR", "warning": "WARN"}
         level = levels.get(alert.severity, "INFO")
         self._run.alert(title=alert.message[:64], text=alert.text(), level=level)
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Run) -> None:
         """Close the run, as failed where training failed."""
         if self._run is not None:
             ended = trainer.outcome in ("finished", "stopped on request")

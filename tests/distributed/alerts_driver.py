@@ -10,8 +10,8 @@ import torch
 
 from b2t.config import load_config
 from b2t.log import configure
+from b2t.train import launch, monitoring, ranks
 from b2t.train import main as entry
-from b2t.train import monitoring, ranks
 from b2t.train.ds_config import load_ds_config
 
 QUIET = "{enabled: true, time_shift_ms: 0, channel_dropout: 0, noise_std: 0, scale: [S, S]}"
@@ -91,8 +91,8 @@ def main() -> int:
     arguments = entry.parser().parse_intermixed_args()
     joined = ranks.join(120.0)
     # The cases share a process group: DeepSpeed keeps groups of one that has been left.
-    ranks.join, left = lambda timeout_s: joined, ranks.leave
-    ranks.leave = lambda: None
+    launch.join, left = lambda timeout_s: joined, launch.leave
+    launch.leave = lambda: None
     configure(joined.rank)
     statuses = {name: train(arguments, name, case) for name, case in CASES.items()}
     folder = load_config(arguments.config, arguments.overrides).run.dir
@@ -111,7 +111,7 @@ def train(arguments: Any, name: str, case: Case) -> int:
                 case.sabotage(trainer)
             super().on_step(trainer, context)
 
-    monitoring.Watch = Watch
+    launch.Watch = Watch
     overrides = [*arguments.overrides, f"phases.0.steps={case.steps}", *case.overrides]
     config = load_config(arguments.config, overrides)
     config.run.dir /= name

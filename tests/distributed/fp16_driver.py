@@ -16,8 +16,8 @@ from deepspeed.accelerator import get_accelerator
 
 from b2t.config import load_config
 from b2t.log import configure
+from b2t.train import launch, ranks
 from b2t.train import main as entry
-from b2t.train import ranks
 from b2t.train.ds_config import load_ds_config
 from b2t.train.engine import PhaseEngine
 from b2t.train.trainer import Trainer
@@ -38,7 +38,8 @@ def digest(tensors):
 
 def snapshot(trainer):
     """Digests of all that a skipped step must leave alone, and the clocks. Collective."""
-    trainer._set_clocks()  # each step begins so: temperature and progress follow the applied steps
+    # Each step begins so: temperature and progress follow the applied steps.
+    trainer._stepping.set_clocks()
     moments, numbers = trainer.engine.state()
     clocks = asdict(trainer.progress)
     with trainer.engine.whole():
@@ -111,8 +112,8 @@ def main():
     """Train both runs on the same ranks: DeepSpeed keeps groups of one that has been left."""
     arguments = entry.parser().parse_intermixed_args()
     joined = ranks.join(120.0)
-    ranks.join, left = lambda timeout_s: joined, ranks.leave
-    ranks.leave = lambda: None
+    launch.join, left = lambda timeout_s: joined, launch.leave
+    launch.leave = lambda: None
     configure(joined.rank)
     statuses = {}
     for name, folder, sabotage in (

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.distributed
 
 ON_THE_CPU = {
     "b2t/train/ranks.py:sum": "sums of the CPU group",
-    "b2t/train/trainer.py:_totals": "counts of a batch before it is moved to the device",
+    "b2t/train/step.py:totals": "counts of a batch before it is moved to the device",
     "b2t/quantize/update.py:revives_next": "clocks of the quantizer, which stay on the CPU",
     "b2t/quantize/residual_vq.py:initialized": "the same",
     "b2t/quantize/residual_vq.py:temperature": "the same",
@@ -60,7 +60,7 @@ def test_monitors_read_nothing(reads):
 
 def test_the_probe_sees_what_is_known_to_read(reads):
     """A probe that is blind would pass the tests above."""
-    known = ("b2t/train/ranks.py:sum", "b2t/train/trainer.py:_totals")
+    known = ("b2t/train/ranks.py:sum", "b2t/train/step.py:totals")
     known += ("b2t/quantize/frames.py:valid_latents", "b2t/train/engine.py:step")
     assert set(known) <= set(reads)
 

@@ -12,8 +12,8 @@ import sys
 
 from b2t.config import load_config
 from b2t.log import configure
+from b2t.train import launch, ranks
 from b2t.train import main as entry
-from b2t.train import ranks
 from b2t.train.ds_config import load_ds_config
 from b2t.train.trainer import Trainer
 
@@ -22,8 +22,8 @@ def main():
     """Train all runs: DeepSpeed keeps groups of one that has been left."""
     arguments = entry.parser().parse_intermixed_args()
     joined = ranks.join(120.0)
-    ranks.join, left = lambda timeout_s: joined, ranks.leave
-    ranks.leave = lambda: None
+    launch.join, left = lambda timeout_s: joined, launch.leave
+    launch.leave = lambda: None
     configure(joined.rank)
     applied = Trainer._after_applied
     for run in json.loads(os.environ["B2T_PLAN"]):

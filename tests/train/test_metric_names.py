@@ -11,9 +11,9 @@ from b2t.config.alert_rules import AlertRule, Condition
 from b2t.errors import UserError
 from b2t.monitor.rules import BUILT_IN
 from b2t.train import metric_names
+from b2t.train.admission import prepare_run
 from b2t.train.build import build
 from b2t.train.callbacks import Callback
-from b2t.train.main import prepare_run
 from b2t.train.monitoring import Watch, build_monitors
 from b2t.train.signals import StopSignals
 from b2t.train.trainer import Stopped, Trainer
@@ -90,7 +90,7 @@ def test_decoding_between_the_ends_of_phases_chooses_the_best(whole):
 
 def test_a_phase_without_text_goes_by_its_loss(start):
     trainer = start("rules")
-    assert trainer._best_by == [("val/loss", "min"), ("val/wer", "min"), ("val/wer", "min")]
+    assert trainer.best_by == [("val/loss", "min"), ("val/wer", "min"), ("val/wer", "min")]
 
 
 def test_early_stopping_on_decoded_text_is_exact_over_a_resume(start):
@@ -139,13 +139,7 @@ def test_each_decoding_goes_with_the_first_validation_after_it_is_due(
     found = [
         step
         for step in range(every, 3001, every)
-        if decoding_due(
-            SimpleNamespace(
-                config=SimpleNamespace(evaluation=section),
-                progress=SimpleNamespace(step=step),
-                phase=SimpleNamespace(evaluate_every=every),
-            )
-        )
+        if decoding_due(section, SimpleNamespace(evaluate_every=every), step)
     ]
     assert found == expected
 

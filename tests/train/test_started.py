@@ -11,8 +11,8 @@ import torch
 from b2t.config import load_config
 from b2t.errors import UserError
 from b2t.evaluate.run_folder import load_model, open_run
+from b2t.train.admission import prepare_run
 from b2t.train.build import build
-from b2t.train.main import prepare_run
 from b2t.train.started import STARTED_FILE
 from b2t.train.trainer import Stopped, Trainer
 from tests.train.small_runs import SMALL, zero2

@@ -15,10 +15,12 @@ from b2t.config import load_config
 from b2t.errors import UserError
 from b2t.records import require_writable
 from b2t.train import startup
+from b2t.train.admission import require_same_checkpoint
 from b2t.train.build import build
 from b2t.train.callbacks import Callback
 from b2t.train.checkpoint import Checkpoint
-from b2t.train.main import require_same_checkpoint
+from b2t.train.dry_batch import DryBatch, out_of_memory
+from b2t.train.memory import estimate_memory
 from b2t.train.ranks import Ranks
 from b2t.train.trainer import Trainer
 from tests.train.small_runs import SMALL, zero2
@@ -55,10 +57,19 @@ def trainer_for(data, run, ds_file, ranks, *overrides):
     return Trainer(config, ds_file, build(config), ranks, [Losses()])
 
 
+def dry(trainer):
+    return DryBatch(trainer.config, trainer.materials, trainer.ds_file, trainer.ranks)
+
+
+def checked(trainer):
+    materials, number = trainer.materials, trainer.progress.phase
+    startup.check_start(trainer.config, number, materials, trainer.ds_file, trainer.ranks)
+
+
 def fitted(*arguments):
     trainer = trainer_for(*arguments)
     trainer.store.folder.mkdir(parents=True)
-    startup.check_start(trainer)
+    checked(trainer)
     trainer.fit()
     return trainer
 
@@ -92,7 +103,7 @@ def test_a_dry_batch_computes_and_leaves_no_trace(tiny_trials, tmp_path, ds_file
     before = {n: t.clone() for n, t in model.state_dict().items()}
     wanted = {n: p.requires_grad for n, p in model.named_parameters()}
     state = torch.get_rng_state()
-    startup.dry_batches(trainer, trainer.config.phases[::-1])  # the last one freezes
+    dry(trainer).try_phases(trainer.config.phases[::-1])  # the last one freezes
     for hook in hooks:
         hook.remove()
     assert_bitwise(model.state_dict(), before)
@@ -118,7 +129,7 @@ def test_a_dry_batch_runs_in_the_precision_of_the_engine(
     seen = set()
     weight = next(trainer.model.signal_decoder.parameters())
     trainer.model.encoder.register_forward_pre_hook(lambda m, args: seen.add(weight.dtype))
-    startup.dry_batches(trainer, trainer.config.phases[:1])
+    dry(trainer).try_phases(trainer.config.phases[:1])
     assert seen == {{"fp16": torch.float16, "bf16": torch.bfloat16}[precision]}
     assert weight.dtype == torch.float32
 
@@ -133,7 +144,7 @@ def test_out_of_memory_says_where_and_what_to_do(
 
     monkeypatch.setattr(type(trainer.model), "forward", fail)
     with pytest.raises(UserError) as caught:
-        startup.check_start(trainer)
+        checked(trainer)
     text = str(caught.value)
     assert "phase tokenizer with the 4 longest trials" in text and "Tried to allocate 9 GiB" in text
     assert "train_micro_batch_size_per_gpu (now 4)" in text and str(ds_file.path) in text
@@ -141,8 +152,8 @@ def test_out_of_memory_says_where_and_what_to_do(
 
 
 def test_other_errors_are_not_called_out_of_memory():
-    assert not startup.out_of_memory(RuntimeError("shapes do not match"))
-    assert startup.out_of_memory(
+    assert not out_of_memory(RuntimeError("shapes do not match"))
+    assert out_of_memory(
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes")
     )
 
@@ -180,7 +191,7 @@ def parts():
 def test_memory_by_hand(trainable, precision, stage, offload, world, expected):
     ds_file = SimpleNamespace(precision=precision, zero_stage=stage, offload=offload)
     phase = SimpleNamespace(trainable=trainable)
-    memory = startup.estimate_memory(parts(), phase, ds_file, world)
+    memory = estimate_memory(parts(), phase, ds_file, world)
     found = (memory.weights, memory.gradients, memory.optimizer, memory.buffers)
     assert found == expected and memory.total == sum(expected)
 

@@ -4,11 +4,13 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import load_from_disk
 
 from b2t.config import load_config
 from b2t.data.augment import Augment
 from b2t.train.build import build
+from b2t.train.metric_names import active_losses
 from b2t.train.validation import validate, validation_batches
 from tests.train.small_runs import SMALL
 
@@ -16,31 +18,29 @@ from tests.train.small_runs import SMALL
 def test_fewer_trials_come_from_all_sessions(tiny_trials):
     """Two sessions one after the other, of which a limit took the first alone."""
     validation = load_from_disk(str(tiny_trials))["train"].sort("session")
-    trainer = SimpleNamespace(
-        config=load_config("demo", ["evaluation.batch_size=4"]),
-        ranks=SimpleNamespace(rank=0, world=1),
-        materials=SimpleNamespace(
+    run = (
+        load_config("demo", ["evaluation.batch_size=4"]),
+        SimpleNamespace(
             validation=validation,
             tokenizer=None,
             info=SimpleNamespace(sessions=["day0", "day1"]),
             augment=Augment(enabled=False),
         ),
+        SimpleNamespace(rank=0, world=1),
     )
-    rows = [row for batch in validation_batches(trainer, 6) for row in batch.rows]
+    rows = [row for batch in validation_batches(*run, 6) for row in batch.rows]
     assert sorted(row.split("/")[0] for row in rows) == ["day0"] * 3 + ["day1"] * 3
-    assert len({row for batch in validation_batches(trainer, None) for row in batch.rows}) == 36
+    assert len({row for batch in validation_batches(*run, None) for row in batch.rows}) == 36
 
 
 def validated(data, ranks, *overrides):
     """Metrics of an untrained model, and the trials that it was validated on."""
     config = load_config("demo", [f"data.path={data}", *SMALL, "optim.weight_ema=null", *overrides])
     materials = build(config)
-    trainer = SimpleNamespace(
-        config=config, ranks=ranks, materials=materials, model=materials.model,
-        engine=SimpleNamespace(dtype=next(materials.model.parameters()).dtype),
-        phase=config.phases[0],
-    )  # fmt: skip
-    return validate(trainer), materials.validation
+    model = materials.model
+    batches = validation_batches(config, materials, ranks, config.evaluation.max_trials)
+    losses = active_losses(model, config.phases[0])
+    return validate(model, batches, losses, torch.float32, ranks), materials.validation
 
 
 def test_no_row_with_enough_frames_is_no_perfect_phoneme_loss(tiny_trials, one_rank):

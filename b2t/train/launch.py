@@ -1,0 +1,183 @@
+"""A run from its settings to its end: ranks, checks, data, model, hooks, training."""
+
+import os
+import socket
+
+import torch
+
+from b2t.config import Config
+from b2t.errors import UserError
+from b2t.log import logger
+from b2t.monitor.monitors import Monitors
+from b2t.monitor.training import peak_flops
+from b2t.train.admission import prepare_run
+from b2t.train.build import Materials, build
+from b2t.train.callback import Callback, Run
+from b2t.train.callbacks import Console, MetricsFile, ProgressBar, Report, RunFiles, Webhook
+from b2t.train.ds_config import DeepSpeedFile
+from b2t.train.flops import flops_of_phases
+from b2t.train.monitoring import Watch, build_monitors
+from b2t.train.ranks import Ranks, WaitedTooLong, join, leave, timed_out
+from b2t.train.settings import check_lengths, check_losses
+from b2t.train.signals import StopSignals
+from b2t.train.startup import check_data, check_start, require_folder, require_same_everywhere
+from b2t.train.trainer import Trainer
+from b2t.train.world_size import keep_global_batch
+
+__all__ = ["Launch", "WaitedTooLong", "join_ranks", "leave", "prepare_torch"]
+
+log = logger(__name__)
+
+
+def prepare_torch(config: Config, ds_file: DeepSpeedFile) -> None:
+    """Refuse what this machine or configuration cannot train; set torch's determinism.
+
+    Raises:
+        UserError: fp16 without a GPU, or lengths that do not fit together.
+    """
+    check_precision(ds_file)
+    check_lengths(config)
+    if config.run.deterministic:
+        # cuBLAS reads this when the device is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def join_ranks(timeout_s: float) -> Ranks:
+    """Join the process group.
+
+    Raises:
+        WaitedTooLong: the others did not come within ``timeout_s`` seconds.
+    """
+    try:
+        return join(timeout_s)
+    except Exception as error:
+        if not timed_out(error):
+            raise
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise WaitedTooLong(
+            f"rank {os.environ.get('RANK')} on {socket.gethostname()} waited "
+            f"{timeout_s:g} s for the other ranks to join at {where}: "
+            "one was not started, failed before, or cannot be reached (b2t doctor looks at network "
+            "interfaces). stability.collective_timeout_s sets the wait"
+        ) from error
+
+
+class Launch:
+    """One run on ranks that have joined.
+
+    Args:
+        config: the resolved configuration.
+        ds_file: the checked DeepSpeed file.
+        ranks: this process among all.
+        stop: signals to listen to.
+
+    Attributes:
+        training: whether the ranks have begun to train: from there on one may fail alone.
+    """
+
+    def __init__(
+        self, config: Config, ds_file: DeepSpeedFile, ranks: Ranks, stop: StopSignals
+    ) -> None:
+        self.config = config
+        self.ds_file = ds_file
+        self.ranks = ranks
+        self.stop = stop
+        self.training = False
+
+    def go(self, resume: str) -> None:
+        """Train from the start or from the newest checkpoint, to the end. Collective.
+
+        Args:
+            resume: `auto`, or `never` to refuse a folder with checkpoints.
+
+        Raises:
+            UserError: a mistake in the input.
+            Stopped: on request, with a checkpoint.
+            TrainingFailed: the run cannot learn any further.
+        """
+        trainer = self._build()
+        if prepare_run(trainer, resume):
+            log.info("already trained: %s holds a finished run", self.config.run.dir)
+            return
+        introduce(trainer)
+        self.training = True
+        phase = trainer.progress.phase
+        check_start(self.config, phase, trainer.materials, trainer.ds_file, self.ranks)
+        trainer.fit()
+        log.info("finished: %s", self.config.run.dir)
+
+    def _build(self) -> Trainer:
+        config, ranks = self.config, self.ranks
+        require_same_everywhere(ranks, config, self.ds_file)
+        require_folder(ranks, config.run.dir)
+        ds_file = keep_global_batch(self.ds_file, config.run.dir, ranks.world)
+        materials = build(config)
+        check_losses(config, materials.model)
+        check_data(ranks, str(config.data.path), config.run.seed)
+        callbacks = self._callbacks(materials, ds_file)
+        return Trainer(config, ds_file, materials, ranks, callbacks, self.stop)
+
+    def _callbacks(self, materials: Materials, ds_file: DeepSpeedFile) -> list[Callback]:
+        config, ranks = self.config, self.ranks
+        known = peak_flops(ranks.device) is not None and ds_file.precision != "fp32"
+        flops = flops_of_phases(config, materials, ds_file.accumulation) if known else None
+        monitors = build_monitors(config, materials, ranks, flops)
+        watch = Watch(monitors)
+        return [watch, *main_callbacks(config, monitors)] if ranks.is_main else [watch]
+
+
+def main_callbacks(config: Config, monitors: Monitors) -> list[Callback]:
+    """Hooks of rank 0: console, metrics file, and what configuration or environment ask for."""
+    folder = config.run.dir
+    chosen: list[Callback] = [Console(), MetricsFile(folder), RunFiles(folder), Webhook()]
+    if config.log.progress:
+        chosen.append(ProgressBar())
+    if config.log.wandb.enabled:
+        from b2t.train.wandb_run import Wandb
+
+        chosen.append(Wandb(config.log, folder, monitors))
+    if config.log.report:
+        chosen.append(Report(folder))
+    return chosen
+
+
+def check_precision(ds_file: DeepSpeedFile) -> None:
+    """Refuse a precision that this machine cannot train in."""
+    if ds_file.precision != "fp16":
+        return
+    from deepspeed.accelerator import get_accelerator
+
+    if not get_accelerator().is_fp16_supported():
+        raise UserError(
+            f"{ds_file.path}: fp16 needs a GPU, and none was found; without one use "
+            "--deepspeed_config ds_configs/zero2_cpu.json"
+        )
+
+
+def introduce(trainer: Run) -> None:
+    """Say what is about to be trained, on what, by how many ranks."""
+    info, ds_file, ranks = trainer.materials.info, trainer.ds_file, trainer.ranks
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    log.info(
+        "%s%d train and %d validation trials, %d channels at %g Hz, %d sessions",
+        "SIMULATED DATA: " if info.simulated else "",
+        len(trainer.materials.train),
+        len(trainer.materials.validation),
+        info.channels,
+        info.sampling_rate,
+        len(info.sessions),
+    )
+    log.info(
+        "%.1f M parameters, %d rank%s on %s, ZeRO-%d, %s, batch %d = %d × %d accumulated × %d",
+        parameters / 1e6,
+        ranks.world,
+        "" if ranks.world == 1 else "s",
+        ranks.device.type,
+        ds_file.zero_stage,
+        ds_file.precision,
+        ds_file.global_batch(ranks.world),
+        ds_file.micro_batch,
+        ds_file.accumulation,
+        ranks.world,
+    )

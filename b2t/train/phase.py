@@ -1,0 +1,155 @@
+"""One phase while it is trained: its engine, what it freezes, its averages and its batches."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from b2t.config import COMPONENTS, Config, PhaseConfig
+from b2t.data.batches import Batch, BatchPlan, train_batches
+from b2t.errors import UserError
+from b2t.log import logger
+from b2t.model.brain_to_text import BrainToText
+from b2t.train.build import Materials
+from b2t.train.checkpoint import Checkpoint
+from b2t.train.ds_config import DeepSpeedFile
+from b2t.train.engine import PhaseEngine, read_master
+from b2t.train.metric_names import active_losses
+from b2t.train.ranks import Ranks
+from b2t.train.weight_ema import WeightEma
+from b2t.train.zero3 import Zero3Engine
+
+log = logger(__name__)
+
+
+class TrainedPhase:
+    """The engine of a phase over the components that it trains; all others are frozen.
+
+    Args:
+        model: all components.
+        config: the resolved configuration.
+        number: of the phase, from 0.
+        ds_file: the checked DeepSpeed file.
+        masters: exact float32 weights by name; read here, written by `PhaseEngine.collect_masters`.
+        averages: averaged weights to go on from, by name.
+        restored: the checkpoint that the phase goes on from, None at its start.
+
+    Attributes:
+        engine: DeepSpeed's, as this phase needs it.
+
+    Raises:
+        UserError: the model has none of the components that the phase trains.
+    """
+
+    def __init__(
+        self,
+        model: BrainToText,
+        config: Config,
+        number: int,
+        ds_file: DeepSpeedFile,
+        masters: dict[str, Tensor],
+        averages: Mapping[str, Tensor],
+        restored: Checkpoint | None,
+    ) -> None:
+        phase = config.phases[number]
+        trained = [name for name in phase.trainable if getattr(model, name) is not None]
+        model.freeze([name for name in components(model) if name not in trained])
+        if not any(p.requires_grad for p in model.parameters()):
+            raise UserError(
+                f"phases.{number}.trainable: none of {phase.trainable} exists in this "
+                "model (text_decoder needs text, phoneme_head needs phonemes)"
+            )
+        build = Zero3Engine if ds_file.zero_stage == 3 else PhaseEngine
+        self.engine = build(model, phase, config.optim, ds_file, masters)
+        if model.quantizer is not None and config.model.quantizer.update_rule == "gradient":
+            # In any precision the engine's float32 master is where the optimizer moves the codes.
+            model.quantizer.attach_master(read_master, self.engine.write)
+        if restored is not None and restored.state["engine"] is not None:
+            self.engine.load_state(restored.moments, restored.state["engine"])
+        decay = config.optim.weight_ema
+        self._ema = None if decay is None else WeightEma(self.engine, decay, averages)
+        model.train()
+        log.info("phase %s: training %s", phase.name, ", ".join(trained))
+
+    def update_averages(self, step: int) -> None:
+        """Take the weights after `step` applied steps of the run into the averages."""
+        if self._ema is not None:
+            self._ema.update(step)
+
+    def read_averages(self) -> dict[str, Tensor] | None:
+        """Return the averages of the trained weights, whole; None without. Collective."""
+        return None if self._ema is None else self._ema.collect()
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Whole weights inside, the averaged ones where there are any. Collective."""
+        with self.engine.whole():
+            if self._ema is None:
+                yield
+            else:
+                with self._ema.in_use():
+                    yield
+
+
+def components(model: BrainToText) -> list[str]:
+    """Names of the components that a model has."""
+    return [name for name in COMPONENTS if getattr(model, name) is not None]
+
+
+def phase_batches(
+    config: Config,
+    number: int,
+    materials: Materials,
+    plan: BatchPlan,
+    ds_file: DeepSpeedFile,
+    ranks: Ranks,
+    consumed: int,
+) -> Iterator[list[Batch]]:
+    """Iterate over this rank's micro-batches of each step of a phase, without end; close it.
+
+    Args:
+        config: the resolved configuration.
+        number: of the phase, from 0.
+        materials: training trials, tokenizer and augmentation.
+        plan: the order of the trials.
+        ds_file: micro-batch and accumulation.
+        ranks: whose share is read.
+        consumed: global batches of the phase that are past.
+
+    Raises:
+        UserError: a text that is too long; in iterating, a trial that cannot be trained on.
+    """
+    epoch, position = divmod(consumed, len(plan))
+    loader = train_batches(
+        materials.train,
+        plan,
+        materials.tokenizer,
+        materials.info.sessions,
+        materials.augment if _hears(materials.model, config.phases[number]) else None,
+        seed=config.run.seed,
+        phase=number,
+        epoch=epoch,
+        position=position,
+        micro_batch=ds_file.micro_batch,
+        accumulation=ds_file.accumulation,
+        rank=ranks.rank,
+        world=ranks.world,
+        workers=config.data.workers,
+        max_tokens=config.data.max_text_tokens,
+    )
+    return _unpacked(loader)
+
+
+def _unpacked(loader: Any) -> Iterator[list[Batch]]:
+    try:
+        for _, _, micro_batches in loader:
+            yield micro_batches
+    finally:
+        loader.close()
+
+
+def _hears(model: BrainToText, phase: PhaseConfig) -> bool:
+    """Whether a phase encodes signals; one that learns text from labels alone need not."""
+    others = active_losses(model, phase).keys() - {"generation"}
+    return phase.text_from == "signals" or bool(others)
