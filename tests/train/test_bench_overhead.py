@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from b2t.train.callbacks import Callback
+from b2t.train.step_clock import StepClock
 from tests.script_modules import script
 from tests.train.small_runs import SMALL, zero2
 
@@ -94,7 +95,7 @@ def test_the_sums(bench):
 
 def test_turns_go_a_b_b_a(bench, monkeypatch):
     turns = []
-    trainer = SimpleNamespace()
+    trainer = SimpleNamespace(clock=StepClock())
     bare = SimpleNamespace(
         start=lambda _: None, batches=SimpleNamespace(close=lambda: None), segment=None
     )
