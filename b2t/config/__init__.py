@@ -9,14 +9,8 @@ from b2t.config.alert_rules import AlertRule, Condition
 from b2t.config.explain import describe
 from b2t.config.load import load_config, preset_names
 from b2t.config.model import (
-    AdapterConfig,
-    CheckpointingConfig,
-    EncoderConfig,
     ModelConfig,
-    PhonemeHeadConfig,
     QuantizerConfig,
-    SignalDecoderConfig,
-    TextDecoderConfig,
 )
 from b2t.config.phases import (
     EarlyStoppingConfig,
@@ -24,7 +18,6 @@ from b2t.config.phases import (
     Schedule,
 )
 from b2t.config.sections import (
-    AugmentConfig,
     CheckpointConfig,
     CodebookStartConfig,
     Config,
@@ -41,19 +34,15 @@ from b2t.model.objectives import COMPONENTS, Component, LossWeights
 from b2t.quantize.options import TemperatureOptions
 
 __all__ = [
-    "AdapterConfig",
     "AlertRule",
-    "AugmentConfig",
     "COMPONENTS",
     "CheckpointConfig",
-    "CheckpointingConfig",
     "CodebookStartConfig",
     "Component",
     "Condition",
     "Config",
     "DataConfig",
     "EarlyStoppingConfig",
-    "EncoderConfig",
     "EvaluationConfig",
     "LogConfig",
     "LossWeights",
@@ -61,14 +50,11 @@ __all__ = [
     "MonitorConfig",
     "OptimConfig",
     "PhaseConfig",
-    "PhonemeHeadConfig",
     "QuantizerConfig",
     "RunConfig",
     "Schedule",
-    "SignalDecoderConfig",
     "StabilityConfig",
     "TemperatureOptions",
-    "TextDecoderConfig",
     "WandbConfig",
     "describe",
     "load_config",

@@ -11,6 +11,8 @@ from pydantic import Field, field_validator, model_validator
 from b2t.config.alert_rules import AlertRule
 from b2t.config.model import ModelConfig
 from b2t.config.phases import PhaseConfig, default_phases
+from b2t.data.options import AugmentOptions
+from b2t.model.options import SavedTextDecoderOptions
 from b2t.options import NonNegative, Options, Positive, PositiveInt, Rate
 from b2t.quantize.options import TemperatureOptions
 
@@ -33,39 +35,6 @@ class RunConfig(Options):
         return value
 
 
-class AugmentConfig(Options):
-    """Augmentation of training signals; validation and test signals are never augmented."""
-
-    enabled: bool = True
-    """Switch for all of it."""
-    time_shift_ms: NonNegative = 100.0
-    """Largest shift of the signal in time, either way, in milliseconds."""
-    channel_dropout: Rate = 0.10
-    """Probability of silencing each channel for a whole trial."""
-    noise_std: NonNegative = 0.01
-    """Standard deviation of white noise, in units of the z-scored signal."""
-    scale: tuple[Positive, Positive] = (0.9, 1.1)
-    """Range of the factor that multiplies a whole trial."""
-    time_masks: Annotated[int, Field(ge=0)] = 2
-    """Number of spans of time set to zero."""
-    time_mask_fraction: Rate = 0.05
-    """Longest span of one time mask, as a fraction of the trial."""
-    frequency_masks: Annotated[int, Field(ge=0)] = 1
-    """Number of bands removed from the spectrum along time."""
-    frequency_mask_fraction: Rate = 0.05
-    """Widest removed band, as a fraction of 0 Hz to Nyquist."""
-    offset_std: NonNegative = 0.0
-    """Standard deviation of a constant offset per channel and trial."""
-    smoothing_bins: NonNegative = 0.0
-    """Standard deviation of Gaussian smoothing along time, in bins (0 = none)."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> AugmentConfig:
-        if self.scale[0] > self.scale[1]:
-            raise ValueError(f"scale must be [low, high], found {list(self.scale)}")
-        return self
-
-
 class DataConfig(Options):
     """What to train on."""
 
@@ -75,11 +44,11 @@ class DataConfig(Options):
     """Split that is trained on."""
     validation_split: str = "val"
     """Split that chooses the best model and stops early."""
-    max_text_tokens: PositiveInt = 128
+    max_text_tokens: PositiveInt = SavedTextDecoderOptions().max_tokens
     """Longest text in tokens, end token included; a longer one is an error."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes per rank; batches do not depend on it."""
-    augment: AugmentConfig = AugmentConfig()
+    augment: AugmentOptions = AugmentOptions()
     """Augmentation of training signals."""
 
 

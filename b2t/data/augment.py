@@ -1,12 +1,12 @@
 """Random changes to a trial's signal, a function of the seed and the row's name alone."""
 
 import hashlib
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from scipy import fft
 
+from b2t.data.options import AugmentOptions
 from b2t.smoothing import smooth
 
 
@@ -30,38 +30,13 @@ def row_generator(seed: int, phase: int, epoch: int, row: str) -> np.random.Gene
     return np.random.default_rng([seed, phase, epoch, *words])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Augment:
-    """Augmentation of one trial.
+class Augment(AugmentOptions):
+    """Augmentation of one trial, as its options say.
 
-    Args:
-        time_shift_ms: the signal moves in time by up to this many milliseconds either way; the
-            bins it leaves are zero and masked.
-        channel_dropout: probability that a channel is zero for the whole trial. One channel
-            always stays.
-        noise_std: standard deviation of Gaussian noise, in the signal's unit.
-        scale: range of the one factor that multiplies the whole trial.
-        time_masks: how many stretches of time are set to zero.
-        time_mask_fraction: longest stretch, as a share of the trial's bins.
-        frequency_masks: how many bands of frequencies are removed.
-        frequency_mask_fraction: widest band, as a share of all frequencies above zero.
-        offset_std: standard deviation of a constant added to each channel.
-        smoothing_bins: standard deviation of a Gaussian smoothing along time, in bins. It belongs
-            to the input, not to chance: evaluation applies it too.
-        enabled: False leaves only the smoothing.
+    A shift moves the signal in time; the bins that it leaves are zero and masked. Of dropped
+    channels one always stays. Smoothing belongs to the input, not to chance: evaluation applies it
+    too, and it is what stays where augmentation is off.
     """
-
-    time_shift_ms: float = 100.0
-    channel_dropout: float = 0.1
-    noise_std: float = 0.01
-    scale: tuple[float, float] = (0.9, 1.1)
-    time_masks: int = 2
-    time_mask_fraction: float = 0.05
-    frequency_masks: int = 1
-    frequency_mask_fraction: float = 0.05
-    offset_std: float = 0.0
-    smoothing_bins: float = 0.0
-    enabled: bool = True
 
     def __call__(
         self, signal: np.ndarray, sampling_rate: float, generator: np.random.Generator

@@ -5,8 +5,9 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from b2t.errors import UserError
-from b2t.model.causal_text_decoder import CausalTextDecoder, Lora, SpecialTokens
+from b2t.model.causal_text_decoder import CausalTextDecoder, SpecialTokens
 from b2t.model.configuration import BrainToTextConfig
+from b2t.model.options import AdapterOptions, SavedTextDecoderOptions, SignalDecoderOptions
 from b2t.model.phoneme_memory import PhonemeMemory
 from b2t.model.session_adapter import SessionAdapter
 from b2t.model.signal_decoder import SignalDecoder
@@ -29,8 +30,8 @@ def build_adapter(config: BrainToTextConfig) -> SessionAdapter | None:
     """Build the session adapter, None where the config has none."""
     if not config.adapter["enabled"]:
         return None
-    options = without(config.adapter, "enabled")
-    return SessionAdapter(config.channels, len(config.sessions), **options)
+    options = AdapterOptions(**config.adapter)
+    return SessionAdapter(config.channels, len(config.sessions), options)
 
 
 def build_quantizer(config: BrainToTextConfig) -> ResidualVQ | None:
@@ -48,7 +49,7 @@ def build_signal_decoder(config: BrainToTextConfig) -> SignalDecoder:
         encoder["dim"],
         encoder["patch_size"],
         encoder["patch_stride"],
-        **config.signal_decoder,
+        SignalDecoderOptions(**config.signal_decoder),
     )
 
 
@@ -66,17 +67,13 @@ def build_text_decoder(
     if section["memory"] == "phonemes":
         width = section["dim"]
         memory = _phoneme_memory(config)
-    if section["kind"] == "seq2seq":
-        return TextDecoder(width, resolved, checkpoint, section["max_tokens"], memory)
+    options = SavedTextDecoderOptions(**section)
+    if options.kind == "seq2seq":
+        return TextDecoder(
+            width, resolved, checkpoint, max_tokens=options.max_tokens, phonemes=memory
+        )
     tokens = SpecialTokens.of(config.bos_token_id, config.eos_token_id, config.pad_token_id)
-    lora = Lora(
-        section["lora_rank"], section["lora_alpha"], section["lora_dropout"],
-        section["lora_targets"],
-    )  # fmt: skip
-    return CausalTextDecoder(
-        width, resolved, checkpoint, section["max_tokens"], memory,
-        tokens=tokens, tuning=section["tuning"], lora=lora,
-    )  # fmt: skip
+    return CausalTextDecoder(width, resolved, options, checkpoint, memory, tokens=tokens)
 
 
 def _phoneme_memory(config: BrainToTextConfig) -> PhonemeMemory:

@@ -15,12 +15,12 @@ from b2t.model.assembly import (
     build_signal_decoder,
     build_text_decoder,
     resolve_text_decoder,
-    without,
 )
 from b2t.model.configuration import BrainToTextConfig
 from b2t.model.encoder import Encoder
 from b2t.model.inference import Inference
 from b2t.model.objectives import COMPONENTS, DEFAULT_WEIGHTS, OBJECTIVES
+from b2t.model.options import EncoderOptions
 from b2t.model.outputs import BrainToTextOutput, Encoded
 from b2t.model.phoneme_head import PhonemeHead
 from b2t.model.pretrained import Pretrained
@@ -62,12 +62,12 @@ class BrainToText(Inference, TextSide, Pretrained):
         super().__init__(config)
         self._frozen: frozenset[str] = frozenset()
         self.adapter = build_adapter(config)
-        self.encoder = Encoder(config.channels, **config.encoder)
+        self.encoder = Encoder(config.channels, EncoderOptions(**config.encoder))
         self.quantizer = build_quantizer(config)
         self.signal_decoder = build_signal_decoder(config)
         dim = config.encoder["dim"]
-        head = without(config.phoneme_head, "enabled")
-        self.phoneme_head = PhonemeHead(dim, **head) if config.phoneme_head["enabled"] else None
+        head = config.phoneme_head
+        self.phoneme_head = PhonemeHead(dim, head["dropout"]) if head["enabled"] else None
         self.text_decoder = (
             None if text_config is None else build_text_decoder(config, text_config, checkpoint)
         )

@@ -1,7 +1,7 @@
 """Text from latents: any causal language model of transformers, which reads them first."""
 
 import inspect
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from b2t.errors import UserError
 from b2t.labels import IGNORE
+from b2t.model.options import SavedTextDecoderOptions
 from b2t.model.phoneme_memory import PhonemeMemory
 from b2t.model.text_models import WrappedModel, build_text_model, generation_defaults, text_width
-
-Tuning = Literal["full", "lora", "frozen"]
 
 
 class SpecialTokens(NamedTuple):
@@ -28,16 +27,6 @@ class SpecialTokens(NamedTuple):
         return cls(eos if bos is None else bos, eos, eos if pad is None else pad)
 
 
-class Lora(NamedTuple):
-    """Low-rank additions to linear layers (Hu et al. 2021, arXiv 2106.09685), made by peft."""
-
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.05
-    targets: list[str] | None = None
-    """Names of the layers; None: all linear ones but the output."""
-
-
 class CausalTextDecoder(WrappedModel):
     """A causal language model that reads projected latents as if they were tokens before its text.
 
@@ -49,12 +38,11 @@ class CausalTextDecoder(WrappedModel):
     Args:
         latent_dim: D, or the width of `phonemes`.
         config: config of the language model.
+        options: of its longest text, and of what trains besides the projection: all of the model,
+            low-rank additions (Hu et al. 2021, arXiv 2106.09685; made by peft), or nothing.
         checkpoint: folder or Hub id whose weights it starts from; None starts at random.
-        max_tokens: tokens generated at most, end token included.
         phonemes: makes what the model reads of phonemes; None: it reads latents.
         tokens: ids of the tokenizer.
-        tuning: what trains besides the projection: all of the model, low-rank additions, nothing.
-        lora: the additions.
 
     Raises:
         UserError: the checkpoint's weights cannot be read; `lora` without peft, or that finds no
@@ -67,28 +55,26 @@ class CausalTextDecoder(WrappedModel):
         self,
         latent_dim: int,
         config: PretrainedConfig,
+        options: SavedTextDecoderOptions,
         checkpoint: str | None = None,
-        max_tokens: int = 128,
         phonemes: PhonemeMemory | None = None,
         *,
         tokens: SpecialTokens,
-        tuning: Tuning = "full",
-        lora: Lora = Lora(),  # noqa: B008  # it is immutable
     ) -> None:
         super().__init__()
         self.phonemes = phonemes
         self.tokens = tokens
-        self.tuning = tuning
-        self.max_tokens = max_tokens
+        self.tuning = options.tuning
+        self.max_tokens = options.max_tokens
         self.lm = build_text_model(config, checkpoint)
         self.lm.generation_config = generation_defaults(
-            max_tokens,
+            self.max_tokens,
             bos_token_id=tokens.start,
             eos_token_id=tokens.end,
             pad_token_id=tokens.padding,
         )
-        if tuning == "lora":
-            _add_lora(self.lm, lora)
+        if self.tuning == "lora":
+            _add_lora(self.lm, options)
         width = text_width(config)
         self.project = nn.Linear(latent_dim, width)
         self.norm = nn.LayerNorm(width)
@@ -188,7 +174,7 @@ class CausalTextDecoder(WrappedModel):
             )
 
 
-def _add_lora(lm: PreTrainedModel, lora: Lora) -> None:
+def _add_lora(lm: PreTrainedModel, options: SavedTextDecoderOptions) -> None:
     """Put low-rank additions, zero at the start, beside the linear layers of ``lm``."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -196,17 +182,17 @@ def _add_lora(lm: PreTrainedModel, lora: Lora) -> None:
         raise UserError(
             'text_decoder.tuning=lora needs peft: pip install "b2t[lora]", or choose full or frozen'
         ) from None
-    options = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.targets or "all-linear",
+    additions = LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=options.lora_targets or "all-linear",
     )
     try:
-        inject_adapter_in_model(options, lm)
+        inject_adapter_in_model(additions, lm)
     except ValueError as error:
         raise UserError(
-            f"text_decoder.lora_targets={lora.targets}: {str(error).splitlines()[0]}"
+            f"text_decoder.lora_targets={options.lora_targets}: {str(error).splitlines()[0]}"
         ) from None
     for name, module in lm.named_modules():
         if "lora_" in name:

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from b2t.model.convolution import Convolution
+from b2t.model.options import EncoderOptions
 from b2t.model.patches import patch_mask, to_patches
 from b2t.model.recurrence import Recurrence
 from b2t.model.transformer import Transformer
@@ -13,57 +14,30 @@ class Encoder(nn.Module):
 
     Args:
         channels: C.
-        kind: `transformer` (pre-norm, rotary positions), `conv` (gated depthwise convolutions) or
-            `gru`.
-        patch_size: bins per patch.
-        patch_stride: bins from one patch to the next, at most `patch_size`.
-        dim: latent width D.
-        depth: blocks, or recurrent layers.
-        heads: attention heads of a transformer; D over heads must be even.
-        mlp_ratio: width of the feed-forward layers over D; a GRU has none.
-        dropout: dropout in attention or convolution output and feed-forward layers; between the
-            layers of a GRU.
-        kernel_size: frames that a convolution looks at, an odd number.
-        bidirectional: whether a GRU reads both ways.
-        causal: no frame depends on bins behind its patch, so that bins can be read as they come; a
-            GRU that reads forward never does.
-        window: frames that one attends to in a causal transformer, itself included; None: all.
+        options: kind, sizes and dropout.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        patch_size: int = 4,
-        patch_stride: int = 4,
-        dim: int = 512,
-        depth: int = 6,
-        heads: int = 8,
-        mlp_ratio: float = 4.0,
-        dropout: float = 0.1,
-        kind: str = "transformer",
-        kernel_size: int = 15,
-        bidirectional: bool = False,
-        causal: bool = False,
-        window: int | None = None,
-    ) -> None:
+    def __init__(self, channels: int, options: EncoderOptions) -> None:
         super().__init__()
-        if not 1 <= patch_stride <= patch_size:
-            raise ValueError(f"patch_stride {patch_stride} must lie in 1 … patch_size {patch_size}")
-        self.patch_size = patch_size
-        self.patch_stride = patch_stride
-        self.embed = nn.Linear(patch_size * channels, dim)
+        self.patch_size = options.patch_size
+        self.patch_stride = options.patch_stride
+        dim, depth, dropout = options.dim, options.depth, options.dropout
+        self.embed = nn.Linear(self.patch_size * channels, dim)
         self.dropout = nn.Dropout(dropout)
-        self.kind = kind
-        self.causal = causal or (kind == "gru" and not bidirectional)
+        self.kind = options.kind
+        self.causal = options.causal or (self.kind == "gru" and not options.bidirectional)
         # Named by kind: checkpoints of the first encoders hold `transformer`.
-        if kind == "transformer":
-            self.transformer = Transformer(dim, depth, heads, mlp_ratio, dropout, causal, window)
-        elif kind == "conv":
-            self.conv = Convolution(dim, depth, kernel_size, mlp_ratio, dropout, causal)
-        elif kind == "gru":
-            self.gru = Recurrence(dim, depth, bidirectional, dropout)
+        if self.kind == "transformer":
+            self.transformer = Transformer(
+                dim, depth, options.heads, options.mlp_ratio, dropout, options.causal,
+                options.window,
+            )  # fmt: skip
+        elif self.kind == "conv":
+            self.conv = Convolution(
+                dim, depth, options.kernel_size, options.mlp_ratio, dropout, options.causal
+            )
         else:
-            raise ValueError(f"encoder kind {kind!r}: expected transformer, conv or gru")
+            self.gru = Recurrence(dim, depth, options.bidirectional, dropout)
 
     @property
     def body(self) -> Transformer | Convolution | Recurrence:

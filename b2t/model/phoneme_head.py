@@ -14,7 +14,7 @@ class PhonemeHead(nn.Module):
         dropout: probability of zeroing a feature in training.
     """
 
-    def __init__(self, dim: int, dropout: float = 0.1) -> None:
+    def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from b2t.model.options import AdapterOptions
+
 
 class SessionAdapter(nn.Module):
     """Give every session its own affine map of the C channels, the identity at the start.
@@ -14,20 +16,18 @@ class SessionAdapter(nn.Module):
     Args:
         channels: C.
         sessions: number of trained sessions S; 0 is one shared map.
-        softsign: bound the result by x / (1 + |x|).
-        dropout: probability of zeroing an element of the result in training.
+        options: softsign and dropout of the result; None: the defaults.
 
     Attributes:
         weight: parameter [S, C, C]; the result is x @ weight + bias.
         bias: parameter [S, C].
     """
 
-    def __init__(
-        self, channels: int, sessions: int, softsign: bool = False, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, channels: int, sessions: int, options: AdapterOptions | None = None) -> None:
         super().__init__()
-        self.softsign = softsign
-        self.dropout = nn.Dropout(dropout)
+        options = options or AdapterOptions()
+        self.softsign = options.softsign
+        self.dropout = nn.Dropout(options.dropout)
         self.weight = nn.Parameter(torch.eye(channels).repeat(max(sessions, 1), 1, 1))
         self.bias = nn.Parameter(torch.zeros(max(sessions, 1), channels))
 

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from b2t.model.options import SignalDecoderOptions
 from b2t.model.patches import from_patches
 from b2t.model.transformer import Transformer
 
@@ -14,11 +15,7 @@ class SignalDecoder(nn.Module):
         latent_dim: D.
         patch_size: bins per patch, as in the encoder.
         patch_stride: bins from one patch to the next, as in the encoder.
-        dim: width; None is the latent's.
-        depth: transformer blocks.
-        heads: attention heads.
-        mlp_ratio: width of the feed-forward layers over `dim`.
-        dropout: dropout in attention output and feed-forward layers.
+        options: sizes and dropout.
     """
 
     def __init__(
@@ -27,18 +24,16 @@ class SignalDecoder(nn.Module):
         latent_dim: int,
         patch_size: int,
         patch_stride: int,
-        dim: int | None = None,
-        depth: int = 4,
-        heads: int = 8,
-        mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
+        options: SignalDecoderOptions,
     ) -> None:
         super().__init__()
-        dim = dim or latent_dim
+        dim = options.dim or latent_dim
         self.patch_size = patch_size
         self.patch_stride = patch_stride
         self.project = nn.Linear(latent_dim, dim)
-        self.transformer = Transformer(dim, depth, heads, mlp_ratio, dropout)
+        self.transformer = Transformer(
+            dim, options.depth, options.heads, options.mlp_ratio, options.dropout
+        )
         self.to_patch = nn.Linear(dim, patch_size * channels)
 
     def forward(self, latents: Tensor, frame_mask: Tensor, bins: int) -> Tensor:

@@ -63,7 +63,8 @@ class TextDecoder(WrappedModel):
         latent_dim: int,
         config: PretrainedConfig,
         checkpoint: str | None = None,
-        max_tokens: int = 128,
+        *,
+        max_tokens: int,
         phonemes: PhonemeMemory | None = None,
     ) -> None:
         super().__init__()

@@ -5,7 +5,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from b2t.data.batches import encode_texts
 from b2t.errors import UserError
 from b2t.model import BrainToText
-from b2t.model.causal_text_decoder import CausalTextDecoder, Lora, SpecialTokens
+from b2t.model.causal_text_decoder import CausalTextDecoder, SpecialTokens
+from b2t.model.options import SavedTextDecoderOptions
 from b2t.model.text_models import config_from_checkpoint, config_from_mapping, small_causal_config
 from b2t.model.tokenizer import build_tokenizer, load_tokenizer
 from tests.model.test_brain_to_text import batch_of, build, config
@@ -30,7 +31,8 @@ def tiny(kind="llama", tuning="full", **change):
         if kind == "llama"
         else config_from_mapping({"model_type": kind, **MAPPINGS[kind]}, "causal_lm", **IDS)
     )
-    decoder = CausalTextDecoder(8, made, max_tokens=12, tokens=TOKENS, tuning=tuning, **change)
+    options = SavedTextDecoderOptions(kind="causal_lm", max_tokens=12, tuning=tuning, **change)
+    decoder = CausalTextDecoder(8, made, options, tokens=TOKENS)
     torch.nn.init.normal_(decoder.project.bias)
     with torch.no_grad():
         decoder.scale.fill_(1.0)
@@ -212,7 +214,7 @@ def test_mistakes_say_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"24 positions"):
         tiny("gpt2").generate(latents, mask, max_new_tokens=20)
     with pytest.raises(UserError, match=r"lora_targets=\['nowhere'\]"):
-        tiny(tuning="lora", lora=Lora(targets=["nowhere"]))
+        tiny(tuning="lora", lora_targets=["nowhere"])
     with pytest.raises(UserError, match=r"'t5' is no causal language model.*kind=seq2seq"):
         config_from_mapping({"model_type": "t5"}, "causal_lm", **IDS)
     GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2)).save_pretrained(

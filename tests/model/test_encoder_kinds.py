@@ -4,8 +4,10 @@ from torch import nn
 
 from b2t.config import Config
 from b2t.errors import UserError
+from b2t.model.configuration import BrainToTextConfig
 from b2t.model.convolution import Convolution
 from b2t.model.encoder import Encoder
+from b2t.model.options import EncoderOptions
 from b2t.model.recurrence import Recurrence
 
 KINDS = [
@@ -18,7 +20,7 @@ KINDS = [
 def build(**options):
     torch.manual_seed(0)
     small = {"patch_size": 6, "patch_stride": 4, "dim": 16, "depth": 2, "dropout": 0.0}
-    return Encoder(3, **small, **options).double().eval()
+    return Encoder(3, EncoderOptions(**small, **options)).double().eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,5 +114,5 @@ def test_recomputed_activations_give_the_same_gradients(kind):
 def test_settings_that_cannot_be_are_refused(encoder, told):
     with pytest.raises((ValueError, UserError), match=told):
         Config.model_validate({"model": {"encoder": encoder}})
-    with pytest.raises(ValueError, match=told):
-        Encoder(3, 4, 4, **{"dim": 16, **encoder})
+    with pytest.raises((ValueError, UserError), match=told):
+        BrainToTextConfig(encoder={"dim": 16, **encoder})

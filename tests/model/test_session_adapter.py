@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from b2t.model.options import AdapterOptions
 from b2t.model.session_adapter import SessionAdapter
 
 
@@ -32,7 +33,7 @@ def test_gradient_reaches_only_the_sessions_of_the_batch():
 
 
 def test_softsign_bounds_and_dropout_only_acts_in_training():
-    adapter = SessionAdapter(4, 1, softsign=True, dropout=0.5)
+    adapter = SessionAdapter(4, 1, AdapterOptions(softsign=True, dropout=0.5))
     signal = 100 * torch.randn(2, 50, 4)
     session = torch.zeros(2, dtype=torch.int64)
     out = adapter.eval()(signal, session)

@@ -120,7 +120,7 @@ def save_bart(folder, **change):
 
 def test_a_checkpoint_brings_its_decoder_weights(tmp_path):
     original = save_bart(tmp_path)
-    decoder = TextDecoder(8, config_from_checkpoint(str(tmp_path)), str(tmp_path))
+    decoder = TextDecoder(8, config_from_checkpoint(str(tmp_path)), str(tmp_path), max_tokens=12)
     loaded = decoder.seq2seq.state_dict()
     for name, value in original.state_dict().items():
         if "encoder.layers" not in name and name in loaded:
@@ -136,7 +136,7 @@ def test_a_t5_checkpoint_saved_in_bf16(tmp_path):
     )  # fmt: skip
     original = T5ForConditionalGeneration(config).to(torch.bfloat16)
     original.save_pretrained(tmp_path)
-    decoder = TextDecoder(8, config_from_checkpoint(str(tmp_path)), str(tmp_path))
+    decoder = TextDecoder(8, config_from_checkpoint(str(tmp_path)), str(tmp_path), max_tokens=12)
     assert torch.equal(decoder.seq2seq.shared.weight, original.shared.weight.float())
     logits = decoder(torch.randn(1, 4, 8), torch.ones(1, 4).bool(), torch.tensor([[3, 1]]))
     assert torch.isfinite(logits).all()
@@ -172,10 +172,10 @@ def test_unusable_checkpoints_and_configs_say_what_to_do(tmp_path, monkeypatch):
     for damaged in (weights[: len(weights) // 2], weights[:5], b""):
         (tmp_path / "model.safetensors").write_bytes(damaged)
         with pytest.raises(UserError, match="weights could not be read"):
-            TextDecoder(8, config_from_checkpoint(str(tmp_path)), str(tmp_path))
+            TextDecoder(8, config_from_checkpoint(str(tmp_path)), str(tmp_path), max_tokens=12)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="weights could not be read"):
-        TextDecoder(8, config_from_checkpoint(str(tmp_path)), str(tmp_path))
+        TextDecoder(8, config_from_checkpoint(str(tmp_path)), str(tmp_path), max_tokens=12)
     with pytest.raises(UserError, match="expected at most 12"):
         tiny().generate(torch.randn(1, 3, 8), torch.ones(1, 3).bool(), max_new_tokens=13)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from b2t.model.encoder import Encoder
+from b2t.model.options import EncoderOptions, SignalDecoderOptions
 from b2t.model.signal_decoder import SignalDecoder
 from b2t.model.transformer import Attention, Transformer, attention_mask, rotary_angles, rotate
 
@@ -44,8 +45,11 @@ def test_attention_equals_the_formula_in_float64():
 @pytest.mark.parametrize(("size", "stride"), [(4, 4), (5, 2), (7, 3)])
 def test_encoder_and_decoder_do_not_see_padding(size, stride):
     torch.manual_seed(0)
-    encoder = Encoder(3, size, stride, dim=16, depth=2, heads=2, dropout=0.0)
-    decoder = SignalDecoder(3, 16, size, stride, depth=1, heads=2)
+    encoder = Encoder(
+        3,
+        EncoderOptions(patch_size=size, patch_stride=stride, dim=16, depth=2, heads=2, dropout=0.0),
+    )
+    decoder = SignalDecoder(3, 16, size, stride, SignalDecoderOptions(depth=1, heads=2))
     signal = torch.full((3, 41, 3), float("nan"))
     mask = torch.zeros(3, 41, dtype=torch.bool)
     lengths = [41, 17, 2]
@@ -93,6 +97,6 @@ def test_large_half_precision_activations_stay_finite():
 
 def test_geometry_is_checked():
     with pytest.raises(ValueError, match="patch_stride"):
-        Encoder(3, 4, 5)
+        EncoderOptions(patch_size=4, patch_stride=5)
     with pytest.raises(ValueError, match="even whole number"):
-        Encoder(3, 4, 4, dim=10, heads=2)
+        EncoderOptions(dim=10, heads=2)
