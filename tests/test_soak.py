@@ -1,5 +1,6 @@
 """The comparison at the end of `make soak` sees every kind of difference."""
 
+import importlib
 import json
 import re
 import shutil
@@ -8,14 +9,22 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.script_modules import script
+
+@pytest.fixture(autouse=True)
+def scripts(repository, monkeypatch):
+    monkeypatch.syspath_prepend(repository / "scripts")
 
 
 @pytest.fixture
-def soak(repository, monkeypatch):
-    with script(repository, "soak") as module:
-        monkeypatch.setattr(module, "transcripts", lambda folder: (folder / "said").read_text())
-        yield module
+def comparison(monkeypatch):
+    module = importlib.import_module("soaking.comparison")
+    monkeypatch.setattr(module, "transcripts", lambda folder: (folder / "said").read_text())
+    return module
+
+
+@pytest.fixture
+def places():
+    return importlib.import_module("soaking.runs")
 
 
 @pytest.fixture
@@ -33,21 +42,21 @@ def runs(tmp_path):
     return tmp_path / "alone", tmp_path / "killed"
 
 
-def test_equal_runs_may_differ_in_time(soak, runs):
-    assert soak.compare(*runs) == []
+def test_equal_runs_may_differ_in_time(comparison, runs):
+    assert comparison.compare(*runs) == []
 
 
 @pytest.mark.parametrize("name", ["step-00000009/weights", "step-00000009/moments", "best/model"])
-def test_one_bit(soak, runs, name):
+def test_one_bit(comparison, runs, name):
     save_file({"a": np.array([-0.0, 1.0])}, runs[1] / "checkpoints" / f"{name}.safetensors")
-    assert soak.compare(*runs) == [f"checkpoints/{name}.safetensors differs"]
+    assert comparison.compare(*runs) == [f"checkpoints/{name}.safetensors differs"]
 
 
-def test_a_loss_a_word_and_a_lost_checkpoint(soak, runs):
+def test_a_loss_a_word_and_a_lost_checkpoint(comparison, runs):
     (runs[1] / "metrics.jsonl").write_text('{"step": 1, "loss/total": 2.0000000000000004}\n')
     (runs[1] / "said").write_text("hallo")
     shutil.rmtree(runs[1] / "checkpoints" / "best")
-    assert soak.compare(*runs) == [
+    assert comparison.compare(*runs) == [
         "checkpoints/best/model.safetensors differs",
         "metrics.jsonl differs",
         "decoded text differs",
@@ -75,12 +84,12 @@ def test_a_loss_a_word_and_a_lost_checkpoint(soak, runs):
         (["saving after step 60", "finishing"], "save"),
     ],
 )
-def test_places_are_told_apart(soak, visited, place):
-    assert soak.place_of(visited) == place
-    assert place in soak.PLACES
+def test_places_are_told_apart(places, visited, place):
+    assert places.place_of(visited) == place
+    assert place in places.PLACES
 
 
-def test_every_place_that_the_trainer_names_is_known(soak, repository):
+def test_every_place_that_the_trainer_names_is_known(places, repository):
     """A new place in the code must not count as the start."""
     sources = "".join(p.read_text() for p in (repository / "b2t" / "train").glob("*.py"))
     named = re.findall(r'place = f?"([a-z ]+)', sources)
@@ -88,5 +97,5 @@ def test_every_place_that_the_trainer_names_is_known(soak, repository):
     known = ("starting", "reading the checkpoint", "trying the longest trials", "looking for what")
     known += ("comparing checksums of the data",)
     for place in named:
-        found = soak.place_of([place.strip()])
+        found = places.place_of([place.strip()])
         assert found != "start" or place.startswith((*known, "building the engine")), place

@@ -1,0 +1,1 @@
+"""What `soak.py` is made of: runs that can be killed, the kills, the comparison."""
