@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from tests.model.test_brain_to_text import build
+from tests.model.small_model import build
 
 LOAD = "print(*(type(auto.from_pretrained(f)).__name__ for auto in (AutoConfig, AutoModel)))"
 

@@ -9,7 +9,7 @@ from b2t.model.causal_text_decoder import CausalTextDecoder, SpecialTokens
 from b2t.model.options import SavedTextDecoderOptions
 from b2t.model.text_models import config_from_checkpoint, config_from_mapping, small_causal_config
 from b2t.model.tokenizer import build_tokenizer, load_tokenizer
-from tests.model.test_brain_to_text import batch_of, build, config
+from tests.model.small_model import batch_of, build, config
 
 IDS = {"vocab_size": 40, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
 TOKENS = SpecialTokens(start=2, end=1, padding=0)

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from b2t.errors import UserError
 from b2t.model import BrainToText, decode_texts
 from b2t.model.tokenizer import byte_tokenizer
-from tests.model.test_brain_to_text import CHANNELS, SESSIONS, batch_of, build, part
+from tests.model.small_model import CHANNELS, SESSIONS, batch_of, build, part
 
 NAMES = [f"C{i}" for i in range(CHANNELS)]
 SIGNAL = {"channel_names": NAMES, "unit": "z-score", "rms": 1.0}

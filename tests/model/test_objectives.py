@@ -4,7 +4,7 @@ import pytest
 
 from b2t.model.objectives import COMPONENTS, COUNTS, DEFAULT_WEIGHTS, OBJECTIVES, WEIGHTED
 from b2t.quantize.objectives import LOSSES
-from tests.model.test_brain_to_text import batch_of, build
+from tests.model.small_model import batch_of, build
 
 
 def losses(model, **counts):

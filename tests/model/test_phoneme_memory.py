@@ -14,7 +14,7 @@ from b2t.model.phoneme_memory import (
     soft_phonemes,
     with_errors,
 )
-from tests.model.test_brain_to_text import batch_of, build
+from tests.model.small_model import batch_of, build
 
 READS = {"memory": "phonemes", "memory_depth": 1, "phoneme_errors": 0.0}
 

@@ -6,7 +6,7 @@ import torch
 from b2t.config import Config
 from b2t.errors import UserError
 from b2t.model.streaming import Stream
-from tests.model.test_brain_to_text import CHANNELS, build
+from tests.model.small_model import CHANNELS, build
 
 KINDS = [
     {"kind": "transformer", "causal": True},

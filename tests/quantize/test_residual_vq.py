@@ -1,45 +1,15 @@
+"""The quantizer against brute force, closed forms and vector-quantize-pytorch."""
+
 import copy
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.checkpoint import checkpoint
 
 from b2t.errors import UserError
 from b2t.quantize import ResidualVQ
-
-
-def latents(B=4, P=25, D=8, seed=0, offset=0.0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(B, P, D, generator=generator) + offset
-
-
-def started(x=None, **options):
-    x = latents(16) if x is None else x
-    options = {"dim": x.shape[-1], "codebook_size": 16, "num_quantizers": 4, **options}
-    quantizer = ResidualVQ(**options)
-    if not quantizer.initialized:
-        quantizer.initialize([(x, None)], progress=False)
-    return quantizer
-
-
-def state_of(quantizer):
-    return {name: value.clone() for name, value in quantizer.state_dict().items()}
-
-
-def same_state(a, b):
-    return all(torch.equal(a[name], b[name]) for name in a) and a.keys() == b.keys()
-
-
-def brute_force(quantizer, frames):
-    """Codes [N, Q] and sums of codes [N, D], one distance at a time, in float64."""
-    residual, chosen = frames.double(), []
-    for book in quantizer.codebooks.embed.double():
-        distance = (residual[:, None] - book[None]).square().sum(-1)
-        chosen.append(distance.argmin(1))
-        residual = residual - book[chosen[-1]]
-    return torch.stack(chosen, 1), frames.double() - residual
+from tests.quantize.small_quantizer import brute_force, latents, same_state, started, state_of
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
@@ -177,112 +147,6 @@ def test_commitment_with_a_given_number_of_frames_averages_to_the_whole():
         quantizer(x[i : i + 2], mask[i : i + 2], frames=mean).losses["commitment"] for i in (0, 2)
     ]
     torch.testing.assert_close(sum(parts) / 2, whole)
-
-
-def test_masked_frames_are_as_if_they_had_been_dropped():
-    quantizer = started(revival_every=1)
-    x, mask = latents(), torch.rand(4, 25) > 0.4
-    garbage = torch.where(mask[..., None], x, torch.tensor(float("nan")))
-    masked, dropped = quantizer(garbage, mask), quantizer(x[mask][None])
-    for name in ("counts", "sums", "squared_error", "frames"):
-        assert torch.equal(getattr(masked.stats, name), getattr(dropped.stats, name)), name
-    assert torch.equal(masked.stats.pool.residuals, dropped.stats.pool.residuals)
-    assert masked.stats.nonfinite == 0
-    for name in masked.losses:
-        assert torch.equal(masked.losses[name], dropped.losses[name]), name
-    assert torch.equal(masked.codes[mask], dropped.codes[0])
-    assert (masked.codes[~mask] == -1).all() and (masked.quantized[~mask] == 0).all()
-    other = copy.deepcopy(quantizer)
-    quantizer.update(masked.stats)
-    other.update(dropped.stats)
-    assert same_state(state_of(quantizer), state_of(other))
-
-
-def test_masked_frames_get_no_gradient():
-    quantizer = started(codebook_dim=6)
-    x, mask = latents().requires_grad_(), torch.rand(4, 25) > 0.4
-    out = quantizer(x, mask)
-    (out.quantized.sum() + sum(out.losses.values())).backward()
-    assert (x.grad[~mask] == 0).all() and (x.grad[mask] != 0).any(1).all()
-
-
-def test_frames_with_nan_never_enter_and_are_counted():
-    quantizer = started(codebook_dim=6)
-    x = latents()
-    x[0, 3, 2], x[2, 7, 0] = float("nan"), float("inf")
-    clean = torch.isfinite(x).all(-1)
-    x.requires_grad_()
-    out, dropped = quantizer(x), quantizer(x.detach()[clean][None])
-    assert out.stats.nonfinite == 2 and dropped.stats.nonfinite == 0
-    assert torch.equal(out.stats.sums, dropped.stats.sums)
-    assert (out.codes[~clean] == -1).all() and (out.quantized[~clean] == 0).all()
-    (out.quantized.sum() + sum(out.losses.values())).backward()
-    assert torch.isfinite(x.grad).all() and (x.grad[~clean] == 0).all()
-    assert torch.isfinite(quantizer.project_in.weight.grad).all()
-    quantizer.update(out.stats)
-    assert all(torch.isfinite(value).all() for value in quantizer.state_dict().values())
-
-
-def test_a_batch_with_every_frame_masked_leaves_the_state_alone():
-    quantizer = started()
-    x = latents().requires_grad_()
-    out = quantizer(x, torch.zeros(4, 25, dtype=torch.bool))
-    assert all(torch.isfinite(loss) for loss in out.losses.values())
-    (out.quantized.sum() + sum(out.losses.values())).backward()
-    assert (x.grad == 0).all()
-    before = state_of(quantizer)
-    assert quantizer.update(out.stats).applied
-    after = state_of(quantizer)
-    before.pop("codebooks.updates"), after.pop("codebooks.updates")
-    assert same_state(before, after)
-
-
-def test_a_single_frame_is_quantized_and_learnt_from():
-    quantizer = started()
-    out = quantizer(latents(1, 1))
-    assert out.codes.shape == (1, 1, 4) and out.stats.frames.tolist() == [1] * 4
-    quantizer.update(out.stats)
-    assert torch.isfinite(quantizer.codebooks.embed).all()
-
-
-def test_the_order_of_the_batch_axes_means_nothing():
-    quantizer = started()
-    x, mask = latents(), torch.rand(4, 25) > 0.3
-    a, b = quantizer(x, mask), quantizer(x.transpose(0, 1), mask.T)
-    assert torch.equal(a.stats.counts, b.stats.counts)
-    torch.testing.assert_close(a.stats.sums, b.stats.sums)
-    assert torch.equal(a.codes, b.codes.transpose(0, 1))
-    for name in a.losses:
-        torch.testing.assert_close(a.losses[name], b.losses[name])
-
-
-def test_statistics_of_micro_batches_add_up():
-    quantizer = started(revival_every=1)
-    x = latents(8)
-    whole = quantizer(x).stats
-    parts = sum(quantizer(part).stats for part in x.split(3))
-    assert torch.equal(whole.counts, parts.counts) and torch.equal(whole.frames, parts.frames)
-    torch.testing.assert_close(whole.sums, parts.sums)
-    assert torch.equal(whole.pool.residuals, parts.pool.residuals)
-    assert torch.equal(whole.pool.codes, parts.pool.codes)
-
-
-def test_a_checkpointed_forward_counts_once():
-    quantizer = started()
-
-    def forward(x):
-        out = quantizer(x)
-        return out.quantized, sum(out.losses.values()), out.stats
-
-    plain, recomputed = latents().requires_grad_(), latents().requires_grad_()
-    reference = forward(plain)
-    (reference[0].sum() + reference[1]).backward()
-    out = checkpoint(forward, recomputed, use_reentrant=False)
-    before = state_of(quantizer)
-    (out[0].sum() + out[1]).backward()
-    assert same_state(before, state_of(quantizer))
-    assert torch.equal(out[2].counts, reference[2].counts)
-    assert torch.equal(plain.grad, recomputed.grad)
 
 
 def test_projections_carry_the_gradient_both_ways():
