@@ -27,6 +27,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +37,21 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
 
+from collapse.autoencoder import AUTOENCODERS  # noqa: E402
 from collapse.conditions import CONDITIONS, Plan, as_defined_now, plan_of, searched  # noqa: E402
-from collapse.recordings import DATA, Recording  # noqa: E402
+from collapse.recordings import SOURCES, Recording, load  # noqa: E402
 from collapse.run import Run  # noqa: E402
 
 
 def plans(args: argparse.Namespace) -> Iterator[Plan]:
     """The runs asked for, seeds outermost, so that every condition has one early."""
-    for seed in range(args.seeds):
-        for data in args.data:
-            for size in args.sizes:
-                for name in searched(args.search) if args.search else args.conditions:
-                    plan = plan_of(data, size, name, seed, args.on)
-                    yield replace(
-                        plan, steps=args.steps or plan.steps, frames=args.frames or plan.frames
-                    )
+    names = list(searched(args.search)) if args.search else args.conditions
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    for seed, data, model, size, name in product(
+        seeds, args.data, args.autoencoders, args.sizes, names
+    ):
+        plan = plan_of(data, size, name, seed, args.on, model, args.unseen_subjects)
+        yield replace(plan, steps=args.steps or plan.steps, frames=args.frames or plan.frames)
 
 
 def load_lines(path: Path) -> list[dict[str, Any]]:
@@ -69,7 +70,7 @@ def perform(args: argparse.Namespace) -> None:
         if plan.key in done:
             continue
         if plan.data not in recordings:
-            recordings[plan.data] = DATA[plan.data](args.folder)
+            recordings[plan.data] = load(plan.data, args.folder, plan.subjects)
         result = Run(plan, recordings[plan.data])()
         with args.out.open("a") as file:
             file.write(json.dumps({"plan": asdict(plan), "result": result}) + "\n")
@@ -78,7 +79,7 @@ def perform(args: argparse.Namespace) -> None:
 
 def line_of(plan: Plan, result: dict[str, Any]) -> str:
     """One run in one line."""
-    text = f"{plan.data} {plan.size} {plan.on} seed {plan.seed} {plan.condition:<28}"
+    text = f"{plan.data} {plan.autoencoder} {plan.size} {plan.on} seed {plan.seed} {plan.condition:<28}"
     if "utilization" in result:
         worst, mean = min(result["perplexity_of_k"]), float(np.mean(result["perplexity_of_k"]))
         text += f" used ≥ {100 * min(result['utilization']):5.1f} %  perplexity/K {mean:.3f}"
@@ -95,12 +96,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", nargs="+", choices=DATA, default=["feis"])
+    parser.add_argument("--data", nargs="+", choices=SOURCES, default=["feis"])
+    parser.add_argument("--autoencoders", nargs="+", choices=AUTOENCODERS, default=["block"])
+    parser.add_argument(
+        "--unseen-subjects",
+        action="store_true",
+        help="hold out whole subjects, and validate on another, where there are several",
+    )
     parser.add_argument("--sizes", nargs="+", default=["8x256"], metavar="QxK")
     parser.add_argument(
         "--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS), metavar="NAME"
     )
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 … N−1")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="how many (3)")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="SEED")
     parser.add_argument("--on", choices=("held", "validation"), default="held")
     parser.add_argument("--search", choices=("ours", "vqp"), help="the settings to choose among")
     parser.add_argument("--steps", type=int, help="instead of the size's own number")

@@ -52,6 +52,7 @@ class Layers:
         temperature: τ, dimensionless.
         cosine: compare directions.
         backend: see `b2t.quantize.search`.
+        joint: sums are those of what all layers together leave, see `walk`.
     """
 
     books: Tensor
@@ -61,6 +62,7 @@ class Layers:
     temperature: float
     cosine: bool
     backend: str
+    joint: bool = False
 
     def index(self, q: int) -> int:
         """Codebook of layer ``q``."""
@@ -130,7 +132,8 @@ class Layers:
             latents: finite float32.
             layers: how many.
             hashes: [N], draw codes with them instead of taking the nearest.
-            sums: also sum frames by code.
+            sums: also sum by code what codes should move to: the residual that each layer saw, or
+                (`joint`) the code plus what the last layer leaves of the frame.
             keep: [R] rows whose residuals are wanted.
             codes: [N, layers], found elsewhere, to follow instead of searching.
         """
@@ -153,7 +156,7 @@ class Layers:
                 index = given[:, q]
                 counts[q] = torch.bincount(index, minlength=K)
             codes[:, q] = index
-            if totals is not None:
+            if totals is not None and not self.joint:
                 seen = self.seen(residual)
                 totals[self.index(q)] += search.code_sums(seen, index, K, self.backend)
             if self.cosine:
@@ -166,7 +169,19 @@ class Layers:
             squared[q] = residual.norm().square()
         if not self.cosine:
             code_error = squared
+        if totals is not None and self.joint:
+            self._add_joint_sums(totals, residual, codes[:, :layers], counts)
         return Walk(codes, errors, counts, squared, code_error, projection, totals, kept, layers)
+
+    def _add_joint_sums(
+        self, totals: Tensor, left: Tensor, codes: Tensor, counts: Tensor
+    ) -> None:
+        """Add Σ (code + what is ``left`` [N, D] of its frame) of each code to ``totals``."""
+        K = self.books.shape[1]
+        for q in range(codes.shape[1]):
+            layer = self.index(q)
+            totals[layer] += search.code_sums(left, codes[:, q], K, self.backend)
+            totals[layer] += counts[q, :, None] * self.books[layer].detach()
 
     def sum_codes(self, codes: Tensor) -> Tensor:
         """Σ of the chosen codes [N, D], added in the order of the layers; −1 adds nothing."""

@@ -37,6 +37,8 @@ class QuantizerOptions(Options):
     """Width of a code; narrower than the latent adds projections, null means the latent's width."""
     update_rule: Literal["ema", "gradient"] = "ema"
     """How codes move: averages of their frames, or a codebook loss through the optimizer."""
+    joint_update: bool = False
+    """Codes move to what fits with those of all other layers, not of the layers before alone."""
     decay: Rate | None = None
     """Decay of the running averages, per update; null means 0.95 below 256 codes, else 0.98."""
     eps: NonNegative = 1e-5
@@ -86,6 +88,11 @@ class QuantizerOptions(Options):
             raise ValueError(
                 f"beam_size is {self.beam_size} and stochastic_sample_codes is on; a beam draws "
                 "nothing: switch one of them off (eval_beam_size may stay)"
+            )
+        if self.joint_update and self.use_cosine_sim:
+            raise ValueError(
+                "joint_update is on and so is use_cosine_sim, whose codes are directions and cannot "
+                "move to sums: switch one of them off"
             )
         if self.quantize_dropout_cutoff_index >= self.num_quantizers:
             raise ValueError(

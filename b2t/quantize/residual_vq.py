@@ -245,6 +245,7 @@ class ResidualVQ(FrameSpace):
             temperature=self.temperature,
             cosine=self.options.use_cosine_sim,
             backend=self.backend,
+            joint=self.options.joint_update,
         )
 
     def _walk(

@@ -1,4 +1,10 @@
-"""The autoencoder whose latents are quantized."""
+"""The autoencoders whose latents are quantized: three small ones that have little in common.
+
+Each maps a signal [B, T, C] to latents [B, T / patch, LATENT] (`encode`) and latents to patches
+[B, P, patch · C] (`decode`), by its parts `encoder` and `decoder`.
+"""
+
+import math
 
 from torch import Tensor, nn
 
@@ -21,7 +27,7 @@ class Block(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Patches to latents [B, P, LATENT] and back."""
+    """Patches, a block with its neighbours, a layer norm over the latents."""
 
     def __init__(self, channels: int, patch: int, depth: int = 1) -> None:
         super().__init__()
@@ -30,10 +36,12 @@ class Autoencoder(nn.Module):
         def stack() -> list[nn.Module]:
             return [Block(WIDTH) for _ in range(depth)]
 
-        self.encoder = nn.Sequential(
+        self.encoder: nn.Module = nn.Sequential(
             nn.Linear(width, WIDTH), *stack(), nn.Linear(WIDTH, LATENT), nn.LayerNorm(LATENT)
         )
-        self.decoder = nn.Sequential(nn.Linear(LATENT, WIDTH), *stack(), nn.Linear(WIDTH, width))
+        self.decoder: nn.Module = nn.Sequential(
+            nn.Linear(LATENT, WIDTH), *stack(), nn.Linear(WIDTH, width)
+        )
 
     def encode(self, signal: Tensor) -> Tensor:
         """Signal [B, T, C] → latents [B, T / patch, LATENT]."""
@@ -42,3 +50,55 @@ class Autoencoder(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, P, LATENT] → patches [B, P, patch · C]."""
         return self.decoder(latents)
+
+
+class PatchMLP(Autoencoder):
+    """Each patch by itself through one hidden layer; latents of any length, no norm."""
+
+    def __init__(self, channels: int, patch: int) -> None:
+        super().__init__(channels, patch, depth=0)
+        width = patch * channels
+        self.encoder = nn.Sequential(
+            nn.Linear(width, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, LATENT)
+        )
+        self.decoder = nn.Sequential(
+            nn.Linear(LATENT, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, width)
+        )
+
+
+class Strided(Autoencoder):
+    """Strided convolutions down to a frame for each patch and up again, as codecs of sound."""
+
+    def __init__(self, channels: int, patch: int) -> None:
+        super().__init__(channels, patch, depth=0)
+        strides = _strides(patch)
+        down: list[nn.Module] = [nn.Conv1d(channels, WIDTH // 2, 3, padding=1)]
+        up: list[nn.Module] = [nn.Conv1d(LATENT, WIDTH, 3, padding=1)]
+        narrow = WIDTH // 2
+        for stride in strides:
+            down += [nn.GELU(), nn.Conv1d(narrow, WIDTH, 2 * stride, stride, stride // 2)]
+            narrow = WIDTH
+        for stride in reversed(strides):
+            up += [nn.GELU(), nn.ConvTranspose1d(WIDTH, WIDTH, 2 * stride, stride, stride // 2)]
+        self.encoder = nn.Sequential(*down, nn.GELU(), nn.Conv1d(WIDTH, LATENT, 1))
+        self.decoder = nn.Sequential(*up, nn.GELU(), nn.Conv1d(WIDTH, channels, 3, padding=1))
+
+    def encode(self, signal: Tensor) -> Tensor:
+        """See `Autoencoder`."""
+        return self.encoder(signal.transpose(1, 2)).transpose(1, 2)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Autoencoder`."""
+        signal = self.decoder(latents.transpose(1, 2)).transpose(1, 2)
+        return signal.unflatten(1, (-1, self.patch)).flatten(2)
+
+
+def _strides(patch: int) -> list[int]:
+    """Even factors, 2 or 4 each, of a patch that is a power of two from 2 on."""
+    twos = int(math.log2(patch))
+    if 2**twos != patch or twos < 1:
+        raise ValueError(f"patch {patch} is no power of two from 2 on")
+    return [2] * (twos % 2) + [4] * (twos // 2)
+
+
+AUTOENCODERS = {"block": Autoencoder, "mlp": PatchMLP, "strided": Strided}

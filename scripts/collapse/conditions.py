@@ -186,6 +186,8 @@ class Plan:
         frames: frames in a step.
         kind: see `options_of`.
         options: of the quantizer.
+        autoencoder: name of the model around it.
+        subjects: whole subjects are held out, instead of a part of each.
     """
 
     data: str
@@ -197,6 +199,8 @@ class Plan:
     frames: int
     kind: str
     options: dict[str, Any] = field(default_factory=dict)
+    autoencoder: str = "block"
+    subjects: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -210,13 +214,23 @@ class Plan:
         return json.dumps(asdict(self), sort_keys=True)
 
 
-def plan_of(data: str, size: str, condition: str, seed: int, on: str) -> Plan:
+def plan_of(
+    data: str,
+    size: str,
+    condition: str,
+    seed: int,
+    on: str,
+    autoencoder: str = "block",
+    subjects: bool = False,
+) -> Plan:
     """The run of a condition, or of a searched setting, as defined now."""
     codes = int(size.split("x")[1])
     steps, frames = BUDGET.get(codes, BUDGET[1024])
     settings = searched("ours") | searched("vqp")
     kind, options = settings.get(condition) or options_of(condition, codes)
-    return Plan(data, size, condition, seed, on, steps, frames, kind, options)
+    return Plan(
+        data, size, condition, seed, on, steps, frames, kind, options, autoencoder, subjects
+    )
 
 
 def searched(search: str) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -233,7 +247,7 @@ def searched(search: str) -> dict[str, tuple[str, dict[str, Any]]]:
 def as_defined_now(line: dict[str, Any]) -> bool:
     """Whether a finished run is one that this file would make today."""
     plan = line["plan"]
-    names = ("data", "size", "condition", "seed", "on")
+    names = ("data", "size", "condition", "seed", "on", "autoencoder", "subjects")
     try:
         now = plan_of(*(plan[name] for name in names))
     except KeyError:  # a condition of the past

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from b2t.monitor.ema import effective_rank
-from collapse.autoencoder import Autoencoder
+from collapse.autoencoder import AUTOENCODERS
 from collapse.conditions import Plan
 from collapse.quantizers import NoQuantizer, Offline, Ours, Peer
 from collapse.recordings import Recording
@@ -29,7 +29,7 @@ class Run:
         self.train = recording.train if plan.on == "held" else recording.fit
         self.test = recording.held if plan.on == "held" else recording.validation
         self.generator = torch.Generator().manual_seed(plan.seed)
-        self.model = Autoencoder(self.train.shape[2], recording.patch)
+        self.model = AUTOENCODERS[plan.autoencoder](self.train.shape[2], recording.patch)
         self.quantizer: Any = self._quantizer()
         self.quantizer_s = self.total_s = 0.0
         self.revived = 0

@@ -1,0 +1,1 @@
+"""Points, runs and report of PER over bits per second."""
