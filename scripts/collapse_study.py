@@ -4,7 +4,9 @@ Each run trains the same autoencoder with another quantizer (a condition) and is
 of a JSONL file; what the file already holds is not run again, so the study can be run in pieces:
 
     python scripts/collapse_study.py --data feis --sizes 8x256 --conditions full naive vqp none
-    python scripts/collapse_study.py --report            # table and figure to docs/
+    python scripts/collapse_study.py --unseen-subjects --data feis p300_fif --autoencoders strided \
+        --conditions default vqp-best
+    python scripts/collapse_study.py --report            # tables and figure to docs/
 
 Settings are searched on a validation part of the training epochs (``--search ours``, ``--search
 vqp``; ``--on validation`` for any condition). Without it, runs train on all training epochs and are
@@ -38,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
 
 from collapse.autoencoder import AUTOENCODERS  # noqa: E402
-from collapse.conditions import CONDITIONS, Plan, as_defined_now, plan_of, searched  # noqa: E402
+from collapse.conditions import CONDITIONS, EVERYWHERE, Plan, as_defined_now, plan_of, searched  # noqa: E402
 from collapse.recordings import SOURCES, Recording, load  # noqa: E402
 from collapse.run import Run  # noqa: E402
 
@@ -79,7 +81,8 @@ def perform(args: argparse.Namespace) -> None:
 
 def line_of(plan: Plan, result: dict[str, Any]) -> str:
     """One run in one line."""
-    text = f"{plan.data} {plan.autoencoder} {plan.size} {plan.on} seed {plan.seed} {plan.condition:<28}"
+    text = f"{plan.data} {plan.autoencoder} {plan.size} {plan.on}"
+    text += f" seed {plan.seed} {plan.condition:<28}"
     if "utilization" in result:
         worst, mean = min(result["perplexity_of_k"]), float(np.mean(result["perplexity_of_k"]))
         text += f" used ≥ {100 * min(result['utilization']):5.1f} %  perplexity/K {mean:.3f}"
@@ -105,7 +108,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--sizes", nargs="+", default=["8x256"], metavar="QxK")
     parser.add_argument(
-        "--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS), metavar="NAME"
+        "--conditions",
+        nargs="+",
+        choices=CONDITIONS,
+        default=[name for name in CONDITIONS if name not in EVERYWHERE],
+        metavar="NAME",
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="how many (3)")
     parser.add_argument("--first-seed", type=int, default=0, metavar="SEED")
@@ -128,9 +135,15 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=UserWarning)
     torch.set_num_threads(args.threads)
     if args.report:
+        from collapse.everywhere import write_everywhere
         from collapse.report import write_report
 
-        write_report([line for line in load_lines(args.out) if as_defined_now(line)], ROOT / "docs")
+        lines = [line for line in load_lines(args.out) if as_defined_now(line)]
+        unseen = [line for line in lines if line["plan"]["subjects"]]
+        if len(lines) > len(unseen):
+            write_report([line for line in lines if line not in unseen], ROOT / "docs")
+        if unseen:
+            write_everywhere(unseen, ROOT / "docs")
     else:
         perform(args)
     return 0

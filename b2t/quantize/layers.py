@@ -173,9 +173,7 @@ class Layers:
             self._add_joint_sums(totals, residual, codes[:, :layers], counts)
         return Walk(codes, errors, counts, squared, code_error, projection, totals, kept, layers)
 
-    def _add_joint_sums(
-        self, totals: Tensor, left: Tensor, codes: Tensor, counts: Tensor
-    ) -> None:
+    def _add_joint_sums(self, totals: Tensor, left: Tensor, codes: Tensor, counts: Tensor) -> None:
         """Add Σ (code + what is ``left`` [N, D] of its frame) of each code to ``totals``."""
         K = self.books.shape[1]
         for q in range(codes.shape[1]):

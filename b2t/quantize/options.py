@@ -91,8 +91,8 @@ class QuantizerOptions(Options):
             )
         if self.joint_update and self.use_cosine_sim:
             raise ValueError(
-                "joint_update is on and so is use_cosine_sim, whose codes are directions and cannot "
-                "move to sums: switch one of them off"
+                "joint_update is on and so is use_cosine_sim, whose codes are directions and "
+                "cannot move to sums: switch one of them off"
             )
         if self.quantize_dropout_cutoff_index >= self.num_quantizers:
             raise ValueError(

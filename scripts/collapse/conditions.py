@@ -48,6 +48,13 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "with-shared": {"shared_codebook": True},
 }
 
+# Chosen over several recordings and two autoencoders; see `collapse.everywhere`.
+_STRAIGHT_THROUGH = {"rotation_trick": False, "commitment": 0.05, "revival_threshold": 0.1}
+EVERYWHERE: dict[str, dict[str, Any]] = {
+    "default": _STRAIGHT_THROUGH | {"eval_beam_size": 16, "joint_update": True},
+    "own-update": _STRAIGHT_THROUGH | {"eval_beam_size": 16},
+}
+
 NAIVE: dict[str, Any] = {
     "pass_through": 0.0,
     "frames_per_code": 0,
@@ -148,6 +155,8 @@ def options_of(condition: str, codes: int) -> tuple[str, dict[str, Any]]:
     if condition == "vqp-revival":
         return "peer", PEER_REVIVAL
     naive = NAIVE | NAIVE_BY_CODES.get(codes, {})
+    if condition in EVERYWHERE:
+        return "ours", BEFORE | {"decay": 0.98} | EVERYWHERE[condition]
     recipe = RECIPE | RECIPE_BY_CODES.get(codes, {})
     if condition == "naive":
         gradient = {"update_rule": "gradient", "codebook_gradient_scale": 1.0}
@@ -165,7 +174,7 @@ def options_of(condition: str, codes: int) -> tuple[str, dict[str, Any]]:
 
 NAIVES = ("naive", "naive-normal", "naive-ema")
 PEERS = ("vqp", "vqp-best", "vqp-revival", "vqp-nearest")
-CONDITIONS = ("full", *ABLATIONS, *NAIVES, *PEERS, "faiss", "none")
+CONDITIONS = ("full", *ABLATIONS, *EVERYWHERE, *NAIVES, *PEERS, "faiss", "none")
 
 
 # Steps and frames in a step for each number of codes: under a minute of one core for most.

@@ -125,7 +125,7 @@ def wordpair(folder: Path) -> Subjects:
 
 
 def simulated(_: Path) -> Subjects:
-    """`b2t simulate` in memory: 16 electrodes (32 features of 20 ms bins), a unit for each trial."""
+    """`b2t simulate` in memory: 16 electrodes (32 features of 20 ms bins), units are trials."""
     config = SimulationConfig(sessions=1, trials=(240, 80, 80), electrodes=16, select_from=256)
     simulator = Simulator(config)
     trials = (t for block in plan_blocks(config) for t in simulator.record(block).features())

@@ -40,7 +40,7 @@ def test_one_layer_moves_as_without_it():
 
 @pytest.mark.parametrize("beam", [1, 4])
 def test_for_the_same_codes_it_comes_near_the_least_squares_of_all_books(beam):
-    """Codebooks that fit given codes best solve one linear problem, the layers' own means do not."""
+    """Codebooks that fit given codes best solve a linear problem; the layers' own means do not."""
     x, left = latents(40), {}
     for joint in (False, True):
         quantizer = started(

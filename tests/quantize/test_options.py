@@ -15,7 +15,7 @@ OTHERWISE = {
     "rotation_trick": False, "quantize_dropout": True, "quantize_dropout_cutoff_index": 1,
     "shared_codebook": True, "kmeans_init": False, "kmeans_iters": 2, "revival": "frames",
     "revival_threshold": 0.2, "revival_every": 3, "revival_max_share": 0.4, "revival_until": 0.5,
-    "stochastic_sample_codes": True, "beam_size": 2, "eval_beam_size": 3,
+    "stochastic_sample_codes": True, "beam_size": 2, "eval_beam_size": 3, "joint_update": True,
 }  # fmt: skip
 """A value of every option that is not its default."""
 

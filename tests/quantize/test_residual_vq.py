@@ -92,7 +92,7 @@ def test_rotation_trick_multiplies_by_the_scaled_rotation():
 
 
 def test_rotation_without_a_direction_passes_the_gradient_straight():
-    quantizer = started()
+    quantizer = started(rotation_trick=True)
     x = torch.zeros(1, 2, 8, requires_grad=True)
     quantizer(x, losses=()).quantized.sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
@@ -100,7 +100,7 @@ def test_rotation_without_a_direction_passes_the_gradient_straight():
 
 def test_rotation_and_single_layer_agree_with_vector_quantize_pytorch():
     vqp = pytest.importorskip("vector_quantize_pytorch")
-    ours = started(num_quantizers=1)
+    ours = started(num_quantizers=1, rotation_trick=True)
     peer = vqp.ResidualVQ(dim=8, codebook_size=16, num_quantizers=1, rotation_trick=True).eval()
     peer.layers[0]._codebook.embed.copy_(ours.codebooks.embed)
     weight = latents(seed=3)

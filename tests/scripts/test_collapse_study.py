@@ -22,9 +22,9 @@ def waves(study, monkeypatch):
     from collapse.recordings import Recording, split, standardize
 
     segments = np.sin(phase + 6.28 * rate * time[:, None])
-    parts = standardize(split(segments, rng.permutation(60)))
+    parts = standardize(split(list(segments[:, None]), rng.permutation(60)))
     recording = Recording(*parts, patch=4)
-    monkeypatch.setitem(study.DATA, "feis", lambda folder: recording)
+    monkeypatch.setattr(study, "load", lambda name, folder, hold_subjects: recording)
     return recording
 
 
@@ -77,10 +77,74 @@ def test_search_never_sees_held_segments(study, waves, tmp_path):
 def test_parts_share_no_segment(study):
     from collapse.recordings import split
 
-    segments = np.arange(50.0)[:, None, None]
-    parts = split(segments, np.random.default_rng(0).permutation(50))
+    units = list(np.arange(50.0)[:, None, None, None])
+    parts = split(units, np.random.default_rng(0).permutation(50))
     assert [len(p) for p in parts] == [30, 10, 10]
     assert sorted(np.concatenate(parts).ravel()) == list(range(50))
+
+
+def subject(number, units=10):
+    """Units of three segments whose scale tells the subject, and whose order tells the unit."""
+    rng = np.random.default_rng(number)
+    return [10.0**number * rng.standard_normal((3, 8, 2)) for _ in range(units)]
+
+
+def test_whole_subjects_are_held_out(study):
+    from collapse.recordings import by_subjects
+
+    four = by_subjects([subject(n) for n in range(4)], patch=4)
+    assert [len(p) for p in (four.fit, four.validation, four.held)] == [60, 30, 30]
+    own = np.concatenate(subject(3))
+    own = own - own.mean(1, keepdims=True)
+    np.testing.assert_allclose(four.held, own / own.std((0, 1)), rtol=1e-5, atol=1e-6)
+    two = by_subjects([subject(n) for n in range(2)], patch=4)
+    assert [len(p) for p in (two.fit, two.validation, two.held)] == [18, 6, 30]
+    one = by_subjects([subject(0)], patch=4)
+    assert [len(p) for p in (one.fit, one.validation, one.held)] == [18, 6, 6]
+
+
+@pytest.mark.parametrize("patch", [2, 4, 8, 16])
+@pytest.mark.parametrize("name", ["block", "mlp", "strided"])
+def test_autoencoders_keep_frames_and_patches(study, name, patch):
+    """A frame for each patch, and patches laid out as the signal's own."""
+    from collapse.autoencoder import AUTOENCODERS, LATENT
+
+    torch.manual_seed(0)
+    model = AUTOENCODERS[name](3, patch)
+    signal = torch.randn(2, 6 * patch, 3)
+    latents = model.encode(signal)
+    assert latents.shape == (2, 6, LATENT) and model.decode(latents).shape == (2, 6, 3 * patch)
+    later = model.encode(torch.roll(signal, patch, 1))  # one patch later, one frame later
+    torch.testing.assert_close(later[:, 2:5], latents[:, 1:4], atol=1e-4, rtol=1e-4)
+
+
+def test_a_patch_that_strides_cannot_make_is_refused(study):
+    from collapse.autoencoder import Strided
+
+    with pytest.raises(ValueError, match="patch 6"):
+        Strided(3, 6)
+
+
+def line(condition, seed, snr, on="held", model="mlp"):
+    plan = {"data": "feis", "autoencoder": model, "condition": condition, "seed": seed, "on": on}
+    names = ("snr_pooled_db", "snr_median_db", "snr_train_db", "cosine", "effective_rank")
+    result = dict.fromkeys((*names, "ms_step", "ms_quantizer", "revived_per_step"), snr)
+    return {"plan": plan, "result": result}
+
+
+def test_leads_are_those_of_the_same_seed(study):
+    """A lead that every seed has is ahead of any spread that the seeds share."""
+    from collapse.everywhere import places_of, tried, verdicts
+
+    lines = [line("vqp-best", s, 10.0 * s) for s in range(3)]
+    lines += [line("default", s, 10.0 * s + 0.5 + 0.01 * s) for s in range(3)]
+    lines += [line("other", s, 10.0 * s + (-1) ** s) for s in range(3)]
+    places = places_of(lines, "held")
+    assert "+0.51 ± 0.01 ahead |" in verdicts(places, "default")
+    assert "ahead, within the spread" in verdicts(places, "other")
+    assert places_of(lines, "validation") == {}
+    rows = tried(places).splitlines()
+    assert rows[2].startswith("| default | 1 |") and rows[2].endswith("| +0.510 |")
 
 
 def test_tally_measures_snr_and_perplexity(study):
