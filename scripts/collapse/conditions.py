@@ -49,10 +49,20 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 # Chosen over several recordings and two autoencoders; see `collapse.everywhere`.
-_STRAIGHT_THROUGH = {"rotation_trick": False, "commitment": 0.05, "revival_threshold": 0.1}
+_CHOSEN = {
+    "decay": 0.98,
+    "commitment": 0.05,
+    "rotation_trick": False,
+    "revival_threshold": 0.1,
+    "eval_beam_size": 16,
+}
 EVERYWHERE: dict[str, dict[str, Any]] = {
-    "default": _STRAIGHT_THROUGH | {"eval_beam_size": 16, "joint_update": True},
-    "own-update": _STRAIGHT_THROUGH | {"eval_beam_size": 16},
+    "default": _CHOSEN,
+    "default-rotation": _CHOSEN | {"rotation_trick": True},
+    "default-no-revival": _CHOSEN | {"revival": None},
+    "default-joint": _CHOSEN | {"joint_update": True},
+    "default-joint-no-revival": _CHOSEN | {"joint_update": True, "revival": None},
+    "default-beam-2": _CHOSEN | {"beam_size": 2},
 }
 
 NAIVE: dict[str, Any] = {
@@ -156,7 +166,7 @@ def options_of(condition: str, codes: int) -> tuple[str, dict[str, Any]]:
         return "peer", PEER_REVIVAL
     naive = NAIVE | NAIVE_BY_CODES.get(codes, {})
     if condition in EVERYWHERE:
-        return "ours", BEFORE | {"decay": 0.98} | EVERYWHERE[condition]
+        return "ours", BEFORE | EVERYWHERE[condition]
     recipe = RECIPE | RECIPE_BY_CODES.get(codes, {})
     if condition == "naive":
         gradient = {"update_rule": "gradient", "codebook_gradient_scale": 1.0}
@@ -179,6 +189,9 @@ CONDITIONS = ("full", *ABLATIONS, *EVERYWHERE, *NAIVES, *PEERS, "faiss", "none")
 
 # Steps and frames in a step for each number of codes: under a minute of one core for most.
 BUDGET = {256: (800, 512), 1024: (600, 1024), 8192: (300, 2048)}
+
+# The same where whole subjects are held out: many places, so shorter.
+UNSEEN_BUDGET = (240, 512)
 
 
 @dataclass(frozen=True)
@@ -234,7 +247,7 @@ def plan_of(
 ) -> Plan:
     """The run of a condition, or of a searched setting, as defined now."""
     codes = int(size.split("x")[1])
-    steps, frames = BUDGET.get(codes, BUDGET[1024])
+    steps, frames = UNSEEN_BUDGET if subjects else BUDGET.get(codes, BUDGET[1024])
     settings = searched("ours") | searched("vqp")
     kind, options = settings.get(condition) or options_of(condition, codes)
     return Plan(

@@ -18,7 +18,7 @@ from collapse.recordings import Recording
 CROP = 16  # frames in a training crop
 CLIP = 0.1  # gradient norm of encoder and of decoder
 HELD_SHIFTS = 4  # positions of the patch grid at which an epoch is measured
-MEASURED = 64  # segments of unseen subjects that are measured, at one position; beams are slow
+MEASURED = 24  # segments of unseen subjects that are measured, at one position; beams are slow
 
 
 class Run:
