@@ -24,6 +24,9 @@ class EarlyStoppingConfig(Options):
     """Evaluations without improvement before the phase ends."""
     min_delta: NonNegative = 0.0
     """Smallest change that counts as an improvement."""
+    restore_best: bool = True
+    """Go on with the weights of the best evaluation, not with the last ones; each improvement
+    writes a checkpoint, and that of the best stays until the phase ends."""
 
 
 class PhaseConfig(Options):

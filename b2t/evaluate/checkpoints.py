@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from b2t.config import Config
 from b2t.errors import UserError
@@ -17,6 +18,8 @@ STATE_FILE = "state.json"
 WEIGHTS_FILE = "weights.safetensors"
 MOMENTS_FILE = "moments.safetensors"
 _AVERAGE = "weight_ema:"
+_INTERIM = (".replaced-", ".writing-")
+"""Begin the names of the old and the new best model while one replaces the other."""
 
 
 def choose_checkpoint(run: Path, which: str) -> Path:
@@ -24,7 +27,8 @@ def choose_checkpoint(run: Path, which: str) -> Path:
 
     Args:
         run: run folder.
-        which: `best`, `last`, the number of a step (also `step-200`), or a folder.
+        which: `best`, `best-PHASE` of an earlier phase, `last`, the number of a step (also
+            `step-200`), or a folder.
 
     Raises:
         UserError: there is no such model.
@@ -32,6 +36,8 @@ def choose_checkpoint(run: Path, which: str) -> Path:
     folder = run / BEST.parent
     if which == "best":
         return _best(run)
+    if which.startswith("best-"):
+        return _best_of_phase(run, which.removeprefix("best-"))
     steps = {
         _step(path): path for path in folder.glob(f"{STEP_PREFIX}*") if _step(path) is not None
     }
@@ -47,7 +53,8 @@ def choose_checkpoint(run: Path, which: str) -> Path:
         return steps[int(number)]
     if not Path(which).is_dir():
         raise UserError(
-            f"--checkpoint {which}: expected best, last, the number of a step ({found}) or a folder"
+            f"--checkpoint {which}: expected best, best-PHASE, last, the number of a step "
+            f"({found}) or a folder"
         )
     path = Path(which)
     if not is_training_checkpoint(path) and not (path / MODEL_FILE).is_file():
@@ -110,6 +117,7 @@ def load_training_checkpoint(folder: Path, best: Path) -> Any:
     require_sound(model, str(folder))
     if model.text_decoder is not None:
         model.tokenizer = load_tokenizer(best)
+    model.config.chosen = None  # by a validation: that is the best
     state = json.loads((folder / STATE_FILE).read_text("utf-8"))
     progress, config = state["progress"], state.get("config")
     if config is not None:
@@ -120,8 +128,49 @@ def load_training_checkpoint(folder: Path, best: Path) -> Any:
     return model.eval()
 
 
+def chosen_at(model: Path) -> dict[str, Any] | None:
+    """Return phase, step, metric and value that chose a saved model; None where it does not say."""
+    try:
+        chosen = json.loads((model / MODEL_FILE).read_text("utf-8")).get("chosen")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return chosen if isinstance(chosen, dict) and "phase" in chosen else None
+
+
+def best_name(model: Path) -> str | None:
+    """Return `best` or `best-PHASE` where a folder is one that validation chose, else None."""
+    name = model.name
+    for begin in _INTERIM:
+        name = name.removeprefix(begin)
+    return name if name == BEST.name or name.startswith(f"{BEST.name}-") else None
+
+
+def best_of(phase: str) -> str:
+    """Return the name of the folder of a phase's best model, when the phase is past."""
+    return f"{BEST.name}-{quote(phase, safe=' ')}"
+
+
+def _best_of_phase(run: Path, phase: str) -> Path:
+    folder = run / BEST.parent / best_of(phase)
+    if folder.is_dir():
+        return folder
+    chosen = chosen_at(run / BEST)
+    if chosen is not None and chosen["phase"] == phase:
+        return run / BEST
+    kept = [path.name for path in sorted((run / BEST.parent).glob(f"{BEST.name}-*"))]
+    kept += [] if chosen is None else [best_of(chosen["phase"])]
+    raise UserError(
+        f"--checkpoint best-{phase}: {run / BEST.parent} has no best model of that phase; found "
+        f"{', '.join(kept) or 'none'}"
+    )
+
+
 def _best(run: Path) -> Path:
     folder = run / BEST
+    left = [folder.with_name(f"{begin}{folder.name}") for begin in _INTERIM]
+    for interim in left if not folder.is_dir() else ():
+        if find_problem(interim, [MODEL_FILE]) is None:
+            return interim  # the process that was replacing the best was killed
     if not folder.is_dir():
         raise UserError(
             f"{folder}: no best model yet; it is written at the first validation "

@@ -1,12 +1,11 @@
 """One pass over a split: decode, score, count codes, and do the same on noise."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,14 +38,14 @@ def evaluate_model(
     noise_control: bool = True,
     decode: bool = True,
     seed: int = 0,
-    group: dist.ProcessGroup | None = None,
+    gather: Callable[[Any], list[Any]] | None = None,
     progress: bool = False,
     words: ReadsWords | None = None,
     **generation: Any,
 ) -> Evaluation:
     """Evaluate a model on batches of a split, decoding freely.
 
-    Where torch.distributed runs, every rank calls this with batches of its own rows (no row on
+    Where several ranks share the rows, every rank calls this with batches of its own (no row on
     two ranks; a rank may have none) and every rank returns the same results over all rows.
 
     Args:
@@ -58,7 +57,7 @@ def evaluate_model(
         noise_control: decode noise too, which doubles the time.
         decode: generate text; without it only phonemes, signals and codes are scored.
         seed: seed of the noise, of the shuffles and of the bootstrap.
-        group: process group to gather over, None for the default one.
+        gather: returns what every rank gives it, in order, on all ranks; None is a rank alone.
         progress: show a bar, on a terminal.
         words: reads words from the phoneme logits; None leaves `wer_lm` and the like out.
         generation: `num_beams`, `max_new_tokens` and other arguments of transformers' generate.
@@ -79,7 +78,7 @@ def evaluate_model(
             share.predictions += found
     finally:
         model.train(training)
-    share = _gather(share, group)
+    share = _pool([share] if gather is None else gather(share))
     result = _score(share, split, seed)
     note_soundness(result, model, share.rms)
     result.simulated = simulated
@@ -196,13 +195,9 @@ def _predict_noise(speaker: _Speaker, noise: Batch, found: list[Prediction]) -> 
         prediction.noise_prediction = text
 
 
-def _gather(share: _Share, group: dist.ProcessGroup | None) -> _Share:
+def _pool(shares: list[_Share]) -> _Share:
     """Pool the shares of all ranks, rows in the order of their ids."""
-    shares: list[Any] = [share]
-    if dist.is_available() and dist.is_initialized():
-        shares = [None] * dist.get_world_size(group)
-        dist.all_gather_object(shares, share, group=group)
-    total = _Share(share.size, traces=shares[0].traces)
+    total = _Share(shares[0].size, traces=shares[0].traces)
     for part in shares:
         total.predictions += part.predictions
         total.signal = total.signal + part.signal

@@ -11,6 +11,7 @@ from b2t.evaluate.checkpoints import (
     BEST,
     MODEL_FILE,
     STEP_PREFIX,
+    best_name,
     choose_checkpoint,
     is_training_checkpoint,
     load_training_checkpoint,
@@ -43,15 +44,16 @@ class Run:
     @property
     def is_best(self) -> bool:
         """Whether the model is the one that validation chose."""
-        return self.checkpoint.name == BEST.name
+        return best_name(self.checkpoint) is not None
 
     @property
     def label(self) -> str:
-        """Name the model: `best`, `step 200`, or its folder."""
+        """Name the model: `best`, `best-PHASE`, `step 200`, or its folder."""
         name = self.checkpoint.name
         step = name.removeprefix(STEP_PREFIX)
-        if self.is_best:
-            return BEST.name
+        best = best_name(self.checkpoint)
+        if best is not None:
+            return best
         return f"step {int(step)}" if step != name and step.isdigit() else str(self.checkpoint)
 
     def data_path(self, override: str | None = None) -> str:

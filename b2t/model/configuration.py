@@ -41,6 +41,7 @@ class BrainToTextConfig(PretrainedConfig):
         data: of the training: `fingerprint` of the dataset, `train_split`, and `validation_split`,
             which chose the model. None where it is not known.
         trained: names of the components that have been trained; None where it is not known.
+        chosen: of a best model: `phase`, `step`, `metric` and `value` that chose it.
         started_with: those that came trained from another model (`model.init_from`).
 
     Raises:
@@ -69,6 +70,7 @@ class BrainToTextConfig(PretrainedConfig):
         signal: dict[str, Any] | None = None,
         data: dict[str, str] | None = None,
         trained: list[str] | None = None,
+        chosen: dict[str, Any] | None = None,
         started_with: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -87,6 +89,7 @@ class BrainToTextConfig(PretrainedConfig):
         self.simulated_data = simulated_data
         self.data = data
         self.trained = trained
+        self.chosen = chosen
         self.started_with = list(started_with or [])
         self.signal = None if signal is None else _section(SignalOptions, "signal", signal)
         super().__init__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -392,6 +392,7 @@ class ResidualVQ(FrameSpace):
         group: ProcessGroup | None = None,
         progress: bool = True,
         frames_per_code: float = 16.0,
+        between: Callable[[], None] | None = None,
     ) -> InitReport:
         """Start the codebooks from latents: k-means++ layer by layer.
 
@@ -406,6 +407,7 @@ class ResidualVQ(FrameSpace):
             group: ranks that start together.
             progress: show a progress bar on the first rank.
             frames_per_code: frames to gather over all ranks, per code.
+            between: called on all ranks before each layer; may raise, on all of them alike.
 
         Raises:
             UserError: no valid frame on any rank.
@@ -417,7 +419,7 @@ class ResidualVQ(FrameSpace):
         x, nonfinite = gather_frames(latents, wanted, self.codebooks, group, progress)
         layers = self._layers(self.codebooks.embed)
         report = start_codebooks(
-            self.codebooks, layers, x, self.options.kmeans_iters, group, progress
+            self.codebooks, layers, x, self.options.kmeans_iters, group, progress, between
         )
         report.nonfinite = nonfinite
         return report

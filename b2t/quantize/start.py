@@ -116,6 +116,7 @@ def start_codebooks(
     iterations: int,
     group: ProcessGroup | None = None,
     show: bool = True,
+    between: Callable[[], None] | None = None,
 ) -> InitReport:
     """Fit all codebooks that have not started to the frames ``x`` [N, D]; equal on all ranks.
 
@@ -129,14 +130,17 @@ def start_codebooks(
         iterations: Lloyd steps.
         group: ranks that start together.
         show: a progress bar.
+        between: called before each layer.
     """
     began = time.monotonic()
     report = InitReport(frames=x.shape[0])
     K = books.embed.shape[1]
     shared = books.embed.shape[0] == 1 and layers.quantizers > 1
+    between = between or (lambda: None)
     fits = 2 if shared else layers.quantizers - int(books.initialized)
     with _bar(fits * (1 + iterations) * K, "k-means++", " codes", show and rank(group) == 0) as bar:
         if shared:
+            between()
             _fit(books, 0, x, layers, iterations, group, bar.update)
             seen = torch.cat([x, *_residuals(x, layers)[:-1]])
             seeded = _fit(books, 0, seen, layers, iterations, group, bar.update)
@@ -145,6 +149,7 @@ def start_codebooks(
         residual = x.clone()
         for q in range(layers.quantizers):
             if q >= int(books.initialized):
+                between()
                 seeded = _fit(books, q, residual, layers, iterations, group, bar.update)
                 report.seeded.append(seeded)
                 books.initialized.fill_(q + 1)

@@ -15,7 +15,10 @@ log = logger(__name__)
 
 
 class BestModel(Callback):
-    """Keeps the best model of a phase as `checkpoints/best`; counts towards early stopping."""
+    """Keeps the best model of a phase as `checkpoints/best`; counts towards early stopping.
+
+    That of an earlier phase, whose losses differ, is kept as `checkpoints/best-PHASE`.
+    """
 
     collective = True
 
@@ -46,10 +49,14 @@ class BestModel(Callback):
         model.config.trained = trained_components(
             trainer.config.phases, progress.phase, progress.phase_step, model.config.started_with
         )
+        best, phase = progress.best, trainer.phase.name
+        model.config.chosen = {
+            "phase": phase, "step": progress.step, "metric": best.metric, "value": best.best,
+        }  # fmt: skip
         if trainer.ranks.is_main:
             folder = trainer.store.folder / BEST
             try:
-                export_model(folder, model, masters, trainer.materials.tokenizer)
+                export_model(folder, model, masters, trainer.materials.tokenizer, phase)
             except (OSError, SafetensorError) as error:
                 log.error("%s could not be written (%s): training goes on", folder, error)
         trainer.ranks.barrier()

@@ -20,6 +20,7 @@ from b2t.train.engine import PhaseEngine
 from b2t.train.progress import Progress
 from b2t.train.ranks import Ranks
 from b2t.train.step_clock import StepClock
+from b2t.train.stopping import StopRequests
 from b2t.train.window import Window
 
 
@@ -40,6 +41,7 @@ class Run(Protocol):
         averages: averaged weights by name, as `collect_averages` left them.
         masters: exact float32 weights by name, as the last collection left them.
         outcome: how it goes or went, for `status.json`.
+        stops: requests to stop, for hooks that take long.
     """
 
     config: Config
@@ -55,6 +57,7 @@ class Run(Protocol):
     averages: dict[str, Tensor]
     masters: dict[str, Tensor]
     outcome: str
+    stops: StopRequests
 
     @property
     def phase(self) -> PhaseConfig:
@@ -84,11 +87,12 @@ class Callback:
     """Base of hooks; each does nothing until overridden.
 
     All ranks call all hooks in the same order, so that a hook may use collectives. Hooks must not
-    wait for the device outside `on_log`. Where a hook cannot write (a full disk), training goes on.
+    wait for the device outside `on_log`. Where a hook fails, training goes on: see
+    `b2t/train/guard.py`.
 
     Attributes:
-        collective: the hook meets the other ranks inside; an error of the system there ends the
-            run, because the others would wait.
+        collective: the hook meets the other ranks inside; an error there ends the run, because the
+            others would wait.
         key: names the hook's state in checkpoints; None is the name of its class, which then
             cannot be renamed.
     """

@@ -34,7 +34,7 @@ class ProgressBar(Callback):
         """Show the bar."""
         self._bar = tqdm(
             total=trainer.config.total_steps,
-            initial=trainer.progress.step,
+            initial=trainer.progress.planned(trainer.config.phases),
             unit="step",
             desc=trainer.phase.name,
             disable=not sys.stderr.isatty(),
@@ -46,7 +46,7 @@ class ProgressBar(Callback):
         """Advance."""
         assert self._bar is not None
         self._bar.set_description(trainer.phase.name, refresh=False)
-        self._bar.update(trainer.progress.step - self._bar.n)
+        self._bar.update(trainer.progress.planned(trainer.config.phases) - self._bar.n)
 
     def on_end(self, trainer: Run) -> None:
         """Take the bar away."""

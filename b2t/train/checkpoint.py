@@ -16,8 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,21 @@ from torch import Tensor
 from b2t import manifest
 from b2t.errors import UserError
 from b2t.log import logger
+from b2t.train.replacing import (
+    REPLACED,
+    WRITING,
+    recover_folder,
+    replace_folder,
+    sync_files,
+    sync_folder,
+    writing,
+)
 
 LATEST = "latest"
 KEEP = "keep"
 """Name of an empty file in checkpoints that are never removed."""
 BEST = "best"
 _PREFIX = "step-"
-_PARTIAL = ".writing-"
-_REPLACED = ".replaced-"
 _STEP = re.compile("[0-9]{8,}")
 _FILES = ("weights.safetensors", "moments.safetensors", "state.json")
 
@@ -68,29 +74,31 @@ class CheckpointStore:
         numbers = [path.name.removeprefix(_PREFIX) for path in found if path.is_dir()]
         return sorted(int(number) for number in numbers if _STEP.fullmatch(number))
 
-    def save(self, step: int, checkpoint: Checkpoint, milestone: bool = False) -> Path | None:
+    def save(
+        self,
+        step: int,
+        checkpoint: Checkpoint,
+        milestone: bool = False,
+        spare: Collection[int] = (),
+    ) -> Path | None:
         """Write a checkpoint; on a full disk say so, keep the older ones and return None.
 
         Args:
             step: applied steps of the run.
             checkpoint: what to write.
             milestone: never to be removed, as the end of a phase; so is what replaces one.
+            spare: steps of older checkpoints that are still needed.
         """
         target = self.folder / f"{_PREFIX}{step:08d}"
-        partial = self.folder / f"{_PARTIAL}{target.name}"
-        replaced = self.folder / f"{_REPLACED}{target.name}"
+        partial = writing(target)
         try:
             self._clear_unfinished()
             partial.mkdir(parents=True)
             if milestone or (target / KEEP).exists():
                 (partial / KEEP).touch()
             _write(partial, checkpoint)
-            if target.exists():
-                target.rename(replaced)
-            partial.rename(target)
-            sync_folder(self.folder)
+            replace_folder(target)
             _replace_text(self.folder / LATEST, target.name + "\n")
-            shutil.rmtree(replaced, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             kept = self.steps()
@@ -103,29 +111,35 @@ class CheckpointStore:
                 self.folder,
             )
             return None
-        self._remove_old()
+        self._remove_old(spare)
         return target
 
-    def _remove_old(self) -> None:
-        folders = [self.folder / f"{_PREFIX}{step:08d}" for step in self.steps()]
-        passing = [folder for folder in folders if not (folder / KEEP).exists()]
-        for old in passing[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+    def _remove_old(self, spare: Collection[int]) -> None:
+        folders = {step: self.folder / f"{_PREFIX}{step:08d}" for step in self.steps()}
+        passing = [step for step, folder in folders.items() if not (folder / KEEP).exists()]
+        for step in passing[: -self.keep]:
+            if step not in spare:
+                shutil.rmtree(folders[step], ignore_errors=True)
 
     def _clear_unfinished(self) -> None:
         """Remove what a killed process left half written."""
-        for path in self.folder.glob(f"{_PARTIAL}{_PREFIX}*"):
+        for path in self.folder.glob(f"{WRITING}{_PREFIX}*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def recover(self) -> None:
-        """Put back a checkpoint that a killed process was about to replace; rank 0 only."""
-        for path in self.folder.glob(f"{_REPLACED}{_PREFIX}*"):
-            place = path.with_name(path.name.removeprefix(_REPLACED))
-            if place.exists():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with suppress(OSError):  # a folder that cannot be written is named when it is
-                    path.rename(place)
+        """Put back what a killed process was about to replace; rank 0 only."""
+        for path in self.folder.glob(f"{REPLACED}*"):
+            recover_folder(path.with_name(path.name.removeprefix(REPLACED)), is_whole)
+        recover_folder(self.folder / BEST, is_whole)
+
+    def read(self, step: int) -> Checkpoint | None:
+        """Read the checkpoint of a step; None where it is not there or damaged, and says so."""
+        path = self.folder / f"{_PREFIX}{step:08d}"
+        problem = find_problem(path)
+        if problem is None:
+            return _read(path)
+        logger(__name__).error("checkpoint %s cannot be read: %s", path, problem)
+        return None
 
     def load(self) -> Checkpoint | None:
         """Read the newest whole checkpoint; torn ones are named and passed over.
@@ -155,15 +169,17 @@ def find_problem(path: Path) -> str | None:
     return manifest.find_problem(path, _FILES)
 
 
+def is_whole(model: Path) -> bool:
+    """Whether a saved model is written to its end."""
+    return manifest.find_problem(model, ("config.json",)) is None
+
+
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
     save_file(_contiguous(checkpoint.weights), folder / "weights.safetensors")
     save_file(_contiguous(checkpoint.moments), folder / "moments.safetensors")
     (folder / "state.json").write_text(json.dumps(checkpoint.state, indent=1), "utf-8")
     manifest.write_manifest(folder, _FILES)
-    for file in folder.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    sync_folder(folder)
+    sync_files(folder)
 
 
 def _read(path: Path) -> Checkpoint:
@@ -182,19 +198,10 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"{_PARTIAL}{path.name}")
+    partial = path.with_name(f"{WRITING}{path.name}")
     with partial.open("w", encoding="utf-8") as handle:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
     partial.replace(path)
     sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,6 +18,7 @@ from b2t.train.build import Materials
 from b2t.train.diagnosis import diagnose, not_started_alert
 from b2t.train.progress import Progress
 from b2t.train.ranks import Ranks
+from b2t.train.stopping import StopRequests
 
 _KEPT = 16
 """Trials of each rank that are kept for a diagnosis."""
@@ -30,6 +31,7 @@ def start_codebooks(
     config: Config,
     ranks: Ranks,
     lengths: np.ndarray,
+    stops: StopRequests,
 ) -> None:
     """Start the quantizer by k-means++ on latents of training trials. Collective.
 
@@ -40,8 +42,10 @@ def start_codebooks(
         config: the seed, how many frames per code, whether to show progress.
         ranks: each encodes its share of the trials.
         lengths: time bins of each training trial, [rows].
+        stops: requests to stop; a start that was cut off goes on with the next layer.
 
     Raises:
+        Interrupted: on all ranks, where one was asked to stop.
         NoFiniteFrames: on all ranks; with the first trials of this one.
     """
     quantizer, section = model.quantizer, config.codebook_start
@@ -54,9 +58,10 @@ def start_codebooks(
     mine = trials[ranks.rank :: ranks.world]
     try:
         report = quantizer.initialize(
-            _latents(model, dtype, materials, config, ranks, mine, used),
+            stops.until_heard(_latents(model, dtype, materials, config, ranks, mine, used)),
             progress=ranks.is_main and config.log.progress and sys.stderr.isatty(),
             frames_per_code=2 * section.frames_per_code,
+            between=stops.agree,
         )
     except NoFiniteFrames as problem:
         problem.batches = used

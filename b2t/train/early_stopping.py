@@ -12,11 +12,13 @@ class EarlyStopping(Best):
     Attributes:
         patience: evaluations without improvement before `should_stop`.
         min_delta: smallest change that counts as an improvement.
+        restore_best: go on with the weights of `best_step`, not with the last ones.
         waited: evaluations since then; a value that is not finite never improves.
     """
 
     patience: int = 5
     min_delta: float = 0.0
+    restore_best: bool = True
     waited: int = 0
 
     def update(self, value: float, step: int) -> bool:

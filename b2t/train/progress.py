@@ -1,9 +1,10 @@
 """Where a run is: clocks that only applied steps move, and what has been best so far."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from b2t.config import EarlyStoppingConfig
+from b2t.config import EarlyStoppingConfig, PhaseConfig
 from b2t.train.best import Best
 from b2t.train.early_stopping import EarlyStopping
 
@@ -55,6 +56,21 @@ class Progress:
         self.phase, self.phase_step, self.consumed = number, 0, 0
         self.best = Best(metric, mode)
         self.stopping = None if rule is None else EarlyStopping(**rule.model_dump())
+
+    def planned(self, phases: Sequence[PhaseConfig]) -> int:
+        """Return the step that this would be, had no phase before stopped early.
+
+        What anneals over the training goes by it: an early stop would bend it.
+        """
+        return sum(phase.steps for phase in phases[: self.phase]) + self.phase_step
+
+    @property
+    def restorable(self) -> int:
+        """Step whose weights this phase goes on with if it stops early now; −1 the last ones."""
+        rule = self.stopping
+        if rule is None or not rule.restore_best or rule.best is None:
+            return -1
+        return rule.best_step
 
     def choose_best_by(self, metric: str, mode: Literal["min", "max"]) -> Best | None:
         """Follow the metric that is configured now; return the best so far that is given up.

@@ -8,7 +8,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +23,9 @@ from b2t.train.build_lock import lock_builds
 _COMMUNICATION = re.compile(r"(torch[/\\]distributed|deepspeed[/\\]comm)[/\\][^/\\]+$")
 """Files whose functions are called on the way to a collective."""
 
+
+_STOP = "stop"
+"""Key of the board."""
 
 _SHARED_MEMORY = Path("/dev/shm")
 
@@ -64,6 +67,7 @@ class Ranks:
         control: gloo group for agreements that must not wait for the device.
         timeout_s: how long to wait for the others.
         place: what the run is doing, for the message when that was not enough.
+        board: where ranks leave word for each other without meeting; None of a rank alone.
     """
 
     rank: int
@@ -73,6 +77,7 @@ class Ranks:
     control: Any = None
     timeout_s: float = 1800.0
     place: str = "starting"
+    board: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -84,6 +89,19 @@ class Ranks:
         if self.world > 1:
             with self._waiting("barrier"):
                 dist.barrier(group=self.control)
+
+    def post_stop(self) -> None:
+        """Leave word that this rank was asked to stop. Not collective."""
+        if self.board is not None:
+            with suppress(RuntimeError):  # of a board that is gone: they meet, and hear it, later
+                self.board.set(_STOP, "1")
+
+    def stop_posted(self) -> bool:
+        """Whether a rank has left word that it was asked to stop. Not collective."""
+        try:
+            return self.board is not None and self.board.check([_STOP])
+        except RuntimeError:
+            return False
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Add lists of numbers over ranks, in float64 on the CPU."""
@@ -163,9 +181,21 @@ def join(timeout_s: float = 1800.0) -> Ranks:
         deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
     control = dist.new_group(backend="gloo", timeout=timeout) if dist.get_world_size() > 1 else None
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, control, timeout_s)
+    if ranks.world > 1:
+        ranks.board = _open_board(ranks, timeout)
     ranks.barrier()  # the others have opened this rank's buffer
     _remove_shared_buffer()
     return ranks
+
+
+def _open_board(ranks: Ranks, timeout: timedelta) -> dist.Store:
+    """Open the store through which the ranks have joined, with keys of this start alone.
+
+    A launcher that starts ranks again keeps its store.
+    """
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timeout)
+    return dist.PrefixStore(f"b2t-{ranks.from_main(os.urandom(8).hex())}", store)
 
 
 def leave() -> None:

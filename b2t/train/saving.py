@@ -24,8 +24,12 @@ class Saving(Callback):
         self.every = every
 
     def after_step(self, trainer: Run, last: bool) -> None:
-        """Save where it is due; the end of a phase does so anyway."""
-        if trainer.progress.step % self.every == 0 and not last:
+        """Save where it is due; the end of a phase does so anyway.
+
+        Also where early stopping may come back to this step.
+        """
+        step = trainer.progress.step
+        if (step % self.every == 0 or step == trainer.progress.restorable) and not last:
             self.save(trainer)
 
     def save(self, trainer: Run) -> None:
@@ -66,6 +70,7 @@ class Saving(Callback):
                 trainer.progress.step,
                 checkpoint,
                 milestone=trainer.progress.finished or engine is None,
+                spare={trainer.progress.restorable},
             )
             if path is not None:
                 log.info("checkpoint %s", path)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from b2t.config import Config
+from b2t.log import log_once
 from b2t.train.callback import Callback
 from b2t.train.checkpoint import Checkpoint
 from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.environment import versions
+from b2t.train.guard import describe
 from b2t.train.progress import Progress
 from b2t.train.ranks import Ranks
 
@@ -61,6 +64,19 @@ def origin(
     }
 
 
+def restore_weights(
+    checkpoint: Checkpoint, model: nn.Module, masters: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Set masters and buffers; return the averages."""
+    for name, value in checkpoint.weights.items():
+        if name in masters:
+            masters[name] = value
+    for name, buffer in model.named_buffers():
+        if name in checkpoint.weights:
+            buffer.data = checkpoint.weights[name].to(buffer.device)
+    return _under(_AVERAGE, checkpoint.moments)
+
+
 def restore(
     checkpoint: Checkpoint,
     model: nn.Module,
@@ -71,20 +87,14 @@ def restore(
 
     Engine and window follow with a phase.
     """
-    for name, value in checkpoint.weights.items():
-        if name in masters:
-            masters[name] = value
-    for name, buffer in model.named_buffers():
-        if name in checkpoint.weights:
-            buffer.data = checkpoint.weights[name].to(buffer.device)
+    averages = restore_weights(checkpoint, model, masters)
     for callback in callbacks:
         key = _key(callback)
         numbers = checkpoint.state["callbacks"].get(key, {})
         state = {**numbers, **_under(f"{key}:", checkpoint.moments)}
         if state:
             callback.load_state_dict(state)
-    progress = Progress.from_dict(checkpoint.state["progress"])
-    return progress, _under(_AVERAGE, checkpoint.moments)
+    return Progress.from_dict(checkpoint.state["progress"]), averages
 
 
 def _key(callback: Callback) -> str:
@@ -96,13 +106,29 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
+def _state(callback: Callback) -> dict[str, Any]:
+    """Return the state of a hook; of one that fails none, unless other ranks meet in it."""
+    try:
+        return callback.state_dict()
+    except Exception as error:
+        if callback.collective:
+            raise
+        kind = type(callback).__name__
+        log_once(
+            f"{kind}-state",
+            f"{kind}.state_dict failed: {describe(error)}; checkpoints are written without it",
+            logging.ERROR,
+        )
+        return {}
+
+
 def _callback_states(callbacks: Sequence[Callback]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """States of the hooks by key: JSON values, and tensors under `key:name`."""
     numbers: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for callback in callbacks:
         key = _key(callback)
-        for name, value in callback.state_dict().items():
+        for name, value in _state(callback).items():
             if isinstance(value, Tensor):
                 tensors[f"{key}:{name}"] = value
             else:

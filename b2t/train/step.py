@@ -143,7 +143,8 @@ class OptimizerStep:
         """Bring what anneals to where the applied steps are."""
         quantizer = self.model.quantizer
         if quantizer is not None:
-            quantizer.set_progress(self.progress.step / self.config.total_steps)
+            planned = self.progress.planned(self.config.phases)
+            quantizer.set_progress(planned / self.config.total_steps)
             course = self.phase.temperature
             if course is not None:
                 done = self.progress.phase_step / self.phase.steps

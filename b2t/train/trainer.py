@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -27,14 +26,15 @@ from b2t.train.checkpoint import Checkpoint, CheckpointStore
 from b2t.train.codebook_start import start_codebooks, why_not_started
 from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.engine import PhaseEngine, initial_masters
+from b2t.train.guard import Guard
 from b2t.train.metric_names import best_rules
 from b2t.train.phase import TrainedPhase, phase_batches
 from b2t.train.progress import Progress
 from b2t.train.ranks import Ranks
 from b2t.train.saving import Saving
-from b2t.train.signals import StopSignals
 from b2t.train.step import OptimizerStep, StepResult
 from b2t.train.step_clock import StepClock
+from b2t.train.stopping import Asked, Interrupted, StopRequests
 from b2t.train.validating import Validating
 from b2t.train.window import Window
 
@@ -73,7 +73,7 @@ class Trainer:
         materials: Materials,
         ranks: Ranks,
         callbacks: Sequence[Callback] = (),
-        stop: StopSignals | None = None,
+        stop: Asked | None = None,
     ) -> None:
         self.config = config
         self.ds_file = ds_file
@@ -81,6 +81,7 @@ class Trainer:
         self.ranks = ranks
         self.callbacks = list(callbacks)
         self.stop = stop
+        self.stops = StopRequests(ranks, stop)
         self.best_by = best_rules(config, materials)
         self.model = materials.model.to(ranks.device)
         self.masters = initial_masters(self.model)
@@ -95,8 +96,9 @@ class Trainer:
         self.clock = StepClock()
         self.window: Window
         self.outcome = "not started"
-        self._saving = Saving(config.checkpoint.every)
-        self._duties = [Validating(), BestModel(), self._saving]
+        self._guard = Guard()
+        self._validating, self._saving = Validating(), Saving(config.checkpoint.every)
+        self._duties = [self._validating, BestModel(), self._saving]
         self._trained: TrainedPhase
         self._stepping: OptimizerStep
         self._restored: Checkpoint | None = None
@@ -155,7 +157,7 @@ class Trainer:
 
     def seconds_left(self, step_s: float) -> float:
         """Estimate of the training time left, in seconds, at this pace."""
-        return step_s * (self.config.total_steps - self.progress.step)
+        return step_s * (self.config.total_steps - self.progress.planned(self.config.phases))
 
     def evaluated(self) -> AbstractContextManager[None]:
         """Whole weights inside, the averaged ones where there are any. Collective."""
@@ -179,7 +181,18 @@ class Trainer:
             )  # fmt: skip
 
     def _train_phase(self) -> None:
-        self._open_phase()
+        restored, self._restored = self._restored, None
+        self._open_phase(restored)
+        try:
+            if restored is not None and self._validating.missed(self):
+                self._validating.after_step(self, last=False)
+                self._saving.after_step(self, last=False)
+            self._take_steps()
+            self._end_phase()
+        except Interrupted:
+            self._save_and_leave()
+
+    def _take_steps(self) -> None:
         batches = self._batches()
         try:
             while self.progress.phase_step < self.phase.steps and not self._stopping_early():
@@ -192,10 +205,30 @@ class Trainer:
         if self.window.steps:  # stopped early, between two records
             self._log()
             self._leave_if_critical()
-        self._end_phase()
+        self._go_back_to_best()
 
-    def _open_phase(self) -> None:
-        restored, self._restored = self._restored, None
+    def _go_back_to_best(self) -> None:
+        """Take the weights of the best evaluation where the phase stopped early. Collective."""
+        rule, progress = self.progress.stopping, self.progress
+        if rule is None or not rule.should_stop or progress.restorable in (-1, progress.step):
+            return
+        self.ranks.place = f"going back to the weights of step {rule.best_step}"
+        best = self.store.read(rule.best_step)
+        there = all(self.ranks.gather(best is not None))
+        if best is None or not there:
+            log.error(
+                "phase %s: the checkpoint of step %d is gone: the last weights are handed on",
+                self.phase.name, rule.best_step,
+            )  # fmt: skip
+            return
+        self.engine.close()
+        self.averages = snapshot.restore_weights(best, self.model, self.masters)
+        self._open_phase(None)
+        self._stepping.set_clocks()
+        progress.validated = -1  # what is handed on is validated at the end of the phase
+        log.info("phase %s hands on the weights of step %d", self.phase.name, rule.best_step)
+
+    def _open_phase(self, restored: Checkpoint | None) -> None:
         self.ranks.place = f"building the engine of phase {self.phase.name}"
         self._trained = TrainedPhase(
             self.model, self.config, self.progress.phase, self.ds_file,
@@ -234,8 +267,7 @@ class Trainer:
         else:
             self._after_skipped(result)
         if totals["stop"]:
-            self.save()
-            raise Stopped(self.progress.step)
+            self._save_and_leave()
 
     def _after_applied(self, result: StepResult, data_s: float) -> None:
         """Move the codebooks, the clocks and the averages; call the hooks of a step."""
@@ -300,7 +332,8 @@ class Trainer:
         if quantizer is None or quantizer.initialized:
             return
         start = self.config.codebook_start
-        if self.progress.step < min(start.after_steps, self.config.phases[0].steps - 1):
+        planned = self.progress.planned(self.config.phases)
+        if planned < min(start.after_steps, self.config.phases[0].steps - 1):
             return
         self.ranks.place = "starting the codebooks"
         try:
@@ -312,6 +345,7 @@ class Trainer:
                     self.config,
                     self.ranks,
                     lengths=self.plan.lengths,
+                    stops=self.stops,
                 )
         except NoFiniteFrames as problem:
             with self.engine.whole():
@@ -372,6 +406,10 @@ class Trainer:
         if alert.severity == "critical":
             self._critical = alert
 
+    def _save_and_leave(self) -> None:
+        self.save()
+        raise Stopped(self.progress.step)
+
     def _leave_if_critical(self) -> None:
         """Save and end the run after a critical alert."""
         if self._critical is not None:
@@ -381,10 +419,4 @@ class Trainer:
     def hook(self, name: str, *arguments: Any) -> None:
         """Call a hook of all callbacks, then of what every run does."""
         for callback in [*self.callbacks, *self._duties]:
-            try:
-                getattr(callback, name)(self, *arguments)
-            except OSError as error:  # a full disk must not end the run
-                if callback.collective:
-                    raise
-                kind = type(callback).__name__
-                log_once(f"{kind}-{name}", f"{kind}: {error}; training goes on", logging.ERROR)
+            self._guard.call(callback, name, self, *arguments)

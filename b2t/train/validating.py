@@ -22,10 +22,23 @@ class Validating(Callback):
     collective = True
 
     def after_step(self, trainer: Run, last: bool) -> None:
-        """Validate where it is due; the end of a phase does so anyway."""
+        """Validate where it is due; the end of a phase does so anyway.
+
+        Raises:
+            Interrupted: on all ranks, on request; nothing of this validation is left, and a resume
+                begins with it.
+        """
         every = trainer.phase.evaluate_every or trainer.config.evaluation.every
         if trainer.progress.step % every == 0 and not last:
             self._validate(trainer)
+
+    @staticmethod
+    def missed(trainer: Run) -> bool:
+        """Whether a request to stop cut off the validation of this step."""
+        progress = trainer.progress
+        every = trainer.phase.evaluate_every or trainer.config.evaluation.every
+        within = 0 < progress.phase_step < trainer.phase.steps
+        return within and progress.step % every == 0 and progress.validated < progress.step
 
     def before_phase_end(self, trainer: Run) -> None:
         """Decode, and validate but where the phase stopped early, just validated."""
@@ -40,9 +53,12 @@ class Validating(Callback):
             if fresh:
                 trainer.ranks.place = f"validating after step {progress.step}"
                 metrics = self._metrics(trainer)
+                trainer.stops.agree()
             if (due or ending) if fresh else not due:
                 trainer.ranks.place = f"decoding after step {progress.step} of phase {phase.name}"
-                decoded = decode(trainer.model, config, trainer.materials, phase, trainer.ranks)
+                decoded = decode(
+                    trainer.model, config, trainer.materials, phase, trainer.ranks, trainer.stops
+                )
         said = scores(decoded)
         texts = {name: value for name, value in said.items() if name in DECODED}
         trainer.hook("on_scores", {**metrics, **texts}, fresh)
@@ -61,4 +77,5 @@ class Validating(Callback):
         limit = config.evaluation.max_trials
         batches = validation_batches(config, trainer.materials, ranks, limit)
         weights = active_losses(model, trainer.phase)
-        return validate(model, batches, weights, trainer.engine.dtype, ranks)
+        heard = trainer.stops.until_heard(batches)
+        return validate(model, heard, weights, trainer.engine.dtype, ranks)

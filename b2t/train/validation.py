@@ -18,6 +18,7 @@ from b2t.model.objectives import COUNTS, WEIGHTED
 from b2t.train.build import Materials
 from b2t.train.metric_names import decode_trials
 from b2t.train.ranks import Ranks
+from b2t.train.stopping import StopRequests
 from b2t.train.window import left_out
 
 log = logger(__name__)
@@ -125,22 +126,32 @@ def decoding_due(section: EvaluationConfig, phase: PhaseConfig, step: int) -> bo
 
 
 def decode(
-    model: BrainToText, config: Config, materials: Materials, phase: PhaseConfig, ranks: Ranks
+    model: BrainToText,
+    config: Config,
+    materials: Materials,
+    phase: PhaseConfig,
+    ranks: Ranks,
+    stops: StopRequests,
 ) -> Evaluation | None:
-    """Decode validation trials freely on all ranks; None where the phase decodes none."""
+    """Decode validation trials freely on all ranks; None where the phase decodes none.
+
+    Raises:
+        Interrupted: on all ranks, where one was asked to stop.
+    """
     section, trials = config.evaluation, decode_trials(config, phase)
     if trials == 0:
         return None
     speaks = phase.losses.generation > 0
     result = evaluate_model(
         model,
-        validation_batches(config, materials, ranks, trials),
+        stops.until_heard(validation_batches(config, materials, ranks, trials)),
         materials.tokenizer if speaks else None,
         split=config.data.validation_split,
         simulated=materials.info.simulated,
         noise_control=False,
         decode=speaks,
         seed=config.run.seed,
+        gather=stops.gather,
         max_new_tokens=section.max_new_tokens,
         num_beams=section.num_beams,
     )

@@ -94,8 +94,16 @@ def batches(rows):
         yield Batch(target, target, mask, none, none[None], none[None], none, [f"s/0/{row}"], texts)
 
 
+def gather(value):
+    if not dist.is_initialized():
+        return [value]
+    values = [None, None]
+    dist.all_gather_object(values, value)
+    return values
+
+
 def evaluation(rows):
-    result = evaluate_model(Model(), batches(rows), Letters())
+    result = evaluate_model(Model(), batches(rows), Letters(), gather=gather)
     return {**result.to_dict(), "said": [p.prediction for p in result.predictions]}
 
 

@@ -2,9 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from b2t.config import load_config
+from b2t.train.build import build
+from b2t.train.callbacks import MetricsFile
 from b2t.train.ds_config import DeepSpeedFile, load_ds_config
+from b2t.train.ranks import Ranks
+from b2t.train.trainer import Trainer
 
 SMALL = """
     model.encoder.dim=16 model.encoder.depth=1 model.encoder.heads=2 model.signal_decoder.depth=1
@@ -31,3 +37,16 @@ def zero2(folder: Path, micro_batch: int, accumulation: int, **sections: Any) ->
     }
     (folder / "ds.json").write_text(json.dumps(content))
     return load_ds_config(folder / "ds.json")
+
+
+def small_trainer(data: Path, folder: Path, ranks: Ranks, ds_file: DeepSpeedFile, *overrides: str):
+    """A run in ``folder``, from the start or from its newest checkpoint, with its metrics file."""
+    config = load_config("demo", [f"data.path={data}", f"run.dir={folder}", *SMALL, *overrides])
+    stop = SimpleNamespace(requested=False)
+    trainer = Trainer(config, ds_file, build(config), ranks, [MetricsFile(folder)], stop)
+    folder.mkdir(exist_ok=True)
+    trainer.store.recover()
+    found = trainer.store.load()
+    if found is not None:
+        trainer.restore(found)
+    return trainer
