@@ -103,6 +103,17 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def finite(value: Any) -> Any:
+    """Return JSON values with None in place of numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
 def encode(record: Mapping[str, Any]) -> str:
     """Return one strict JSON object without line breaks."""
     clean = dict(record)

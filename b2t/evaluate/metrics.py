@@ -14,6 +14,7 @@ import jiwer
 import numpy as np
 import sacrebleu
 from rouge_score import rouge_scorer
+from scipy.stats import bootstrap
 
 _PLAIN = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "'", "‐": "-", "‑": "-"})
 _NOT_SCORED = re.compile(r"[^\w\s'\-]|_")
@@ -68,18 +69,28 @@ class EditCounts:
 
         Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
         """
-        rows = len(self.edits)
-        if rows == 0 or not self.lengths.any():
-            return None
-        generator = np.random.default_rng(seed)
-        rates = np.empty(resamples)
-        for resample in range(resamples):
-            chosen = generator.integers(0, rows, rows)
-            length = self.lengths[chosen].sum()
-            rates[resample] = self.edits[chosen].sum() / length if length else np.nan
+        if len(self.edits) < 2 or not self.lengths.any():
+            rate = self.rate()
+            return None if rate is None else (rate, rate)
+        found = bootstrap(
+            (self.edits, self.lengths),
+            _pooled,
+            paired=True,
+            vectorized=True,
+            n_resamples=resamples,
+            batch=100,
+            method="percentile",
+            random_state=np.random.default_rng(seed),
+        )
         tail = (1 - confidence) / 2
-        low, high = np.nanquantile(rates, [tail, 1 - tail])
+        low, high = np.nanquantile(found.bootstrap_distribution, [tail, 1 - tail])
         return float(low), float(high)
+
+
+def _pooled(edits: np.ndarray, lengths: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Edits over units; NaN where no target drawn has a unit."""
+    units = lengths.sum(axis)
+    return edits.sum(axis) / np.where(units > 0, units, np.nan)
 
 
 def count_edits(

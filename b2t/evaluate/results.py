@@ -1,13 +1,12 @@
 """Results of an evaluation: what was said of every trial, and the scores of a split."""
 
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from b2t.evaluate import metrics
-from b2t.records import write_atomically
+from b2t.records import finite, write_atomically
 
 EVALUATION_FILE = "evaluation.json"
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -138,7 +137,7 @@ class Evaluation:
         apart = ("predictions", "usage", "traces")
         record = {name: value for name, value in vars(self).items() if name not in apart}
         record["normalisation"] = metrics.NORMALISATION
-        return _finite(record)
+        return finite(record)
 
     def scalars(self) -> dict[str, float]:
         """Return the finite numbers under flat names, for a log (`wer`, `utilization/0` …)."""
@@ -162,17 +161,6 @@ class Evaluation:
         write_atomically(folder / PREDICTIONS_FILE, "".join(line + "\n" for line in lines))
         usage_record = {"split": self.split, "counts": self.usage}
         write_atomically(folder / USAGE_FILE, json.dumps(usage_record) + "\n")
-        write_atomically(folder / TRACES_FILE, json.dumps(_finite(self.traces)) + "\n")
+        write_atomically(folder / TRACES_FILE, json.dumps(finite(self.traces)) + "\n")
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
         write_atomically(folder / EVALUATION_FILE, text + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """Replace what JSON cannot hold by None, at any depth."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

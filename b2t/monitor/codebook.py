@@ -8,6 +8,7 @@ from torch import Tensor
 from b2t.evaluate import usage
 from b2t.monitor.context import StepContext
 from b2t.monitor.state import pack, unpack
+from b2t.monitor.trend import slopes
 
 
 class CodebookMonitor:
@@ -84,7 +85,8 @@ class CodebookMonitor:
         found["codebook/dead"] = float(per_layer["dead"].mean())
         found["codebook/frames_per_code"] = float(values[-1].min() / size)
         found["codebook/layer_correlation"] = _mean_off_diagonal(self.correlation())
-        found["codebook/utilization_trend"], found["codebook/perplexity_trend"] = _slopes(course)
+        trends = ("codebook/utilization_trend", "codebook/perplexity_trend")
+        found.update(zip(trends, slopes(course).tolist(), strict=True))
         return {name: value for name, value in found.items() if value == value}
 
     def usage(self) -> Tensor | None:
@@ -160,13 +162,3 @@ def _mean_off_diagonal(matrix: Tensor) -> float:
         return float("nan")
     off = matrix[~torch.eye(layers, dtype=torch.bool)]
     return float(off[~off.isnan()].abs().mean())
-
-
-def _slopes(course: Tensor) -> list[float]:
-    """Least-squares slopes of the columns of [n, 2] per 1,000 rows; NaN below 3 rows."""
-    course = course.cpu()
-    if len(course) < 3:
-        return [float("nan")] * course.shape[1]
-    time = torch.arange(len(course), dtype=torch.float64)
-    time = time - time.mean()
-    return (1000 * (time @ course) / (time @ time)).tolist()

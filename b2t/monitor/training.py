@@ -10,6 +10,7 @@ from torch import Tensor
 
 from b2t.monitor.context import StepContext
 from b2t.monitor.state import pack, unpack
+from b2t.monitor.trend import slopes
 
 PEAK_FLOPS = {
     # resources.nvidia.com/en-us-tensor-core: H200 SXM and H100 SXM 1,979 with sparsity, H100 PCIe
@@ -165,7 +166,7 @@ class TrainingMonitor:
             f"loss_smooth/{name}": value
             for name, value in zip(self._names, corrected.tolist(), strict=True)
         }
-        for name, slope in zip(self._names, _slopes(ring).tolist(), strict=True):
+        for name, slope in zip(self._names, slopes(ring).tolist(), strict=True):
             if math.isfinite(slope) and mean[name]:
                 found[f"loss_trend/{name}"] = slope / abs(mean[name])
         parts = {n: self._weights.get(n, 1.0) * v for n, v in mean.items() if n != "total"}
@@ -209,12 +210,3 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = re.sub(r"^((NVIDIA|Tesla|GeForce) )+", "", torch.cuda.get_device_name(device))
     return next((peak for part, peak in PEAK_FLOPS.items() if re.fullmatch(part, name)), None)
-
-
-def _slopes(course: Tensor) -> Tensor:
-    """Least-squares slopes of the columns of [n, m] per 1,000 rows; NaN below 3 rows."""
-    if len(course) < 3:
-        return torch.full((course.shape[1],), torch.nan)
-    time = torch.arange(len(course), dtype=torch.float64)
-    time = time - time.mean()
-    return 1000 * (time @ course) / (time @ time)

@@ -1,7 +1,6 @@
 """The report of a run: one HTML file that needs nothing else, PNGs, and report.json."""
 
 import json
-import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ import yaml
 
 from b2t.log import logger
 from b2t.monitor.health import TABLE, verdict
-from b2t.records import require_writable, write_atomically
+from b2t.records import finite, require_writable, write_atomically
 from b2t.report.advice import Advice, advise, with_settings
 from b2t.report.figures import Plot, plots_of, plots_of_several, sizing_plot
 from b2t.report.page import PAGE
@@ -257,7 +256,7 @@ def _json(
         ],
         "codebook_sizing": asdict(sizing) if sizing else None,
     }
-    return json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(finite(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _told(alert: dict[str, Any]) -> str:
@@ -419,13 +418,3 @@ def _sizing(sizing: Sizing | None, points: SizingPoints) -> dict[str, Any]:
 def _environment(run: RunData) -> list[tuple[str, str]]:
     recorded = [(str(k), str(v)) for k, v in run.environment.items()]
     return recorded or [("reported on", f"Python {platform.python_version()}, {platform.system()}")]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
