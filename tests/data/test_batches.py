@@ -343,3 +343,21 @@ def test_workers_heed_their_parent_alone():
     assert workers[0].wait(10) is not None, "its parent is heeded"
     batches.close()
     workers[1].wait(10)
+
+
+def test_a_split_is_tokenized_once():
+    """Validation after validation reads the same texts."""
+
+    class Counting(Bytes):
+        calls = 0
+
+        def __call__(self, *args, **kwargs):
+            Counting.calls += 1
+            return super().__call__(*args, **kwargs)
+
+    dataset, tokenizer = trials(), Counting()
+    passes = [list(eval_batches(dataset, tokenizer, SESSIONS, batch_size=3)) for _ in range(3)]
+    assert Counting.calls == 1
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(*passes[:2], strict=True))
+    list(eval_batches(dataset, Counting(), SESSIONS, batch_size=3))
+    assert Counting.calls == 2, "another tokenizer has other labels"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from datasets import Dataset
@@ -43,7 +44,7 @@ class TrialRows(TorchDataset):
         max_tokens: int | None = None,
     ) -> None:
         self.dataset = dataset.with_format("arrow")
-        self.labels = encode_texts(_texts(dataset), tokenizer)
+        self.labels = _labels(dataset, tokenizer)
         self.sessions = {name: index for index, name in enumerate(sessions)}
         self.augment = augment
         self.seed = seed
@@ -97,6 +98,20 @@ class TrialRows(TorchDataset):
         too_long = [index for index, ids in enumerate(self.labels) if len(ids) > max_tokens]
         if too_long:
             raise _too_long(self.dataset, self.labels, too_long, max_tokens)
+
+
+_LABELS: WeakKeyDictionary[Any, dict[str, list[np.ndarray]]] = WeakKeyDictionary()
+"""Labels by tokenizer and by the fingerprint that `datasets` gives rows: a split is tokenized once,
+not at each validation."""
+
+
+def _labels(dataset: Dataset, tokenizer: Any) -> list[np.ndarray]:
+    if tokenizer is None:
+        return encode_texts(_texts(dataset), None)
+    known = _LABELS.setdefault(tokenizer, {})
+    if dataset._fingerprint not in known:
+        known[dataset._fingerprint] = encode_texts(_texts(dataset), tokenizer)
+    return known[dataset._fingerprint]
 
 
 def encode_texts(texts: Sequence[str | None], tokenizer: Any) -> list[np.ndarray]:
