@@ -7,7 +7,7 @@ and have no key here.
 
 from b2t.config.alert_rules import AlertRule, Condition
 from b2t.config.explain import describe
-from b2t.config.load import load_config, preset_names
+from b2t.config.load import completed, load_config, preset_names
 from b2t.config.model import (
     ModelConfig,
     QuantizerConfig,
@@ -56,6 +56,7 @@ __all__ = [
     "StabilityConfig",
     "TemperatureOptions",
     "WandbConfig",
+    "completed",
     "describe",
     "load_config",
     "preset_names",

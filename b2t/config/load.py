@@ -45,6 +45,17 @@ def load_config(source: str | Path | None = None, overrides: Iterable[str] = ())
         raise UserError(explain(error, where)) from None
 
 
+def completed(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved configuration in today's form: keys that came later have their defaults.
+
+    One that today's form refuses is returned as it is.
+    """
+    try:
+        return Config.model_validate(tree).model_dump(mode="json")
+    except ValidationError:
+        return tree
+
+
 class _DistinctKeys(yaml.SafeLoader):
     """PyYAML takes the last of two equal keys in silence: here they are an error."""
 
@@ -97,7 +108,11 @@ def _text(path: Path) -> str:
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set `a.b.0.c=value` in a tree of mappings and lists."""
+    """Set `a.b.0.c=value` in a tree of mappings and lists.
+
+    OmegaConf's dot lists would make a mapping with a key 0 of a list that is not there, and take
+    `${…}` in a value for a reference; neither says which position a list has.
+    """
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise UserError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from b2t.config import Config
+from b2t.config import Config, completed
 from b2t.errors import UserError
 from b2t.log import logger
 from b2t.records import write_atomically
@@ -127,7 +127,8 @@ def refuse_other_run(
     Raises:
         UserError: names all that differs.
     """
-    differences = list(_differences(state["config"], config.model_dump(mode="json")))
+    before = completed(state["config"])
+    differences = list(_differences(before, config.model_dump(mode="json")))
     then, now = global_batch_of(state), ds_file.global_batch(world)
     if then != now:
         differences.append(f"global batch: {then} then, {now} now")

@@ -5,6 +5,7 @@ import pytest
 from b2t.config import load_config
 from b2t.errors import UserError
 from b2t.train import trainer as trainer_module
+from b2t.train.admission import refuse_other_run
 from b2t.train.best import Best
 from b2t.train.build import build
 from b2t.train.main import prepare_run
@@ -71,3 +72,18 @@ def test_the_same_metric_goes_on(start, saved, said):
 def test_another_clipping_is_named_among_what_changed(start, saved):
     with pytest.raises(UserError, match=r"differs:\n  gradient_clipping: 1 then, 5 now \(.*json\)"):
         prepare_run(start(gradient_clipping=5.0), "auto")
+
+
+def test_a_run_of_before_a_key_came_goes_on(start, saved):
+    """A checkpoint lacks the keys that came after it, and may say true where a kind stands now."""
+    trainer = start()
+    state = trainer.store.load().state
+    quantizer = state["config"]["model"]["quantizer"]
+    for later in ("kmeans_iters", "revival_until", "codebook_gradient_scale"):
+        del quantizer[later]
+    quantizer["revival"] = True
+    admitted = (trainer.config, trainer.ds_file, 1, trainer.materials.info.fingerprint)
+    refuse_other_run(state, *admitted)
+    quantizer["revival"] = False
+    with pytest.raises(UserError, match=r"model\.quantizer\.revival: null then, split now"):
+        refuse_other_run(state, *admitted)
