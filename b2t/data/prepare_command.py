@@ -58,6 +58,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep all trials of one text in one split: no test sentence was seen in training",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of the random split (default: 0)")
+    _add_cutting_arguments(parser)
+    parser.add_argument(
+        "--skip-bad-trials",
+        action="store_true",
+        help="leave out trials that are empty, hold NaN or occur twice, instead of stopping at the "
+        "first",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier dataset at OUT"
+    )
+
+
+def _add_cutting_arguments(parser: argparse.ArgumentParser) -> None:
     recordings = parser.add_argument_group("continuous recordings")
     recordings.add_argument(
         "--window",
@@ -89,15 +102,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,…",
         help="channels to read, in this order; F* stands for all that match (default: all EEG, MEG "
         "and intracranial ones)",
-    )
-    parser.add_argument(
-        "--skip-bad-trials",
-        action="store_true",
-        help="leave out trials that are empty, hold NaN or occur twice, instead of stopping at the "
-        "first",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an earlier dataset at OUT"
     )
 
 

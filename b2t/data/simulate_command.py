@@ -63,6 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=sorted(_SETTINGS),
         help=f"several options at once; hard: {hard} (single options go before it)",
     )
+    _add_size(parser)
+    _add_speech(parser)
+    _add_activity(parser)
+    _add_running(parser)
+
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
     size = parser.add_argument_group("size")
     size.add_argument("--sessions", type=int, default=4, help="recording days (default: 4)")
     size.add_argument(
@@ -87,6 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--block-trials", type=int, default=50, metavar="N", help="trials in a block (default: 50)"
     )
+
+
+def _add_speech(parser: argparse.ArgumentParser) -> None:
     speech = parser.add_argument_group("speech")
     source = speech.add_mutually_exclusive_group()
     source.add_argument(
@@ -123,6 +133,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave the test split without labels, as the real release does",
     )
+
+
+def _add_activity(parser: argparse.ArgumentParser) -> None:
     activity = parser.add_argument_group("activity (1 = calibrated on a real trial)")
     activity.add_argument(
         "--tuning", type=finite, metavar="X", help="strength of tuning (default: 1)"
@@ -140,6 +153,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="speed at which tuning changes between sessions, 0 = not at all (default: 1)",
     )
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
     running = parser.add_argument_group("running")
     running.add_argument("--seed", type=seed, default=0, help="same seed, same bytes (default: 0)")
     running.add_argument(

@@ -1,7 +1,7 @@
 """The whole model: signal to codes, and codes to signal, phonemes and text."""
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,7 @@ from b2t.model.encoder import Encoder
 from b2t.model.inference import Inference
 from b2t.model.objectives import COMPONENTS, DEFAULT_WEIGHTS, OBJECTIVES
 from b2t.model.options import EncoderOptions
-from b2t.model.outputs import BrainToTextOutput, Encoded
+from b2t.model.outputs import BrainToTextOutput, Encoded, Scored
 from b2t.model.phoneme_head import PhonemeHead
 from b2t.model.pretrained import Pretrained
 from b2t.model.text_side import TextSide
@@ -209,36 +209,50 @@ class BrainToText(Inference, TextSide, Pretrained):
             micro_batches=micro_batches,
             row_ids=batch.row_ids,
         )
-        reconstruction = phoneme_logits = text_logits = None
-        losses, metrics = {}, {"frames": encoded.frame_mask.sum()}
-        if "reconstruction" in weights:
-            reconstruction, total, found = self._reconstruct(batch, encoded)
-            losses["reconstruction"] = sums.normalise(total, counts["bins"])
-            metrics |= found
-        if "phoneme" in weights:
-            phoneme_logits, total, found = self._classify_phonemes(batch, encoded)
-            losses["phoneme"] = sums.normalise(total, counts["phonemes"])
-            metrics |= found
-        if "generation" in weights:
-            memory = self.text_memory(encoded, batch if reads_labels else None)
-            text_logits, total, found = self._predict_text(batch, *memory)
-            losses["generation"] = sums.normalise(total, counts["tokens"])
-            metrics |= found
+        labelled = batch if reads_labels else None
+        losses, outputs, metrics = self._score(batch, encoded, counts, weights, labelled)
         losses |= encoded.losses
         zero = torch.zeros((), device=batch.signal.device)
         return BrainToTextOutput(
             loss=sum((weights.get(name, 1.0) * loss for name, loss in losses.items()), zero),
             losses=losses,
-            reconstruction=reconstruction,
             latents=encoded.latents,
             quantized=encoded.quantized,
             codes=encoded.codes,
             frame_mask=encoded.frame_mask,
-            phoneme_logits=phoneme_logits,
-            text_logits=text_logits,
             stats=encoded.stats,
-            metrics=metrics,
+            metrics={"frames": encoded.frame_mask.sum(), **metrics},
+            **outputs,
         )
+
+    def _score(
+        self,
+        batch: "Batch",
+        encoded: Encoded,
+        counts: Mapping[str, sums.Number],
+        weights: Mapping[str, float],
+        labelled: "Batch | None",
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Losses by name, outputs by field and sums for metrics of the decoders that are learnt."""
+
+        def predict_text(batch: "Batch", encoded: Encoded) -> Scored:
+            return self._predict_text(batch, *self.text_memory(encoded, labelled))
+
+        decoders: tuple[tuple[str, str, Callable[[Batch, Encoded], Scored]], ...] = (
+            ("reconstruction", "reconstruction", self._reconstruct),
+            ("phoneme", "phoneme_logits", self._classify_phonemes),
+            ("generation", "text_logits", predict_text),
+        )
+        losses: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        for name, field, decode in decoders:
+            per = OBJECTIVES[name].per
+            if name in weights and per is not None:
+                outputs[field], total, found = decode(batch, encoded)
+                losses[name] = sums.normalise(total, counts[per])
+                metrics |= found
+        return losses, outputs, metrics
 
     def _active_weights(self, weights: Mapping[str, float] | None) -> dict[str, float]:
         """Positive weights of losses whose components exist."""
@@ -252,9 +266,7 @@ class BrainToText(Inference, TextSide, Pretrained):
             if weight and getattr(self, OBJECTIVES[name].component) is not None
         }
 
-    def _reconstruct(
-        self, batch: "Batch", encoded: Encoded
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _reconstruct(self, batch: "Batch", encoded: Encoded) -> Scored:
         bins = batch.signal.shape[1]
         signal = self.signal_decoder(encoded.quantized, encoded.frame_mask, bins)
         found = sums.reconstruction_sums(signal, batch.target, batch.signal_mask)
@@ -263,16 +275,14 @@ class BrainToText(Inference, TextSide, Pretrained):
             "signal_power": found.power,
             "bins": batch.signal_mask.sum() * batch.signal.shape[2],
         }
-        return signal, found.squared_error, metrics
+        return Scored(signal, found.squared_error, metrics)
 
-    def _classify_phonemes(
-        self, batch: "Batch", encoded: Encoded
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _classify_phonemes(self, batch: "Batch", encoded: Encoded) -> Scored:
         assert self.phoneme_head is not None
         logits = self.phoneme_head(encoded.quantized)
         found = sums.phoneme_sums(logits, encoded.frame_mask, batch.phonemes, batch.phoneme_lengths)
         metrics = {"phoneme_rows": found.rows, "phoneme_rows_too_short": found.too_short}
-        return logits, found.negative_log_likelihood, metrics
+        return Scored(logits, found.negative_log_likelihood, metrics)
 
     def freeze(self, components: Iterable[str] = ()) -> None:
         """Freeze exactly these components and train all others.

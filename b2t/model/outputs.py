@@ -26,6 +26,17 @@ class Encoded(NamedTuple):
     """What the codebook update needs; None without a quantizer."""
 
 
+class Scored(NamedTuple):
+    """What a decoder makes of a batch, against its labels."""
+
+    output: Tensor
+    """A signal, or logits."""
+    total: Tensor
+    """0-d, its summed loss, differentiable."""
+    metrics: dict[str, Tensor]
+    """Detached sums that can be added over batches."""
+
+
 @dataclass
 class BrainToTextOutput(ModelOutput):
     """Result of `BrainToText.forward`.

@@ -9,7 +9,7 @@ from torch import Tensor
 from b2t.errors import UserError
 from b2t.labels import IGNORE
 from b2t.model import losses as sums
-from b2t.model.outputs import BrainToTextOutput, Encoded
+from b2t.model.outputs import BrainToTextOutput, Encoded, Scored
 from b2t.model.phoneme_memory import labelled_phonemes, soft_phonemes
 
 if TYPE_CHECKING:
@@ -67,14 +67,12 @@ class TextSide:
             metrics={"frames": mask.sum(), **found},
         )
 
-    def _predict_text(
-        self, batch: "Batch", memory: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _predict_text(self, batch: "Batch", memory: Tensor, mask: Tensor) -> Scored:
         tokens = self._checked_tokens(batch)
         logits = self.text_decoder(memory, mask, tokens)
         found = sums.token_sums(logits, tokens)
         metrics = {"tokens": (tokens != IGNORE).sum(), "tokens_correct": found.correct}
-        return logits, found.cross_entropy, metrics
+        return Scored(logits, found.cross_entropy, metrics)
 
     def _checked_tokens(self, batch: "Batch") -> Tensor:
         tokens = batch.tokens

@@ -214,17 +214,16 @@ class ResidualVQ(FrameSpace):
             self.reminders.passed_through(self.training)
             return self._pass_through(x, frames_of, latents, nonfinite, losses)
         self.reminders.quantized(self.training)
+        training = self.training
         layers = self._layers(self.codebooks.value(self.options.codebook_gradient_scale))
         hashes, keep = self._draw(latents, frames_of, ids)
-        walk = self._walk(
-            layers, latents.detach(), hashes, self.training, keep, training=self.training
-        )
+        walk = self._walk(layers, latents.detach(), hashes, training, keep, training=training)
         stats = QuantizerStats.of(walk, nonfinite, hashes, keep, pool_size(self.options))
         # Backward goes the other way round: commitment frees its errors before usage takes memory.
         usage_terms = usage_losses(
             latents, layers, walk, losses,
             group=group, usage=usage, micro_batches=micro_batches,
-            reduce=self.training if across_ranks is None else across_ranks,
+            reduce=training if across_ranks is None else across_ranks,
         )  # fmt: skip
         z = layers.sum_codes(walk.codes)
         terms: dict[str, Tensor] = {}

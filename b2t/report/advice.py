@@ -104,6 +104,23 @@ def _guide(run: RunData, latest: dict[str, float]) -> list[Advice]:
                 "model.quantizer.enabled=false shows how much the signals allow",
             )
         )
+    found += _of_scores(run)
+    skipped = latest.get("optim/skipped_steps", 0.0)
+    last = run.steps[-1]["step"] if run.steps else 0
+    if last and skipped > 0.05 * last:
+        found.append(
+            Advice(
+                f"{skipped:.0f} optimizer steps were skipped",
+                "gradients overflow in half precision",
+                "bf16 where the GPU has it, or a lower phases.*.lr",
+            )
+        )
+    return found
+
+
+def _of_scores(run: RunData) -> list[Advice]:
+    """What the scores of an evaluation suggest."""
+    found = []
     wer, noise = run.evaluation.get("wer"), run.evaluation.get("wer_noise")
     odd, rows = run.evaluation.get("odd_trials") or 0, run.evaluation.get("rows") or 1
     untrained = run.evaluation.get("untrained") or []
@@ -138,16 +155,6 @@ def _guide(run: RunData, latest: dict[str, float]) -> list[Advice]:
                 f"distinct outputs are {distinct:.2f} of the distinct targets",
                 "the decoder falls back on a few sentences",
                 "less dropout in the encoder, more steps, or a smaller text decoder",
-            )
-        )
-    skipped = latest.get("optim/skipped_steps", 0.0)
-    last = run.steps[-1]["step"] if run.steps else 0
-    if last and skipped > 0.05 * last:
-        found.append(
-            Advice(
-                f"{skipped:.0f} optimizer steps were skipped",
-                "gradients overflow in half precision",
-                "bf16 where the GPU has it, or a lower phases.*.lr",
             )
         )
     return found
