@@ -47,7 +47,7 @@ class QuantizerOptions(Options):
     """Factor on every gradient into the codebooks (gradient rule)."""
     use_cosine_sim: bool = False
     """Nearest by angle instead of distance."""
-    rotation_trick: bool = True
+    rotation_trick: bool = False
     """Gradient to the encoder by rotation of the whole quantized sum; false: straight through."""
     quantize_dropout: bool = False
     """Train with a random number of the first layers, the same on all ranks."""
@@ -62,7 +62,7 @@ class QuantizerOptions(Options):
     revival: Revival | None = "split"
     """Replace codes that fall out of use: split crowded ones (true means this), or place them on
     frames; null or false: never. A phase can switch it off."""
-    revival_threshold: NonNegative = 0.3
+    revival_threshold: NonNegative = 0.1
     """A code is dead below this fraction of uniform use."""
     revival_every: PositiveInt = 5
     """Applied steps between revivals."""

@@ -53,6 +53,8 @@ class Bench:
         if plan["quantizer"] is not None:
             width = model.config.encoder["dim"]
             model.quantizer = ResidualVQ(width, seed=plan["seed"], **plan["quantizer"])
+            if plan["head"]:
+                look_as_the_head(model)
             self._start(model, plan["seed"])
         self._train(model, plan)
         return self._score(model.eval())
@@ -132,6 +134,23 @@ def rates(counts: Tensor | None, frames: float) -> dict[str, Any]:
         "bits_entropy": frames * float(usage.perplexity(counts).log2().sum()),
         "utilization": float(usage.utilization(counts).min()),
     }
+
+
+@torch.no_grad()
+def look_as_the_head(model: BrainToText) -> None:
+    """Let the projections keep what the phoneme head tells its classes apart by, and nothing else.
+
+    Latents are projected on the greatest singular directions of the head's weights and back; what
+    is orthogonal to them is zero.
+    """
+    head, quantizer = model.phoneme_head, model.quantizer
+    weight = head.classify.weight * head.norm.weight
+    _, _, directions = torch.linalg.svd(weight - weight.mean(0), full_matrices=False)
+    basis = directions[: quantizer.codebook_dim]
+    quantizer.project_in.weight.copy_(basis)
+    quantizer.project_out.weight.copy_(basis.T)
+    quantizer.project_in.bias.zero_()
+    quantizer.project_out.bias.zero_()
 
 
 def first_layer_loss(model: BrainToText, batch: Batch, output: Any) -> Tensor:

@@ -11,6 +11,7 @@ def _point(
     commitment: float = COMMITMENT,
     first: float = 0.0,
     reconstruction: float = 0.0,
+    head: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """One point.
@@ -21,15 +22,17 @@ def _point(
         commitment: weight of the commitment loss.
         first: weight of a second CTC loss, of the phonemes heard in the first layer's code alone.
         reconstruction: weight of the signal decoder's loss.
+        head: projections on ``codebook_dim`` directions that the phoneme head looks at most.
         options: others of the quantizer.
     """
-    quantizer = {"num_quantizers": layers, "codebook_size": codes, **options}
+    preset = {"rotation_trick": True, "revival_threshold": 0.3}
+    quantizer = {"num_quantizers": layers, "codebook_size": codes, **preset, **options}
     weights = {"commitment": commitment, "reconstruction": reconstruction}
-    return {"quantizer": quantizer, "weights": weights, "first": first}
+    return {"quantizer": quantizer, "weights": weights, "first": first, "head": head}
 
 
 POINTS: dict[str, dict[str, Any]] = {
-    "none": {"quantizer": None, "weights": {}, "first": 0.0},
+    "none": {"quantizer": None, "weights": {}, "first": 0.0, "head": False},
     "1x64": _point(1, 64),
     "2x64": _point(2, 64),
     "4x64": _point(4, 64),
@@ -46,6 +49,9 @@ POINTS: dict[str, dict[str, Any]] = {
     "decay-0.9": _point(decay=0.9),
     "dim-32": _point(codebook_dim=32),
     "dim-64": _point(codebook_dim=64),
+    "head-40": _point(codebook_dim=40, head=True),
+    "head-40-1x256": _point(1, codebook_dim=40, head=True),
+    "head-20": _point(codebook_dim=20, head=True),
     "cosine": _point(use_cosine_sim=True),
     "beam-8": _point(eval_beam_size=8),
     "training-beam-4": _point(beam_size=4),

@@ -71,17 +71,15 @@ class Strided(Autoencoder):
 
     def __init__(self, channels: int, patch: int) -> None:
         super().__init__(channels, patch, depth=0)
-        strides = _strides(patch)
-        down: list[nn.Module] = [nn.Conv1d(channels, WIDTH // 2, 3, padding=1)]
-        up: list[nn.Module] = [nn.Conv1d(LATENT, WIDTH, 3, padding=1)]
-        narrow = WIDTH // 2
+        strides, narrow = _strides(patch), WIDTH // 2
+        down: list[nn.Module] = [nn.Conv1d(channels, narrow, 3, padding=1)]
+        up: list[nn.Module] = [nn.Conv1d(LATENT, narrow, 3, padding=1)]
         for stride in strides:
-            down += [nn.GELU(), nn.Conv1d(narrow, WIDTH, 2 * stride, stride, stride // 2)]
-            narrow = WIDTH
+            down += [nn.GELU(), nn.Conv1d(narrow, narrow, 2 * stride, stride, stride // 2)]
         for stride in reversed(strides):
-            up += [nn.GELU(), nn.ConvTranspose1d(WIDTH, WIDTH, 2 * stride, stride, stride // 2)]
-        self.encoder = nn.Sequential(*down, nn.GELU(), nn.Conv1d(WIDTH, LATENT, 1))
-        self.decoder = nn.Sequential(*up, nn.GELU(), nn.Conv1d(WIDTH, channels, 3, padding=1))
+            up += [nn.GELU(), nn.ConvTranspose1d(narrow, narrow, 2 * stride, stride, stride // 2)]
+        self.encoder = nn.Sequential(*down, nn.GELU(), nn.Conv1d(narrow, LATENT, 1))
+        self.decoder = nn.Sequential(*up, nn.GELU(), nn.Conv1d(narrow, channels, 3, padding=1))
 
     def encode(self, signal: Tensor) -> Tensor:
         """See `Autoencoder`."""

@@ -12,7 +12,7 @@ from b2t.train.build import model_config
 OTHERWISE = {
     "num_quantizers": 3, "codebook_size": 12, "codebook_dim": 6, "update_rule": "gradient",
     "decay": 0.9, "eps": 0.5, "codebook_gradient_scale": 3.0, "use_cosine_sim": True,
-    "rotation_trick": False, "quantize_dropout": True, "quantize_dropout_cutoff_index": 1,
+    "rotation_trick": True, "quantize_dropout": True, "quantize_dropout_cutoff_index": 1,
     "shared_codebook": True, "kmeans_init": False, "kmeans_iters": 2, "revival": "frames",
     "revival_threshold": 0.2, "revival_every": 3, "revival_max_share": 0.4, "revival_until": 0.5,
     "stochastic_sample_codes": True, "beam_size": 2, "eval_beam_size": 3, "joint_update": True,
