@@ -64,10 +64,7 @@ def test_costs_are_over_latents_of_as_many_steps(study, tmp_path):
     assert (tmp_path / "RESULTS.md").read_text() == text
 
 
-def test_the_first_layers_loss_is_the_loss_of_one_layer(study):
-    """With one layer both losses are the same function of the latents, gradient included."""
-    from bitrate.bench import first_layer_loss
-
+def small_model():
     torch.manual_seed(0)
     config = BrainToTextConfig(
         channels=6,
@@ -77,7 +74,32 @@ def test_the_first_layers_loss_is_the_loss_of_one_layer(study):
         text_decoder={"enabled": False},
         signal_decoder={"depth": 0, "heads": 2},
     )
-    model = BrainToText(config).eval()
+    return BrainToText(config).eval()
+
+
+def test_projections_of_the_head_keep_what_tells_classes_apart(study):
+    from bitrate.bench import look_as_the_head
+
+    model = small_model()
+    head = model.phoneme_head
+    with torch.no_grad():
+        head.norm.weight.uniform_(0.5, 2.0)
+        head.classify.weight.copy_(torch.randn(41, 3) @ torch.randn(3, 16) + torch.randn(16))
+    latents = torch.randn(5, 16)
+    for width, keeps in ((3, True), (2, False)):
+        model.quantizer = ResidualVQ(16, 8, 1, codebook_dim=width)
+        look_as_the_head(model)
+        kept = model.quantizer.project_out(model.quantizer.project_in(latents))
+        scores = [(x * head.norm.weight) @ head.classify.weight.T for x in (latents, kept)]
+        apart = [score - score[:, :1] for score in scores]
+        assert torch.allclose(*apart, atol=1e-4) is keeps
+
+
+def test_the_first_layers_loss_is_the_loss_of_one_layer(study):
+    """With one layer both losses are the same function of the latents, gradient included."""
+    from bitrate.bench import first_layer_loss
+
+    model = small_model()
     mask = torch.ones(2, 40, dtype=torch.bool)
     mask[1, 30:] = False
     batch = Batch(
