@@ -49,6 +49,20 @@ def decode_text(model: Any, batch: Batch, tokenizer: Any, **generation: Any) -> 
     return [text.strip() for text in decode_texts(tokenizer, tokens)]
 
 
+@torch.no_grad()
+def decode_encoded(model: Any, encoded: Any, tokenizer: Any, **generation: Any) -> list[str]:
+    """Decode texts of latents that are there, as `decode_text` does of signals.
+
+    Args:
+        model: a `BrainToText` with a text decoder, in evaluation mode.
+        encoded: with `quantized` [B, P, D] and `frame_mask` [B, P].
+        tokenizer: as in `decode_text`.
+        generation: as in `decode_text`, `num_beams` and `max_new_tokens` included.
+    """
+    tokens = model.text_decoder.generate(*model.text_memory(encoded), **generation)
+    return [text.strip() for text in decode_texts(tokenizer, tokens)]
+
+
 def decode_batches(
     model: Any, batches: Iterable[Batch], tokenizer: Any, **generation: Any
 ) -> Iterator[tuple[str, str]]:
@@ -72,6 +86,16 @@ def read_batches(model: Any, batches: Iterable[Batch], words: Any) -> Iterator[t
         output = model.eval()(to_model(batch, model), weights={"phoneme": 1.0})
         found = words.read(output)
         yield from zip(batch.rows, found.first if found.joint is None else found.joint, strict=True)
+
+
+@torch.no_grad()
+def rank_batches(
+    model: Any, batches: Iterable[Batch], words: Any, number: int
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield (row id, hypotheses) for every row: their `text`, `score` and its parts, best first."""
+    for batch in batches:
+        output = model.eval()(to_model(batch, model), weights={"phoneme": 1.0})
+        yield from zip(batch.rows, words.ranked(output, number), strict=True)
 
 
 def to_model(batch: Batch, model: Any) -> Batch:

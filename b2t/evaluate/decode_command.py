@@ -1,8 +1,13 @@
 """`b2t decode`: text of trials, with or without known sentences."""
 
 import argparse
+import csv
+import io
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from b2t.arguments import seconds
 from b2t.evaluate.evaluate_command import (
@@ -17,12 +22,15 @@ SUMMARY = "decode the text of trials with a trained model"
 EPILOG = """\
 examples:
   b2t decode runs/demo data/demo/prepared
-  b2t decode runs/t15 prepared/t15 --split test --beams 4 --out submission.jsonl
+  b2t decode runs/t15 prepared/t15 --split test --beams 4 --out submission.csv
+  b2t decode runs/t15 prepared/t15 --lm lm/t15 --n-best 10 --out hypotheses.jsonl
   acquire | b2t decode runs/causal --follow - --session t15.2024.01.01 --lm lm/t15
 
 With --lm, words are read from the phonemes by a lexicon and a language model of `b2t lm`.
-Prints one line per trial: its id (session/block/trial), a tab, the text. With --out the lines
-are JSON objects with `row` and `prediction`.
+Prints one line per trial: its id (session/block/trial), a tab, the text. With --out FILE.jsonl the
+lines are JSON objects with `row` and `prediction`, and with --n-best the hypotheses with their
+scores; with --out FILE.csv they are those of the Brain-to-Text '25 competition: columns id, which
+counts from 0 in the order of the dataset, and text, as it is scored.
 
 With --follow, lines are the seconds of signal read, `partial` or `final`, and the text, at each
 change. Bins are float32, little-endian, C values after each other, in the unit of the prepared
@@ -43,8 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=positive, help="longest text (default: the run's)")
     parser.add_argument("--lm", type=Path, help="language model of `b2t lm`: words from phonemes")
     add_no_rescoring(parser)
+    parser.add_argument(
+        "--n-best", type=positive, metavar="N", help="with --lm and --out: N hypotheses per trial"
+    )
     parser.add_argument("--device", help="torch device (default: a GPU where there is one)")
-    parser.add_argument("--out", type=Path, help="JSONL file to write instead of printing")
+    parser.add_argument("--out", type=Path, help=".jsonl or .csv to write instead of printing")
     add_checkpoint(parser)
     _add_follow(parser)
     parser.add_argument(
@@ -85,8 +96,8 @@ def run(args: argparse.Namespace) -> int:
     from b2t.data.trials import row_ids
     from b2t.errors import UserError
     from b2t.evaluate import run_folder
-    from b2t.evaluate.decode import decode_batches, read_batches
-    from b2t.records import require_writable, write_atomically
+    from b2t.evaluate.decode import decode_batches, rank_batches, read_batches
+    from b2t.records import write_atomically
 
     if (args.dataset is None) == (args.follow is None):
         raise UserError("give a dataset to decode, or --follow SOURCE for bins as they come")
@@ -94,10 +105,7 @@ def run(args: argparse.Namespace) -> int:
         from b2t.evaluate.follow import run as follow
 
         return follow(args)
-    if args.out is not None:
-        if args.out.is_dir():
-            raise UserError(f"--out={args.out}: it is a folder; name a file")
-        require_writable(args.out.parent, "--out")
+    _check_out(args)
     opened = run_folder.open_run(args.run, args.checkpoint)
     split = run_folder.choose_split(args.dataset, args.split)
     model, tokenizer = run_folder.load_model(opened, args.device)
@@ -110,7 +118,11 @@ def run(args: argparse.Namespace) -> int:
     batches = run_folder.load_batches(
         opened, model, args.dataset, split, tokenizer, args.batch_size, force=args.force
     )
-    if words is not None:
+    ranked: dict[str, list[dict[str, Any]]] = {}
+    if words is not None and args.n_best is not None:
+        ranked = dict(rank_batches(model, batches, words, args.n_best))
+        texts = {row: some[0]["text"] for row, some in ranked.items()}
+    elif words is not None:
         texts = dict(read_batches(model, batches, words))
     else:
         options = generation_options(opened, model, args.beams, args.max_new_tokens)
@@ -120,8 +132,52 @@ def run(args: argparse.Namespace) -> int:
         for row in rows:
             print(f"{row}\t{texts[row]}")
         return 0
-    lines = [json.dumps({"row": row, "prediction": texts[row]}, ensure_ascii=False) for row in rows]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out, "".join(line + "\n" for line in lines))
+    written = _table(rows, texts) if args.out.suffix == ".csv" else _lines(rows, texts, ranked)
+    write_atomically(args.out, written)
     print(f"written: {args.out} ({len(rows):,} trials of {split})")
     return 0
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    """Refuse places and kinds of output that cannot be, before the work."""
+    from b2t.errors import UserError
+    from b2t.records import require_writable
+
+    if args.out is not None:
+        if args.out.is_dir():
+            raise UserError(f"--out={args.out}: it is a folder; name a file")
+        require_writable(args.out.parent, "--out")
+    if args.n_best is not None and (
+        args.lm is None or args.out is None or args.out.suffix == ".csv"
+    ):
+        raise UserError("--n-best: hypotheses come of --lm, and go to --out FILE.jsonl")
+
+
+def _lines(
+    rows: Sequence[str], texts: dict[str, str], ranked: dict[str, list[dict[str, Any]]]
+) -> str:
+    """Return one JSON object per row."""
+    records: list[dict[str, Any]] = [{"row": row, "prediction": texts[row]} for row in rows]
+    for record in records if ranked else ():
+        record["n_best"] = [_finite(hypothesis) for hypothesis in ranked[record["row"]]]
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def _finite(hypothesis: dict[str, Any]) -> dict[str, Any]:
+    """Return scores as JSON has them: what is impossible is null."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in hypothesis.items()
+    }
+
+
+def _table(rows: Sequence[str], texts: dict[str, str]) -> str:
+    """Return the competition's CSV."""
+    from b2t.evaluate.metrics import normalise_text
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("id", "text"))
+    writer.writerows((number, normalise_text(texts[row])) for number, row in enumerate(rows))
+    return text.getvalue()

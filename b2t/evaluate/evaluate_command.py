@@ -1,11 +1,17 @@
 """`b2t evaluate`: error rates beside their controls, codebook use, decoded sentences."""
 
 import argparse
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from b2t.arguments import seed
-from b2t.records import require_writable
+from b2t.records import require_writable, write_atomically
+
+if TYPE_CHECKING:
+    from b2t.evaluate.results import Evaluation
+
+COMPARISON_FILE = "comparison.json"
 
 SUMMARY = "score a trained model on held-out trials, with a noise control beside it"
 EPILOG = """\
@@ -13,13 +19,17 @@ examples:
   b2t evaluate runs/demo
   b2t evaluate runs/demo --split val --beams 4
   b2t evaluate runs/demo --lm lm/demo
+  b2t evaluate runs/demo runs/other --split test
   b2t evaluate runs/t15 --data prepared/t15 --batch-size 32 --out results/t15
 
-Text is decoded freely: the model never sees the target. Beside every error rate stands the
-same model fed Gaussian noise with each trial's channel means, deviations and length: a model
-that has learnt the language and not the brain scores alike on both.
+Text is decoded freely: the model never sees the target. Beside every error rate stand its
+controls: the same model fed Gaussian noise with each trial's channel means, deviations and length,
+noise of equal spectrum, its own codes in another order, another trial's signal, and what the
+training texts suggest without a brain. A model that has learnt the language and not the brain
+scores alike on all: where one does not beat its controls, the first line says so.
 With --lm, words are also read from the phonemes by a lexicon and a language model of `b2t lm`,
 and by joint scores with the text decoder or a causal model, where these were tuned.
+Of two runs each is evaluated, then both are compared trial by trial (paired bootstrap).
 Writes evaluation.json, predictions.jsonl and evaluation.png into the run folder."""
 
 
@@ -27,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `b2t evaluate`."""
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("run", type=Path, help="run folder, or a folder with a saved model")
+    parser.add_argument(
+        "run", type=Path, nargs="+", help="run folder, or a folder with a saved model; two compare"
+    )
     parser.add_argument("--data", help="dataset to evaluate on (default: the run's data.path)")
     parser.add_argument("--split", help="split (default: test where it has text, else val)")
     parser.add_argument("--batch-size", type=positive, default=16, help="trials per forward (16)")
@@ -37,6 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_no_rescoring(parser)
     parser.add_argument("--limit", type=positive, help="at most LIMIT trials, from all sessions")
     parser.add_argument("--no-noise", action="store_true", help="leave out the noise control")
+    parser.add_argument(
+        "--controls",
+        nargs="*",
+        choices=("spectrum", "codes", "lm_alone"),
+        metavar="CONTROL",
+        help="besides white noise: spectrum (noise of equal spectrum), codes (in another order), "
+        "lm_alone (the language model without phonemes); default: all, with --no-noise none",
+    )
     parser.add_argument("--seed", type=seed, default=0, help="seed of the controls (0)")
     parser.add_argument("--device", help="torch device (default: a GPU where there is one)")
     parser.add_argument("--out", type=Path, help="folder for the results (default: the run's)")
@@ -49,16 +69,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate, print, and write the results."""
+    """Evaluate one run, or two and their difference."""
+    from b2t.errors import UserError
+    from b2t.evaluate.comparison import compare_evaluations, told
+
+    if len(args.run) > 2:
+        raise UserError(f"{len(args.run)} runs: expected one, or two to compare")
+    if len(args.run) == 1:
+        evaluate(args, args.run[0], args.out)
+        return 0
+    names = [str(run) for run in args.run]
+    places = [None, None] if args.out is None else [args.out / "a", args.out / "b"]
+    a, b = (evaluate(args, *pair) for pair in zip(args.run, places, strict=True))
+    found = compare_evaluations(a, b, seed=args.seed)
+    print("\n".join(told(names, found)))
+    record = {
+        "a": names[0],
+        "b": names[1],
+        **{field: comparison._asdict() for field, comparison in found.items()},
+    }
+    path = (args.out or args.run[1]) / COMPARISON_FILE
+    write_atomically(path, json.dumps(record, indent=2) + "\n")
+    print(f"written: {path}")
+    return 0
+
+
+def evaluate(args: argparse.Namespace, run: Path, out: Path | None) -> "Evaluation":
+    """Evaluate one run, print, and write the results."""
     from b2t.evaluate import run_folder
     from b2t.evaluate.evaluation import evaluate_model
     from b2t.evaluate.figure import draw_evaluation
     from b2t.evaluate.provenance import note_language_model, note_provenance
     from b2t.evaluate.table import print_evaluation
+    from b2t.evaluate.verdict import verdict
     from b2t.records import read_jsonl
 
-    opened = run_folder.open_run(args.run, args.checkpoint)
-    require_writable(args.out or opened.folder, "--out")
+    opened = run_folder.open_run(run, args.checkpoint)
+    require_writable(out or opened.folder, "--out")
     path = opened.data_path(args.data)
     split = run_folder.choose_split(path, args.split)
     model, tokenizer = run_folder.load_model(opened, args.device)
@@ -84,18 +131,28 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         progress=True,
         words=words,
+        controls=_controls(args),
         **generation_options(opened, model, args.beams, args.max_new_tokens),
     )
-    note_provenance(result, opened, model, path, args.split)
+    note_provenance(result, opened, model, path, args.split, args.seed)
     if args.lm is not None:
         note_language_model(result, args.lm, path)
-    folder = args.out or opened.folder
+    result.verdict = verdict(result)
+    folder = out or opened.folder
     result.save(folder)
-    print_evaluation(result, str(args.run))
+    print_evaluation(result, str(run))
     records = read_jsonl(opened.folder / run_folder.METRICS_FILE).records
-    draw_evaluation(result, folder / "evaluation.png", str(args.run), records)
+    draw_evaluation(result, folder / "evaluation.png", str(run), records)
     print(f"written: {folder / 'evaluation.json'}, predictions.jsonl, evaluation.png")
-    return 0
+    return result
+
+
+def _controls(args: argparse.Namespace) -> tuple[str, ...]:
+    from b2t.evaluate.evaluation import CONTROLS
+
+    if args.controls is not None:
+        return tuple(dict.fromkeys(args.controls))
+    return () if args.no_noise else CONTROLS
 
 
 def open_words(model: Any, folder: Path | None, rescoring: bool = True) -> Any | None:

@@ -1,24 +1,27 @@
-"""One pass over a split: decode, score, count codes, and do the same on noise."""
+"""One pass over a split: decode, score, count codes, and do the same without a brain."""
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from b2t.data.batches import Batch
-from b2t.evaluate import metrics, usage
-from b2t.evaluate.controls import noise_batch, shuffled
-from b2t.evaluate.decode import collapse_ctc, decode_text, to_model
+from b2t.evaluate import usage
+from b2t.evaluate.controls import noise_batch, shuffled_codes, spectrum_batch
+from b2t.evaluate.decode import collapse_ctc, decode_encoded, decode_text, to_model
 from b2t.evaluate.results import Evaluation, Prediction
+from b2t.evaluate.scoring import score
 from b2t.evaluate.signal import SignalSums
 from b2t.evaluate.soundness import note_soundness
 from b2t.evaluate.traces import collect_traces
 
-SHUFFLES = 20
+CONTROLS = ("spectrum", "codes", "lm_alone")
+"""Controls besides white noise: noise of equal spectrum, codes in another order, and the language
+model without phonemes."""
 
 
 class ReadsWords(Protocol):
@@ -41,6 +44,7 @@ def evaluate_model(
     gather: Callable[[Any], list[Any]] | None = None,
     progress: bool = False,
     words: ReadsWords | None = None,
+    controls: Sequence[str] = (),
     **generation: Any,
 ) -> Evaluation:
     """Evaluate a model on batches of a split, decoding freely.
@@ -60,6 +64,7 @@ def evaluate_model(
         gather: returns what every rank gives it, in order, on all ranks; None is a rank alone.
         progress: show a bar, on a terminal.
         words: reads words from the phoneme logits; None leaves `wer_lm` and the like out.
+        controls: names of `CONTROLS`; each takes about as long as decoding does.
         generation: `num_beams`, `max_new_tokens` and other arguments of transformers' generate.
     """
     share = _Share(codebook_size(model))
@@ -71,15 +76,17 @@ def evaluate_model(
     try:
         for batch in tqdm(batches, desc=f"evaluate {split}", disable=hidden, leave=False):
             batch = to_model(batch, model)
-            found = _predict(speaker, batch, share)
-            if noise_control:
-                noise = noise_batch(batch, seed)
-                _predict_noise(speaker, noise, found)
+            found, output = _predict(speaker, batch, share)
+            speaks = any(p.phonemes is not None or p.prediction is not None for p in found)
+            if noise_control and speaks:
+                _predict_noise(speaker, noise_batch(batch, seed), found)
+            for name in controls if speaks else ():
+                _predict_control(speaker, name, batch, output, found, seed)
             share.predictions += found
     finally:
         model.train(training)
     share = _pool([share] if gather is None else gather(share))
-    result = _score(share, split, seed)
+    result = _result(share, split, seed)
     note_soundness(result, model, share.rms)
     result.simulated = simulated
     result.decoding = dict(generation) if with_text else {}
@@ -125,35 +132,39 @@ class _Speaker:
     words: ReadsWords | None
     generation: dict[str, Any]
 
-    def texts(self, batch: Batch) -> list[str | None]:
-        """Texts of the model's own decoder."""
-        if self.tokenizer is None:
-            return [None] * len(batch.rows)
-        return list(decode_text(self.model, batch, self.tokenizer, **self.generation))
+    def hear(self, output: Any, batch: Batch | None = None) -> list["_Heard"]:
+        """Read everything that can be read.
 
-    def phonemes(self, output: Any) -> list["_Heard"]:
-        """Phonemes of each row, and words that are read from them."""
+        Args:
+            output: of the model.
+            batch: whose output it is; None where no signals have it, for its latents were changed.
+        """
         rows = len(output.frame_mask)
-        if output.phoneme_logits is None:
-            return [_Heard()] * rows
-        first = joint = [None] * rows
-        if self.words is not None:
-            found = self.words.read(output)
-            first, joint = found.first, joint if found.joint is None else found.joint
-        phonemes = collapse_ctc(output.phoneme_logits, output.frame_mask)
-        return [_Heard(*row) for row in zip(phonemes, first, joint, strict=True)]
+        phonemes: list[Any] = [None] * rows
+        first = joint = texts = phonemes
+        if output.phoneme_logits is not None:
+            phonemes = collapse_ctc(output.phoneme_logits, output.frame_mask)
+            if self.words is not None:
+                found = self.words.read(output)
+                first, joint = found.first, joint if found.joint is None else found.joint
+        if self.tokenizer is not None:
+            said: Any = (decode_encoded, output) if batch is None else (decode_text, batch)
+            texts = said[0](self.model, said[1], self.tokenizer, **self.generation)
+        return [_Heard(*row) for row in zip(phonemes, first, joint, texts, strict=True)]
 
 
 class _Heard(NamedTuple):
-    """Phonemes of one row, and words by language model and by joint scores."""
+    """Phonemes of one row, words by language model and by joint scores, the text decoder's text."""
 
     phonemes: list[int] | None = None
     words: str | None = None
     joint: str | None = None
+    text: str | None = None
 
 
 @torch.no_grad()
-def _predict(speaker: _Speaker, batch: Batch, share: _Share) -> list[Prediction]:
+def _predict(speaker: _Speaker, batch: Batch, share: _Share) -> tuple[list[Prediction], Any]:
+    """Return what was said of each row, and the model's output."""
     output = speaker.model(batch, weights={"reconstruction": 1.0, "phoneme": 1.0})
     if output.reconstruction is not None:
         share.signal.add(output.reconstruction, batch.target, batch.signal_mask)
@@ -164,14 +175,15 @@ def _predict(speaker: _Speaker, batch: Batch, share: _Share) -> list[Prediction]
         share.count(output.codes)
     share.frames += int(output.frame_mask.sum())
     share.rms |= dict(zip(batch.rows, _rms(batch), strict=True))
-    heard = speaker.phonemes(output)
-    texts, lengths = speaker.texts(batch), batch.phoneme_lengths.tolist()
+    heard, lengths = speaker.hear(output, batch), batch.phoneme_lengths.tolist()
+    bins, rate = batch.signal_mask.sum(1).tolist(), speaker.model.config.sampling_rate
     return [
         Prediction(
             row=name,
             session=name.rsplit("/", 2)[0],
+            seconds=bins[row] / rate if rate else None,
             target=target,
-            prediction=texts[row],
+            prediction=heard[row].text,
             lm_prediction=heard[row].words,
             joint_prediction=heard[row].joint,
             phonemes=heard[row].phonemes,
@@ -180,19 +192,38 @@ def _predict(speaker: _Speaker, batch: Batch, share: _Share) -> list[Prediction]
             else None,
         )
         for row, (name, target) in enumerate(zip(batch.rows, batch.texts, strict=True))
-    ]
+    ], output
 
 
 @torch.no_grad()
 def _predict_noise(speaker: _Speaker, noise: Batch, found: list[Prediction]) -> None:
-    if any(prediction.phonemes is not None for prediction in found):
-        heard = speaker.phonemes(speaker.model(noise, weights={"phoneme": 1.0}))
-        for row, prediction in enumerate(found):
-            prediction.noise_phonemes = heard[row].phonemes
-            prediction.lm_noise_prediction = heard[row].words
-            prediction.joint_noise_prediction = heard[row].joint
-    for prediction, text in zip(found, speaker.texts(noise), strict=True):
-        prediction.noise_prediction = text
+    heard = speaker.hear(speaker.model(noise, weights={"phoneme": 1.0}), noise)
+    for row, prediction in enumerate(found):
+        prediction.noise_phonemes = heard[row].phonemes
+        prediction.lm_noise_prediction = heard[row].words
+        prediction.joint_noise_prediction = heard[row].joint
+        prediction.noise_prediction = heard[row].text
+
+
+@torch.no_grad()
+def _predict_control(
+    speaker: _Speaker, name: str, batch: Batch, output: Any, found: list[Prediction], seed: int
+) -> None:
+    """Write what is said without a brain into the predictions' `controls`."""
+    if name == "spectrum":
+        noise = spectrum_batch(batch, seed)
+        heard = speaker.hear(speaker.model(noise, weights={"phoneme": 1.0}), noise)
+    elif name == "codes" and output.codes is not None:
+        heard = speaker.hear(shuffled_codes(speaker.model, output, batch.rows, seed))
+    elif name == "lm_alone" and speaker.words is not None and output.phoneme_logits is not None:
+        nothing = dataclasses.replace(
+            output, phoneme_logits=torch.zeros_like(output.phoneme_logits)
+        )
+        heard = [_Heard(words=text) for text in speaker.words.read(nothing).first]
+    else:
+        return
+    for prediction, row in zip(found, heard, strict=True):
+        prediction.controls[name] = {k: v for k, v in row._asdict().items() if v is not None}
 
 
 def _pool(shares: list[_Share]) -> _Share:
@@ -214,12 +245,10 @@ def _order(row: str) -> list[tuple[bool, int, str]]:
     return [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in row.split("/")]
 
 
-def _score(share: _Share, split: str, seed: int) -> Evaluation:
+def _result(share: _Share, split: str, seed: int) -> Evaluation:
     result = Evaluation(split=split, rows=len(share.predictions), predictions=share.predictions)
     result.traces = share.traces
-    _score_text(result, share.predictions, seed)
-    _score_words(result, share.predictions, seed)
-    _score_phonemes(result, share.predictions, seed)
+    score(result, share.predictions, seed)
     signal = share.signal
     result.snr_db, result.snr_median_db = signal.snr_db, signal.median_snr_db
     result.mse, result.cosine = signal.mse, signal.cosine
@@ -238,85 +267,6 @@ def _score(share: _Share, split: str, seed: int) -> Evaluation:
             "that the latents went through as they are"
         )
     return result
-
-
-def _score_text(result: Evaluation, predictions: list[Prediction], seed: int) -> None:
-    scored = [p for p in predictions if p.target is not None and p.prediction is not None]
-    if not scored:
-        if any(p.prediction is not None for p in predictions):
-            result.notes.append("the split has no text: WER, CER, BLEU and ROUGE are null")
-        return
-    targets = [p.target or "" for p in scored]
-    said = [p.prediction or "" for p in scored]
-    noise = None
-    if scored[0].noise_prediction is not None:
-        noise = [p.noise_prediction or "" for p in scored]
-        result.distinct_ratio_noise = metrics.distinct_ratio(targets, noise)
-    _error_rates(result, "", targets, said, noise, seed)
-    result.bleu = metrics.bleu(targets, said)
-    for name, value in metrics.rouge(targets, said).items():
-        setattr(result, name, value)
-    result.distinct_ratio = metrics.distinct_ratio(targets, said)
-
-
-def _score_words(result: Evaluation, predictions: list[Prediction], seed: int) -> None:
-    for kind in ("lm", "joint"):
-        said = {p.row: getattr(p, f"{kind}_prediction") for p in predictions}
-        scored = [p for p in predictions if p.target is not None and said[p.row] is not None]
-        if not scored:
-            continue
-        noise = [getattr(p, f"{kind}_noise_prediction") for p in scored]
-        _error_rates(
-            result,
-            f"_{kind}",
-            [p.target or "" for p in scored],
-            [said[p.row] for p in scored],
-            noise if noise[0] is not None else None,
-            seed,
-        )
-
-
-def _error_rates(
-    result: Evaluation,
-    kind: str,
-    targets: list[str],
-    said: list[str],
-    noise: list[str] | None,
-    seed: int,
-) -> None:
-    """Write WER and CER of one decoder beside their controls; ``kind`` ends the fields' names."""
-    plain_targets = [metrics.normalise_text(text) for text in targets]
-    plain_said = [metrics.normalise_text(text) for text in said]
-    words = metrics.count_edits(plain_targets, plain_said, "word")
-    characters = metrics.count_edits(plain_targets, plain_said, "character")
-    found: dict[str, Any] = {
-        f"wer{kind}": words.rate(),
-        f"wer{kind}_interval": words.interval(seed=seed),
-        f"cer{kind}": characters.rate(),
-        f"cer{kind}_interval": characters.interval(seed=seed),
-        f"exact{kind}": metrics.exact_match(targets, said),
-    }
-    if len(said) > 1:
-        mixed = (shuffled(said, seed + i) for i in range(SHUFFLES))
-        rates = [metrics.word_error_rate(targets, texts) for texts in mixed]
-        found[f"wer{kind}_shuffled"] = float(np.mean([r for r in rates if r is not None]))
-    if noise is not None:
-        found[f"wer{kind}_noise"] = metrics.word_error_rate(targets, noise)
-        found[f"cer{kind}_noise"] = metrics.character_error_rate(targets, noise)
-    for name, value in found.items():
-        setattr(result, name, value)
-
-
-def _score_phonemes(result: Evaluation, predictions: list[Prediction], seed: int) -> None:
-    scored = [p for p in predictions if p.target_phonemes is not None and p.phonemes is not None]
-    if not scored:
-        return
-    targets = [p.target_phonemes or [] for p in scored]
-    edits = metrics.count_phoneme_edits(targets, [p.phonemes or [] for p in scored])
-    result.per, result.per_interval = edits.rate(), edits.interval(seed=seed)
-    if scored[0].noise_phonemes is not None:
-        noise = [p.noise_phonemes or [] for p in scored]
-        result.per_noise = metrics.phoneme_error_rate(targets, noise)
 
 
 def _rms(batch: Batch) -> list[float]:

@@ -130,7 +130,9 @@ def run(args: argparse.Namespace) -> int:
     opened = run_folder.open_run(args.run, args.checkpoint)
     model, tokenizer = run_folder.load_model(opened, args.device)
     require_causal(model)
-    words = open_words(model, args.lm)
+    # Joint scores judge whole sentences: as bins come, the first pass alone reads.
+    reader = open_words(model, args.lm, rescoring=False)
+    words = None if reader is None else reader.decoder
     if words is None and tokenizer is None and model.phoneme_head is None:
         raise UserError(f"{opened.checkpoint}: it has neither phonemes nor text to decode")
     generation = generation_options(opened, model, args.beams, args.max_new_tokens)

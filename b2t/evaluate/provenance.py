@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from b2t.errors import UserError
 from b2t.evaluate.metrics import normalise_text
+from b2t.evaluate.prior import text_prior
 
 if TYPE_CHECKING:
     from b2t.evaluate.results import Evaluation
@@ -12,16 +13,17 @@ if TYPE_CHECKING:
 
 
 def note_provenance(
-    result: "Evaluation", run: "Run", model: Any, path: str, asked: str | None
+    result: "Evaluation", run: "Run", model: Any, path: str, asked: str | None, seed: int = 0
 ) -> None:
     """Write into a result which split it is of, whether it chose the model, and what it shares.
 
     Args:
-        result: of one split; gets `role`, `known_sentences` and notes.
+        result: of one split; gets `role`, `known_sentences`, `prior` and notes.
         run: where the model comes from.
         model: the `BrainToText` that was evaluated.
         path: dataset that was evaluated.
         asked: split that the user named, None where it was chosen here.
+        seed: of what the text prior draws.
     """
     result.checkpoint = run.label
     if asked is None and result.split != "test":
@@ -36,7 +38,11 @@ def note_provenance(
         )
     elif result.role == "trained on":
         result.notes.append(f"the model was trained on the {result.split} split")
-    result.known_sentences = _known_share(result, run, path)
+    texts = _training_texts(run, path)
+    result.known_sentences = _known_share(result, texts)
+    targets = [p.target for p in result.predictions if p.target is not None]
+    if texts is not None and targets:
+        result.prior = text_prior(texts, targets, seed)
     if result.known_sentences:
         result.notes.append(
             f"{100 * result.known_sentences:.1f} % of the target sentences occur in training"
@@ -104,12 +110,11 @@ def _role(split: str, run: "Run", model: Any, path: str) -> str | None:
     return "chose the model" if same and split == validation and run.is_best else None
 
 
-def _known_share(result: "Evaluation", run: "Run", path: str) -> float | None:
+def _known_share(result: "Evaluation", texts: list[str] | None) -> float | None:
     """Share of the rows with a target whose sentence occurs in training; None if not known."""
     targets = [p.target for p in result.predictions if p.target is not None]
     if not targets:
         return None
-    texts = _training_texts(run, path)
     if texts is None:
         result.notes.append(
             "the training data could not be read: how many target sentences occur in training is "

@@ -134,6 +134,25 @@ class WordReader:
         rows = emissions(output.phoneme_logits, output.frame_mask, self._penalty)
         return self._judge(output, rows, [self.decoder.n_best(row, self._number) for row in rows])
 
+    def ranked(self, output: Any, number: int) -> list[list[dict[str, Any]]]:
+        """Return at most ``number`` hypotheses of B signals with their scores, best first.
+
+        Without weights of joint scores these are the first pass's, with its scores.
+        """
+        if self.rescoring is not None:
+            weights = self.rescoring
+            joint = [
+                sorted(some, key=lambda candidate: -candidate.score(weights))[:number]
+                for some in self.candidates(output)
+            ]
+            return [[{**c._asdict(), "score": c.score(weights)} for c in some] for some in joint]
+        rows = emissions(output.phoneme_logits, output.frame_mask, self._penalty)
+        found = [self.decoder.n_best(row, number) for row in rows]
+        return [
+            [{"text": h.text, "score": h.score, "ctc": h.ctc, "lm": h.lm} for h in some]
+            for some in found
+        ]
+
     @property
     def _penalty(self) -> float:
         return self.decoder.options.blank_penalty

@@ -20,11 +20,13 @@ class Prediction:
 
     `prediction` is what the text decoder says, `lm_prediction` what a lexicon and a language model
     read from the phonemes, `joint_prediction` what all of them say together by joint scores;
-    `noise_*`, `lm_noise_*` and `joint_noise_*` are the same of noise.
+    `noise_*`, `lm_noise_*` and `joint_noise_*` are the same of noise, `controls` of other controls
+    (`phonemes`, `words` by language model, `joint`, `text`). The trial lasts `seconds`.
     """
 
     row: str
     session: str
+    seconds: float | None = None
     target: str | None = None
     prediction: str | None = None
     noise_prediction: str | None = None
@@ -35,6 +37,7 @@ class Prediction:
     target_phonemes: list[int] | None = None
     phonemes: list[int] | None = None
     noise_phonemes: list[int] | None = None
+    controls: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -57,6 +60,14 @@ class Evaluation:
             `wer_lm_interval`, `wer_lm_noise`, `wer_lm_shuffled`, `exact_lm`).
         wer_joint, cer_joint: by joint scores of CTC, n-grams, text decoder and causal model, with
             the same companions.
+        controls: error rates of other controls (`spectrum`: noise of equal spectrum, `codes`: codes
+            in another order, `lm_alone`: the language model without phonemes), by field.
+        prior: what the training texts alone suggest, see `b2t.evaluate.prior.text_prior`.
+        details: kinds of errors, most confused units, rates by session and by length, and the
+            permutation p-value, for `per`, `wer`, `wer_lm` and `wer_joint`.
+        verdict: what is not decoded, see `b2t.evaluate.verdict`; None where every score beats its
+            controls.
+        words_per_minute: words of the targets over the duration of their trials.
         wer_shuffled: WER when each trial is decoded from another trial's signal, mean over
             random permutations.
         bleu, rouge1, rouge2, rougeL: overlap in 0–100.
@@ -111,6 +122,11 @@ class Evaluation:
     cer_joint_interval: tuple[float, float] | None = None
     cer_joint_noise: float | None = None
     exact_joint: float | None = None
+    controls: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    prior: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+    verdict: str | None = None
+    words_per_minute: float | None = None
     bleu: float | None = None
     rouge1: float | None = None
     rouge2: float | None = None

@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from b2t.evaluate.results import Evaluation, Prediction
+from b2t.evaluate.verdict import KINDS, control_rates, verdict
 
 SIMULATED = "SIMULATED DATA: recordings of `b2t simulate`, not of a brain"
 
@@ -13,6 +14,9 @@ def print_evaluation(
 ) -> None:
     """Print metrics, controls, codebook use and ``examples`` pairs of target and output."""
     console = console or Console()
+    line = verdict(result)
+    if line is not None:
+        console.print(line, style="bold red", markup=False)
     if result.simulated:
         console.print(SIMULATED, style="bold yellow")
     console.print(f"{heading(title, result)} · {result.rows:,} trials · {result.frames:,} frames")
@@ -50,42 +54,39 @@ def choose_examples(predictions: list[Prediction], number: int) -> list[Predicti
     return [with_text[i * len(with_text) // number] for i in range(number)]
 
 
+_COLUMNS = {
+    "noise": "noise",
+    "spectrum": "spectrum",
+    "codes": "codes",
+    "shuffled": "shuffled",
+    "lm_alone": "LM alone",
+}
+"""Headings of the controls of `b2t.evaluate.verdict.NAMES` that stand in the table."""
+
+
 def _rates(result: Evaluation) -> Table:
     table = Table(title="Error rates, lower is better", title_justify="left")
+    rows = {
+        "phonemes (PER)": "per",
+        "characters (CER)": "cer",
+        "words (WER)": "wer",
+        "words by language model": "wer_lm",
+        "words by joint scores": "wer_joint",
+    }
+    controls = {name: control_rates(result, field) for name, field in rows.items()}
+    shown = [c for c in _COLUMNS if any(c in rates for rates in controls.values())]
     table.add_column("")
-    for heading in ("model", "95 % interval", "noise", "shuffled"):
+    for heading in ("model", "95 % interval", *(_COLUMNS[c] for c in shown)):
         table.add_column(heading, justify="right")
-    rows = (
-        ("phonemes (PER)", result.per, result.per_interval, result.per_noise, None),
-        ("characters (CER)", result.cer, result.cer_interval, result.cer_noise, None),
-        ("words (WER)", result.wer, result.wer_interval, result.wer_noise, result.wer_shuffled),
-        (
-            "words by language model",
-            result.wer_lm,
-            result.wer_lm_interval,
-            result.wer_lm_noise,
-            result.wer_lm_shuffled,
-        ),
-        (
-            "words by joint scores",
-            result.wer_joint,
-            result.wer_joint_interval,
-            result.wer_joint_noise,
-            result.wer_joint_shuffled,
-        ),
-    )
-    untrained = dict.fromkeys(
-        ("phonemes (PER)", "words by language model", "words by joint scores"),
-        "phoneme_head" in result.untrained,
-    )
-    untrained |= dict.fromkeys(
-        ("characters (CER)", "words (WER)"), "text_decoder" in result.untrained
-    )
-    for name, rate, interval, noise, shuffled in rows:
-        if rate is not None:
-            name += ", untrained" if untrained[name] else ""
-            span = f"{_percent(interval[0])} – {_percent(interval[1])}" if interval else ""
-            table.add_row(name, _percent(rate), span, _percent(noise), _percent(shuffled))
+    for name, field in rows.items():
+        rate, interval = getattr(result, field), getattr(result, f"{field}_interval")
+        if rate is None:
+            continue
+        component = "text_decoder" if field in ("cer", "wer") else "phoneme_head"
+        label = f"{name}, untrained" if component in result.untrained else name
+        span = f"{_percent(interval[0])} – {_percent(interval[1])}" if interval else ""
+        others = (_percent(controls[name].get(control)) for control in shown)
+        table.add_row(label, _percent(rate), span, *others)
     return table
 
 
@@ -105,12 +106,42 @@ def _facts(result: Evaluation) -> list[str]:
             f"BLEU {_number(result.bleu, 1)} · ROUGE-1 {_number(result.rouge1, 1)} · "
             f"ROUGE-2 {_number(result.rouge2, 1)} · ROUGE-L {_number(result.rougeL, 1)}"
         )
+    facts += _errors(result)
     if result.mse is not None:
         facts.append(
             f"reconstruction SNR {_number(result.snr_db)} dB pooled, "
             f"{_number(result.snr_median_db)} dB median trial · cosine {_number(result.cosine)}"
         )
     return facts
+
+
+def _errors(result: Evaluation) -> list[str]:
+    """Kinds of errors of each decoder, what was confused, and what no brain would say."""
+    found = []
+    for field, name in KINDS.items():
+        kinds = result.details.get(field)
+        if not kinds:
+            continue
+        units = max(kinds["hits"] + kinds["substitutions"] + kinds["deletions"], 1)
+        line = f"{name}: " + ", ".join(
+            f"{_percent(kinds[kind] / units)} {kind}"
+            for kind in ("substitutions", "deletions", "insertions")
+        )
+        confused = ", ".join(f"{a} → {b}" for a, b, _ in kinds["confused"][:5])
+        found.append(line + (f" · most confused {confused}" if confused else ""))
+        rates = [some["rate"] for some in kinds["by_session"].values() if some["rate"] is not None]
+        if len(rates) > 1:
+            found[-1] += f" · sessions {_percent(min(rates))} – {_percent(max(rates))}"
+    if result.prior:
+        prior = result.prior
+        found.append(
+            f"WER without a brain: most frequent sentence {_percent(prior['wer_most_frequent'])}, "
+            f"best constant sentence {_percent(prior['wer_constant'])}, random training sentences "
+            f"{_percent(prior['wer_random'])}"
+        )
+    if result.words_per_minute is not None:
+        found.append(f"{result.words_per_minute:.0f} words per minute in these trials")
+    return found
 
 
 def _usage(result: Evaluation) -> Table:

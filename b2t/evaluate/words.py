@@ -108,8 +108,9 @@ def library() -> Any:
         from flashlight.lib.text import decoder
     except ImportError:
         raise UserError(
-            "decoding with a lexicon needs flashlight-text: pip install 'b2t[lm]' (wheels for "
-            "Python up to 3.11; later ones build it from source: pip install flashlight-text)"
+            "decoding with a lexicon needs flashlight-text: pip install 'b2t[lm]' under Python "
+            f"3.12 or older, for which there are wheels (this is {sys.version_info[0]}."
+            f"{sys.version_info[1]})"
         ) from None
     return decoder
 

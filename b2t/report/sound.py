@@ -2,7 +2,8 @@
 
 from typing import Any
 
-_TEXTS = ("split", "checkpoint", "role", "normalisation")
+_TEXTS = ("split", "checkpoint", "role", "normalisation", "verdict")
+_MAPPINGS = ("decoding", "language_model", "controls", "prior", "details")
 _LISTS_OF_TEXT = ("untrained", "notes")
 _LISTS_OF_NUMBERS = ("utilization", "perplexity")
 _INTERVAL = "_interval"
@@ -31,7 +32,7 @@ def _fits(name: str, value: Any) -> bool:
         return isinstance(value, str)
     if name == "simulated":
         return isinstance(value, bool)
-    if name in ("decoding", "language_model"):
+    if name in _MAPPINGS:
         return isinstance(value, dict)
     if name in _LISTS_OF_TEXT:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)

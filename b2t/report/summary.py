@@ -359,6 +359,7 @@ def _scored(evaluation: dict[str, Any]) -> list[str]:
         parts.append(f"{100 * known:.1f} % of the target sentences occur in training")
     notes = evaluation.get("notes")
     told = [str(note) for note in notes] if isinstance(notes, list) else []
+    told = [evaluation["verdict"], *told] if evaluation.get("verdict") else told
     return [", ".join(filter(None, parts)) + ".", *(f"{n[:1].upper()}{n[1:]}." for n in told)]
 
 

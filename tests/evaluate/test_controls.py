@@ -1,9 +1,18 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from b2t.data.batches import Batch
-from b2t.evaluate.controls import noise_batch, noise_like, shuffled
+from b2t.evaluate.controls import (
+    noise_batch,
+    noise_like,
+    shuffled,
+    shuffled_codes,
+    spectrum_like,
+)
+from b2t.model import BrainToTextOutput
 
 
 def batch_of(signal, mask, rows=None):
@@ -71,3 +80,48 @@ def test_shuffling_leaves_nothing_in_place_and_loses_nothing(size):
 def test_shuffling_is_seeded_and_survives_one_item():
     assert shuffled(range(9), 1) == shuffled(range(9), 1)
     assert shuffled(["a"]) == ["a"] and shuffled([]) == []
+
+
+def test_surrogates_keep_each_channels_spectrum_and_lose_its_course():
+    signal, mask = two_trials()
+    signal = signal.cumsum(1).masked_fill(~mask[..., None], 0.0)
+    noise = spectrum_like(signal, mask, [1, 2])
+    for row in range(2):
+        real, fake = signal[row, mask[row]].double(), noise[row, mask[row]].double()
+        power = [torch.fft.rfft(some, dim=0).abs() for some in (real, fake)]
+        assert torch.allclose(
+            power[0], power[1], rtol=1e-2, atol=1e-2 * float(power[0].max()) / 100
+        )
+        assert torch.allclose(real.mean(0), fake.mean(0), atol=1e-3 * float(real.abs().max()))
+        assert (real - fake).square().mean() > 0.3 * real.var(0).mean()
+    assert not noise[~mask].any()
+    alone = spectrum_like(signal[1:], mask[1:], [2])
+    assert torch.equal(alone[0], noise[1])
+    mask[0] = False
+    assert not spectrum_like(signal, mask, [1, 2])[0].any()
+
+
+def test_codes_change_their_order_and_nothing_else():
+    """The heads hear the moved latents; what stands under the mask stays."""
+    generator = torch.Generator().manual_seed(0)
+    quantized = torch.randn(2, 7, 3, generator=generator)
+    codes = torch.randint(0, 9, (2, 7, 2), generator=generator)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[1, 4:] = False
+    model = SimpleNamespace(phoneme_head=lambda latents: 2 * latents)
+    output = BrainToTextOutput(
+        quantized=quantized, codes=codes, frame_mask=mask, phoneme_logits=2 * quantized
+    )
+    moved = shuffled_codes(model, output, ["a/0/1", "a/0/2"], seed=1)
+    assert torch.equal(moved.phoneme_logits, 2 * moved.quantized)
+    assert torch.equal(moved.quantized[1, 4:], quantized[1, 4:])
+    for row, frames in ((0, 7), (1, 4)):
+        places = [
+            next(i for i in range(frames) if torch.equal(quantized[row, i], latent))
+            for latent in moved.quantized[row, :frames]
+        ]
+        assert sorted(places) == list(range(frames)) != places
+        assert torch.equal(moved.codes[row, :frames], codes[row, places])
+    again = shuffled_codes(model, output, ["a/0/1", "a/0/2"], seed=1)
+    assert torch.equal(again.quantized, moved.quantized)
+    assert torch.equal(output.quantized, quantized), "the output itself stays as it is"
