@@ -47,18 +47,36 @@ class TokenSums(NamedTuple):
     """0-d, tokens whose most likely prediction is right, given the true ones before."""
 
 
-def token_sums(logits: Tensor, tokens: Tensor) -> TokenSums:
+def token_sums(logits: Tensor, tokens: Tensor, smoothing: float = 0.0) -> TokenSums:
     """Cross entropy of the text.
 
     Args:
         logits: [B, L, V].
         tokens: [B, L] int64; positions with −100 do not count.
+        smoothing: share of each target that is spread over all V tokens (Szegedy et al. 2016).
     """
     logits = logits.float()
     entropy = F.cross_entropy(
-        logits.flatten(0, 1), tokens.flatten(), ignore_index=IGNORE, reduction="sum"
+        logits.flatten(0, 1),
+        tokens.flatten(),
+        ignore_index=IGNORE,
+        reduction="sum",
+        label_smoothing=smoothing,
     )
     return TokenSums(entropy, (logits.argmax(-1) == tokens).sum().detach())
+
+
+def with_slips(tokens: Tensor, rate: float, vocabulary: int) -> Tensor:
+    """Replace a share of the tokens by random ones, for a decoder that is to go on from mistakes.
+
+    Args:
+        tokens: [B, L] int64; positions with −100 stay.
+        rate: probability of each.
+        vocabulary: V.
+    """
+    slips = torch.rand(tokens.shape, device=tokens.device) < rate
+    others = torch.randint(0, vocabulary, tokens.shape, device=tokens.device)
+    return torch.where(slips & (tokens != IGNORE), others, tokens)
 
 
 class PhonemeSums(NamedTuple):

@@ -129,6 +129,11 @@ class TextDecoderOptions(Options):
     """Transformer layers over the phonemes, as wide as the decoder."""
     phoneme_errors: Rate = 0.1
     """Errors per phoneme that training adds, half of them mixtures, the others gaps and extras."""
+    token_errors: Rate = 0.0
+    """Share of the tokens before each that training replaces by random ones: decoding goes on from
+    its own mistakes, which a decoder that is always shown the true text has never seen."""
+    label_smoothing: Rate = 0.0
+    """Share of each training target that is spread over all tokens."""
     dim: PositiveInt = 512
     """Width of the small decoder."""
     depth: PositiveInt = 6

@@ -68,9 +68,14 @@ class TextSide:
         )
 
     def _predict_text(self, batch: "Batch", memory: Tensor, mask: Tensor) -> Scored:
-        tokens = self._checked_tokens(batch)
-        logits = self.text_decoder(memory, mask, tokens)
-        found = sums.token_sums(logits, tokens)
+        tokens, section = self._checked_tokens(batch), self.config.text_decoder
+        shown, smoothing = tokens, 0.0
+        if self.text_decoder.training:
+            smoothing = section["label_smoothing"]
+            if section["token_errors"]:
+                shown = sums.with_slips(tokens, section["token_errors"], self.config.vocab_size)
+        logits = self.text_decoder(memory, mask, shown)
+        found = sums.token_sums(logits, tokens, smoothing)
         metrics = {"tokens": (tokens != IGNORE).sum(), "tokens_correct": found.correct}
         return Scored(logits, found.cross_entropy, metrics)
 

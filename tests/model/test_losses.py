@@ -1,9 +1,10 @@
 import itertools
 import math
 
+import pytest
 import torch
 
-from b2t.model.losses import phoneme_sums, reconstruction_sums, token_sums
+from b2t.model.losses import phoneme_sums, reconstruction_sums, token_sums, with_slips
 
 
 def collapse(path):
@@ -136,3 +137,25 @@ def test_token_sums_count_labels_only():
     total.cross_entropy.backward()
     assert logits.grad[1].abs().max() == 0
     assert token_sums(logits, torch.full((3, 4), -100)).cross_entropy.item() == 0.0
+
+
+def test_smoothed_targets_are_a_mixture_with_all_tokens():
+    logits, tokens = torch.randn(2, 3, 5), torch.tensor([[4, 0, -100], [2, -100, -100]])
+    logs = logits.double().log_softmax(-1)
+    expected = sum(
+        -0.7 * logs[row, place, token] - 0.3 * logs[row, place].mean()
+        for row, place, token in ((0, 0, 4), (0, 1, 0), (1, 0, 2))
+    )
+    found = token_sums(logits, tokens, smoothing=0.3)
+    assert float(found.cross_entropy) == pytest.approx(float(expected), rel=1e-5)
+    assert int(found.correct) == int(token_sums(logits, tokens).correct)
+
+
+def test_slips_come_as_often_as_asked_and_leave_what_is_no_token():
+    torch.manual_seed(0)
+    tokens = torch.full((100, 50), 7)
+    tokens[:, 40:] = -100
+    shown = with_slips(tokens, 0.3, 20)
+    assert (shown[:, 40:] == -100).all() and int(shown[:, :40].max()) == 19
+    # One random token in twenty is the true one.
+    assert float((shown[:, :40] != 7).float().mean()) == pytest.approx(0.3 * 0.95, abs=0.03)

@@ -138,3 +138,23 @@ def test_a_saved_model_reads_the_same(tmp_path):
 def test_phonemes_cannot_be_read_without_their_head():
     with pytest.raises(UserError, match=r"memory=phonemes, but this model has no phoneme head"):
         build(text_decoder=READS, phoneme_head={"enabled": False})
+
+
+def test_training_is_shown_mistakes_and_judged_by_the_truth():
+    """Nearly every token shown is random: only the first, which follows the start, is read as before."""
+    text = {**READS, "dropout": 0.0}
+    plain, slips = build(text_decoder=text), build(text_decoder={**text, "token_errors": 0.99})
+    slips.load_state_dict(plain.state_dict())
+    slips.freeze(["adapter", "encoder", "quantizer", "signal_decoder", "phoneme_head"])
+    batch, weights = batch_of([40, 24, 33]), {"generation": 1.0}
+    truth = plain.eval()(batch, weights=weights)
+    trained = slips.train()(batch, weights=weights)
+    evaluated = slips.eval()(batch, weights=weights)
+    torch.testing.assert_close(evaluated.loss, truth.loss)
+    torch.testing.assert_close(trained.text_logits[:, 0], truth.text_logits[:, 0])
+    assert not torch.allclose(trained.text_logits[:, 1:], truth.text_logits[:, 1:])
+    tokens = batch.tokens
+    expected = torch.nn.functional.cross_entropy(
+        trained.text_logits.flatten(0, 1), tokens.flatten(), ignore_index=-100
+    )
+    torch.testing.assert_close(trained.loss, expected)
