@@ -20,7 +20,7 @@ BALANCED = {
 
 
 def test_presets_are_shipped_and_valid():
-    assert preset_names() == ["a5500x2", "demo", "eeg", "gru", "phonemes", "rqvae"]
+    assert preset_names() == ["a5500x2", "demo", "eeg", "gru", "phonemes", "rqvae", "words"]
     for name in preset_names():
         assert load_config(name).total_steps > 0
 

@@ -35,7 +35,13 @@ class PhaseConfig(Options):
     name: str
     """Unique name, used in logs and checkpoints."""
     steps: PositiveInt
-    """Applied optimizer steps; skipped ones do not count."""
+    """Applied optimizer steps; skipped ones do not count. With `minutes`: at most so many."""
+    minutes: Positive | None = None
+    """Time after which the phase ends, validations included; the learning rate then follows the
+    time. A run with it is not repeated bit for bit; null counts steps alone."""
+    minutes_of: Literal["wall", "processor"] = "wall"
+    """Whose time `minutes` counts: the clock's, or the processor time of a rank's process (without
+    its loader processes), which other work on the machine does not use up."""
     trainable: list[Component] = Field(default=list(COMPONENTS))
     """Components that train; the others are frozen, exactly, and have no optimizer state."""
     losses: LossWeights = LossWeights()

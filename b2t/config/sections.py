@@ -70,7 +70,8 @@ class CodebookStartConfig(Options):
     """When and from how much data the codebooks start."""
 
     after_steps: Annotated[int, Field(ge=0)] = 300
-    """Applied steps with the quantizer passed through, before k-means++ (3 % is a good start)."""
+    """Applied steps with the quantizer passed through, before k-means++ (3 % is a good start); at
+    half of the minutes of a phase that has fewer."""
     frames_per_code: Positive = 16.0
     """Latent frames gathered over all ranks, per code."""
 

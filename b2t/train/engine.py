@@ -66,6 +66,7 @@ class PhaseEngine:
         ds_file: the checked DeepSpeed file.
         masters: exact float32 weights by name; read at construction, written by
             `collect_masters`.
+        time_done: share of the phase's minutes that is over, for the learning rate.
 
     Attributes:
         overflowed: components whose gradients, of this rank's share, were not finite in the last
@@ -79,6 +80,7 @@ class PhaseEngine:
         optim: OptimConfig,
         ds_file: DeepSpeedFile,
         masters: dict[str, Tensor],
+        time_done: Callable[[], float] = lambda: 0.0,
     ) -> None:
         import deepspeed
 
@@ -92,7 +94,9 @@ class PhaseEngine:
             model=model,
             optimizer=optimizer,
             model_parameters=[p for g in groups for p in g["params"]],
-            lr_scheduler=lambda inner: LambdaLR(inner, _courses(inner.param_groups, phase)),
+            lr_scheduler=lambda inner: LambdaLR(
+                inner, _courses(inner.param_groups, phase, time_done)
+            ),
             config=_with_quiet_defaults(ds_file.engine_config()),
             dist_init_required=False,
         )
@@ -359,10 +363,15 @@ def _count_up(adam: Any, steps: int) -> None:
         )
 
 
-def _courses(groups: list[dict], phase: PhaseConfig) -> list[Callable[[int], float]]:
+def _courses(
+    groups: list[dict], phase: PhaseConfig, time_done: Callable[[], float]
+) -> list[Callable[[int], float]]:
     """Learning-rate factor of each parameter group, by its component."""
-    components = [group["name"].split("/")[0] for group in groups]
-    return [partial(lr_factor, phase=phase, component=name) for name in components]
+
+    def factor(step: int, component: str) -> float:
+        return lr_factor(step, phase, component, time_done())
+
+    return [partial(factor, component=group["name"].split("/")[0]) for group in groups]
 
 
 def read_master(parameter: nn.Parameter) -> Tensor | None:

@@ -1,6 +1,6 @@
 """One phase while it is trained: its engine, what it freezes, its averages and its batches."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,7 @@ class TrainedPhase:
         masters: exact float32 weights by name; read here, written by `PhaseEngine.collect_masters`.
         averages: averaged weights to go on from, by name.
         restored: the checkpoint that the phase goes on from, None at its start.
+        time_done: share of the phase's minutes that is over.
 
     Attributes:
         engine: DeepSpeed's, as this phase needs it.
@@ -51,6 +52,7 @@ class TrainedPhase:
         masters: dict[str, Tensor],
         averages: Mapping[str, Tensor],
         restored: Checkpoint | None,
+        time_done: Callable[[], float],
     ) -> None:
         phase = config.phases[number]
         trained = [name for name in phase.trainable if getattr(model, name) is not None]
@@ -61,7 +63,7 @@ class TrainedPhase:
                 "model (text_decoder needs text, phoneme_head needs phonemes)"
             )
         build = Zero3Engine if ds_file.zero_stage == 3 else PhaseEngine
-        self.engine = build(model, phase, config.optim, ds_file, masters)
+        self.engine = build(model, phase, config.optim, ds_file, masters, time_done)
         if model.quantizer is not None and config.model.quantizer.update_rule == "gradient":
             # In any precision the engine's float32 master is where the optimizer moves the codes.
             model.quantizer.attach_master(read_master, self.engine.write)

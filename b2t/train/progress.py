@@ -21,6 +21,7 @@ class Progress:
         skipped: skipped steps over all phases; `consecutive_skips` of them just now.
         validated: step of the last validation.
         seconds: wall time of training over all sessions.
+        phase_seconds: time of this phase that its `minutes` count.
         best: what `checkpoints/best` holds; starts anew in each phase, whose losses differ.
         stopping: early stopping of this phase, None without.
         finished: all phases are done.
@@ -34,6 +35,7 @@ class Progress:
     consecutive_skips: int = 0
     validated: int = -1
     seconds: float = 0.0
+    phase_seconds: float = 0.0
     best: Best = field(default_factory=Best)
     stopping: EarlyStopping | None = None
     finished: bool = False
@@ -54,6 +56,7 @@ class Progress:
             rule: early stopping of the phase.
         """
         self.phase, self.phase_step, self.consumed = number, 0, 0
+        self.phase_seconds = 0.0
         self.best = Best(metric, mode)
         self.stopping = None if rule is None else EarlyStopping(**rule.model_dump())
 

@@ -14,8 +14,13 @@ def shortened_warmup(warmup: int, steps: int) -> int:
     return warmup if warmup <= steps else max(1, steps // 10)
 
 
-def lr_factor(step: int, phase: PhaseConfig, component: str | None = None) -> float:
+def lr_factor(
+    step: int, phase: PhaseConfig, component: str | None = None, time_done: float = 0.0
+) -> float:
     """Factor on the peak learning rate for the update that follows `step` applied ones.
+
+    Where a greater share of the phase's minutes than of its steps is over (`time_done`), the course
+    after warm-up follows the minutes.
 
     A component has the phase's warm-up and course where it has none of its own. A warm-up longer
     than the phase is shortened.
@@ -28,6 +33,6 @@ def lr_factor(step: int, phase: PhaseConfig, component: str | None = None) -> fl
     if schedule == "constant":
         return 1.0
     span = max(1, phase.steps - warmup)
-    done = min(1.0, (step - warmup) / span)
+    done = min(1.0, max((step - warmup) / span, time_done))
     course = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
     return phase.min_lr_fraction + (1 - phase.min_lr_fraction) * course

@@ -17,6 +17,7 @@ from b2t.monitor.alerts import Alert
 from b2t.quantize import QuantizerStats, SoftUsage
 from b2t.quantize.frame_hash import frame_ids
 from b2t.quantize.schedules import anneal
+from b2t.train.budget import PhaseBudget
 from b2t.train.diagnosis import diagnose, skipped_alert
 from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.engine import PhaseEngine
@@ -60,6 +61,7 @@ class OptimizerStep:
         ds_file: the checked DeepSpeed file.
         ranks: this process among all.
         window: receives the losses of each micro-batch.
+        budget: how much of the phase is over.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class OptimizerStep:
         ds_file: DeepSpeedFile,
         ranks: Ranks,
         window: Window,
+        budget: PhaseBudget,
     ) -> None:
         self.model = model
         self.engine = engine
@@ -79,6 +82,7 @@ class OptimizerStep:
         self.ds_file = ds_file
         self.ranks = ranks
         self.window = window
+        self.budget = budget
         self.phase = config.phases[progress.phase]
 
     def totals(self, micro_batches: list[Batch], problem: str | None, stop: bool) -> Totals:
@@ -101,9 +105,11 @@ class OptimizerStep:
             local["padded"] += float(batch.signal.numel())
         local["stop"] = float(stop)
         local["problem"] = float(problem is not None)
+        local["elapsed"] = self.budget.elapsed()
         step = f"step {self.progress.step + 1} of phase {self.phase.name}"
         self.ranks.place = f"opening {step}"
         totals = dict(zip(local, self.ranks.sum(list(local.values())), strict=True))
+        self.progress.phase_seconds += totals["elapsed"] / self.ranks.world
         if totals["problem"]:
             raise UserError(next(p for p in self.ranks.gather(problem) if p is not None))
         self.ranks.place = f"in {step}"
@@ -143,13 +149,20 @@ class OptimizerStep:
         """Bring what anneals to where the applied steps are."""
         quantizer = self.model.quantizer
         if quantizer is not None:
-            planned = self.progress.planned(self.config.phases)
-            quantizer.set_progress(planned / self.config.total_steps)
+            quantizer.set_progress(self._share_done())
             course = self.phase.temperature
             if course is not None:
-                done = self.progress.phase_step / self.phase.steps
+                done = self.budget.done()
                 quantizer.set_temperature(anneal(course.start, course.end, done, course.schedule))
             quantizer.revival_enabled = self.phase.revival
+
+    def _share_done(self) -> float:
+        """Share of the whole training that is over, steps that minutes will cut off included."""
+        progress, steps = self.progress, self.phase.steps
+        # Nothing is added, not even a rounding, where steps alone end the phase.
+        ahead = (self.budget.done() - progress.phase_step / steps) * steps
+        planned = progress.planned(self.config.phases)
+        return min(1.0, (planned + ahead) / self.config.total_steps)
 
     def _seed(self, micro_batch: int) -> None:
         """Make dropout a function of seed, phase, batch, micro-batch, rank: resumes are exact."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,6 +21,7 @@ from b2t.quantize import UpdateReport
 from b2t.quantize.start import NoFiniteFrames
 from b2t.train import snapshot
 from b2t.train.best_model import BestModel
+from b2t.train.budget import PhaseBudget
 from b2t.train.build import Materials
 from b2t.train.callback import Callback
 from b2t.train.checkpoint import Checkpoint, CheckpointStore
@@ -100,6 +102,7 @@ class Trainer:
         self._validating, self._saving = Validating(), Saving(config.checkpoint.every)
         self._duties = [self._validating, BestModel(), self._saving]
         self._trained: TrainedPhase
+        self._budget: PhaseBudget
         self._stepping: OptimizerStep
         self._restored: Checkpoint | None = None
         self._critical: Alert | None = None
@@ -157,7 +160,10 @@ class Trainer:
 
     def seconds_left(self, step_s: float) -> float:
         """Estimate of the training time left, in seconds, at this pace."""
-        return step_s * (self.config.total_steps - self.progress.planned(self.config.phases))
+        following = self.config.phases[self.progress.phase + 1 :]
+        return self._budget.seconds_left(step_s) + sum(
+            min(step_s * p.steps, 60 * (p.minutes or math.inf)) for p in following
+        )
 
     def evaluated(self) -> AbstractContextManager[None]:
         """Whole weights inside, the averaged ones where there are any. Collective."""
@@ -195,7 +201,7 @@ class Trainer:
     def _take_steps(self) -> None:
         batches = self._batches()
         try:
-            while self.progress.phase_step < self.phase.steps and not self._stopping_early():
+            while self._budget.done() < 1 and not self._stopping_early():
                 self._start_codebooks_when_due()
                 waited = time.perf_counter()
                 micro_batches, problem = self._read(batches)
@@ -230,16 +236,17 @@ class Trainer:
 
     def _open_phase(self, restored: Checkpoint | None) -> None:
         self.ranks.place = f"building the engine of phase {self.phase.name}"
+        self._budget = PhaseBudget(self.phase, self.progress)
         self._trained = TrainedPhase(
             self.model, self.config, self.progress.phase, self.ds_file,
-            self.masters, self.averages, restored,
+            self.masters, self.averages, restored, self._budget.time_done,
         )  # fmt: skip
         self.window = Window(self.ranks)
         if restored is not None:
             self.window.load_state(restored.state.get("window"))
         self._stepping = OptimizerStep(
             self.model, self.engine, self.config, self.progress, self.ds_file,
-            self.ranks, self.window,
+            self.ranks, self.window, self._budget,
         )  # fmt: skip
 
     def _batches(self) -> Any:
@@ -284,7 +291,7 @@ class Trainer:
         progress.seconds += step_s
         self.window.close_step(result.totals, step_s, data_s, report)
         self.hook("on_step", self._context(result, report, step_s, data_s))
-        last = progress.phase_step == self.phase.steps
+        last = self._budget.done() >= 1
         if progress.step % self.config.log.every == 0 or last:
             self._log()
             self._leave_if_critical()
@@ -333,7 +340,8 @@ class Trainer:
             return
         start = self.config.codebook_start
         planned = self.progress.planned(self.config.phases)
-        if planned < min(start.after_steps, self.config.phases[0].steps - 1):
+        due = planned >= min(start.after_steps, self.config.phases[0].steps - 1)
+        if not due and self._budget.time_done() < 0.5:
             return
         self.ranks.place = "starting the codebooks"
         try:

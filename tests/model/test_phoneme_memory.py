@@ -141,7 +141,7 @@ def test_phonemes_cannot_be_read_without_their_head():
 
 
 def test_training_is_shown_mistakes_and_judged_by_the_truth():
-    """Nearly every token shown is random: only the first, which follows the start, is read as before."""
+    """Nearly every token shown is random; the first follows the start and is read as before."""
     text = {**READS, "dropout": 0.0}
     plain, slips = build(text_decoder=text), build(text_decoder={**text, "token_errors": 0.99})
     slips.load_state_dict(plain.state_dict())

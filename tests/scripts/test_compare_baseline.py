@@ -1,8 +1,10 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from b2t.config import load_config
 from b2t.evaluate.metrics import EditCounts
 from tests.script_modules import script
 
@@ -37,6 +39,62 @@ def test_edits_are_those_of_phonemes_and_of_words_read_from_them(compare, tmp_pa
         {"target": "no", "lm_prediction": "", "target_phonemes": [5], "phonemes": [5]},
     ]
     (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    found = compare.edits(tmp_path)
+    found = compare.edits(compare.predictions(tmp_path))
     assert found["wer_lm"].edits.tolist() == [1, 1] and found["wer_lm"].lengths.tolist() == [2, 1]
     assert found["per"].edits.tolist() == [2, 0] and found["per"].lengths.tolist() == [3, 1]
+    assert "wer" not in found, "no text decoder wrote"
+    mixed = compare.edits(compare.predictions(tmp_path), mixed=True)
+    # Each trial against what was said of the other.
+    assert mixed["per"].edits.tolist() == [3, 3] and mixed["wer_lm"].edits.tolist() == [2, 2]
+
+
+def test_phases_share_the_minutes_of_a_setting(compare, tmp_path):
+    parser_like = SimpleNamespace(dataset="d", seed=3, minutes=12.0, every=50, batch=16)
+    plain = compare.training(parser_like, "phonemes", tmp_path)
+    config = load_config("phonemes", plain[2:])
+    assert config.phases[0].minutes == 12 and config.phases[0].minutes_of == "processor"
+    assert config.checkpoint.best_metric == "val/per" and config.run.seed == 3
+    own = compare.training(parser_like, "words minutes=4 batch=64 model.init_from=r", tmp_path)
+    config = load_config("words", own[2:])
+    assert [phase.minutes for phase in config.phases] == [3, 1]
+    assert config.model.init_from == "r" and config.checkpoint.best_metric == "val/wer"
+
+
+def test_the_curve_has_one_point_for_each_validation(compare, tmp_path):
+    rows = [
+        {"step": 2, "loss/total": 1.0},
+        {"step": 2, "val/loss": 0.5},
+        {"step": 2, "val/per": 0.25, "val/snr_db": 1.0},
+        {"step": 3, "loss/total": 1.0},
+        {"step": 4, "val/loss": 0.4},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert compare.validation_curve(tmp_path) == [
+        {"step": 2, "val/loss": 0.5, "val/per": 0.25},
+        {"step": 4, "val/loss": 0.4},
+    ]
+    assert compare.last_step(tmp_path) == 4
+
+
+def test_tables_of_several_folders_pool_their_trials(compare, tmp_path, capsys):
+    """Half the errors of the first setting in every folder is a ratio of a half."""
+    folders, results = [], []
+    for name, missed in (("a", 2), ("b", 4)):
+        found = []
+        for number, wrong in enumerate((missed, missed // 2)):
+            run = tmp_path / name / str(number) / "run"
+            run.mkdir(parents=True)
+            said = [1] * wrong + [2] * (10 - wrong)
+            row = {"target_phonemes": [2] * 10, "phonemes": said}
+            (run / "predictions.jsonl").write_text((json.dumps(row) + "\n") * 3)
+            found.append({"setting": f"s{number}", "minutes": 1.0, "steps": 5, "per_noise": 0.9})
+            found[-1]["validation"] = [{"step": 5, "val/per": wrong / 10}]
+        folders.append(tmp_path / name)
+        results.append(found)
+    compare.print_tables(results, folders)
+    printed = capsys.readouterr().out
+    assert "| a | s0 | 1 | 5 | per | 20.0 % | 20.0–20.0 | 90.0 % | 20.0 % |" in printed
+    assert "| s0 | per | 30.0 % | 30.0 % (" in printed and "| 1.00 (1.00–1.00) |" in printed
+    assert "| s1 | per | 15.0 % | 15.0 % (" in printed and "| 0.50 (0.50–0.50) |" in printed
+    compare.draw_curves(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
