@@ -8,11 +8,12 @@ overrides are its own, as for a text decoder on top of a model that has had its 
 ("words minutes=3 batch=64 model.init_from=compare/1/1/run"). Phases share the time in proportion to
 their steps in the preset; warm-up and the start of codebooks stay the preset's. All train on one
 thread, and only processor time counts, validations included: the phase's `minutes`. The model is
-the one that validation chose, by its words where it writes any, else by its phonemes; a language
-model of the training sentences, its weights tuned on the validation split for each, reads the
-words. What is printed comes from the test split, which chose nothing; ratios are to the first
-setting, with a paired bootstrap over trials, those of all folders pooled. A call that was cut off
-goes on where it was: settings that it had finished are known, the run of another keeps its time.
+the one that validation chose, by its words where it writes any, else by its phonemes; words are
+read by a lexicon of the training sentences alone, and by it with their language model, the weights
+of both tuned on the validation split for each. What is printed comes from the test split, which
+chose nothing; ratios are to the first setting, with a paired bootstrap over trials, those of all
+folders pooled. A call that was cut off goes on where it was: settings that it had finished are
+known, the run of another keeps its time.
 """
 
 import argparse
@@ -39,6 +40,7 @@ MOST_STEPS = 10
 RATES = {
     "per": ("phonemes", "target_phonemes", "phoneme"),
     "wer_lm": ("lm_prediction", "target", "word"),
+    "wer_lexicon": ("lexicon_prediction", "target", "word"),
     "wer": ("prediction", "target", "word"),
 }
 """Rate, and where the predictions hold what was said and what should have been."""
@@ -113,16 +115,22 @@ def known_or_new(args: argparse.Namespace, setting: str, folder: Path) -> dict:
 def compare_one(args: argparse.Namespace, setting: str, folder: Path) -> dict:
     """Train and evaluate one setting."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    run, model = folder / "run", str(folder / "lm")
+    run = folder / "run"
     engine = json.loads((ROOT / "ds_configs" / "zero2_cpu.json").read_text())
     engine["train_micro_batch_size_per_gpu"] = int(own(setting, "batch", args.batch))
     (folder / "deepspeed.json").write_text(json.dumps(engine))
     overrides = training(args, setting, run)
-    command("train_ds", "--deepspeed_config", folder / "deepspeed.json", *overrides)
+    status = run / "status.json"
+    if not (status.is_file() and json.loads(status.read_text())["state"] == "finished"):
+        command("train_ds", "--deepspeed_config", folder / "deepspeed.json", *overrides)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command("b2t.cli", "lm", args.dataset, "--out", model, "--order", args.order, "--tune", run)
-    command("b2t.cli", "evaluate", run, "--lm", model, "--split", "test")
-    found = json.loads((run / "evaluation.json").read_text())
+    found = {}
+    for name, options in {"lexicon": ["--lexicon-only"], "lm": ["--order", args.order]}.items():
+        model, out = folder / name, folder / f"by_{name}"
+        command("b2t.cli", "lm", args.dataset, "--out", model, *options, "--tune", run)
+        command("b2t.cli", "evaluate", run, "--lm", model, "--split", "test", "--out", out)
+        one = json.loads((out / "evaluation.json").read_text())
+        found |= {key.replace("_lm", f"_{name}"): value for key, value in one.items()}
     return {
         "setting": setting,
         "minutes": own(setting, "minutes", args.minutes),
@@ -192,8 +200,17 @@ def command(module: str, *arguments: object) -> None:
 
 
 def predictions(folder: Path) -> list[dict[str, Any]]:
-    """Predictions of each test trial, in the order of the rows."""
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    """Predictions of each test trial, in the order of the rows, by all decoders."""
+    lexicon, rows = (
+        [
+            json.loads(line)
+            for line in (folder / f"by_{name}" / "predictions.jsonl").read_text().splitlines()
+        ]
+        for name in ("lexicon", "lm")
+    )
+    for row, other in zip(rows, lexicon, strict=True):
+        row["lexicon_prediction"] = other.get("lm_prediction")
+    return rows
 
 
 def edits(rows: list[dict[str, Any]], mixed: bool = False) -> dict[str, metrics.EditCounts]:
@@ -237,7 +254,7 @@ def print_tables(results: list[list[dict]], folders: list[Path]) -> None:
     for folder, found in zip(folders, results, strict=True):
         counts.append([])
         for number, result in enumerate(found):
-            rows = predictions(folder / str(number) / "run")
+            rows = predictions(folder / str(number))
             counts[-1].append(edits(rows))
             mixed = edits(rows, mixed=True)
             for name, own in counts[-1][-1].items():
@@ -264,10 +281,11 @@ def ratio_to_first(
     counts: list[list[dict[str, metrics.EditCounts]]], number: int, name: str
 ) -> str:
     """Ratio of a rate to that of the first setting; its words are those by language model."""
-    base = name if name in counts[0][0] else "wer_lm"
-    first = pooled([found[0][base] for found in counts])
+    if name not in counts[0][0]:
+        return "–"
+    first = pooled([found[0][name] for found in counts])
     ratio, low, high = paired(first, pooled([found[number][name] for found in counts]))
-    return f"{ratio:.2f} ({low:.2f}–{high:.2f})" + (f" to {base}" if base != name else "")
+    return f"{ratio:.2f} ({low:.2f}–{high:.2f})"
 
 
 def percent(rate: float | None, unit: str = " %") -> str:

@@ -120,6 +120,7 @@ def make(
     prune: Sequence[int] = (0,),
     max_words: int | None = None,
     split: str | None = None,
+    lexicon_only: bool = False,
 ) -> tuple[LanguageModelCard, NGramModel]:
     """Estimate a model and a lexicon from texts and write them.
 
@@ -130,6 +131,7 @@ def make(
         prune: see `estimate`.
         max_words: keep the most frequent words only; the others count as unknown.
         split: recorded.
+        lexicon_only: give the n-grams no weight: words are those of the lexicon, all alike.
 
     Raises:
         UserError: no text, or no word with a pronunciation.
@@ -158,6 +160,7 @@ def make(
         sentences=len(sentences),
         words=len(known),
         discounts=model.discounts,
+        search=SearchOptions(lm_weight=0.0 if lexicon_only else SearchOptions().lm_weight),
         learnt=lexicon.learnt,
         left_out=lexicon.missing,
     )
@@ -247,6 +250,8 @@ def tune(
 ) -> tuple[SearchOptions, float, float, int]:
     """Choose the weights of a search by WER, one weight after another, twice over a grid.
 
+    A language model of weight 0 keeps it: its words are read by the lexicon alone.
+
     Args:
         decoder: keeps the chosen weights.
         rows: phoneme logits [P, 41] of the real frames of each trial.
@@ -264,7 +269,8 @@ def tune(
         return seen[options]
 
     before = best = decoder.options
-    steps = [(name, value) for _ in range(2) for name, grid in _GRID.items() for value in grid]
+    grids = {n: g for n, g in _GRID.items() if before.lm_weight or n != "lm_weight"}
+    steps = [(name, value) for _ in range(2) for name, grid in grids.items() for value in grid]
     for name, value in tqdm(steps, desc="tune", disable=None if progress else True, leave=False):
         tried = best.model_copy(update={name: value})
         if score(tried) < score(best):

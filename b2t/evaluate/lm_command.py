@@ -16,6 +16,7 @@ examples:
   b2t lm data/demo/prepared --out lm/demo --tune runs/demo
   b2t lm data/demo/prepared --out lm/demo --tune runs/demo --rescore gpt2
   b2t lm prepared/t15 news.txt --out lm/large --order 4 --prune 0 0 1 --max-words 125000
+  b2t lm data/demo/prepared --out lm/words --lexicon-only --tune runs/demo
   b2t evaluate runs/demo --lm lm/demo
 
 A dataset gives the sentences of its training split, and pronunciations from its phoneme labels; a
@@ -42,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[0],
         metavar="N",
         help="leave out n-grams seen at most N times, per order from 1 (0: none)",
+    )
+    parser.add_argument(
+        "--lexicon-only",
+        action="store_true",
+        help="give the n-grams no weight: what the words of the texts alone make of phonemes",
     )
     parser.add_argument("--max-words", type=positive, help="keep the most frequent words only")
     parser.add_argument("--tune", type=Path, metavar="RUN", help="run whose phonemes tune weights")
@@ -73,7 +79,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.out}: no language model to tune; name what to learn it from")
     if args.source:
         sources = [read_source(name, args.split) for name in args.source]
-        card, model = make(sources, args.out, args.order, args.prune, args.max_words, args.split)
+        card, model = make(
+            sources, args.out, args.order, args.prune, args.max_words, args.split, args.lexicon_only
+        )
         _tell(card, model, args.out)
     if args.tune is not None:
         _tune(args)

@@ -212,6 +212,22 @@ def test_tuning_lowers_the_errors_and_is_recorded(tmp_path):
     assert decoder.options == chosen and (wer == 0) == (wrong == 0)
 
 
+def test_a_lexicon_alone_does_not_care_what_was_said_often(tmp_path):
+    said, read = ["i am cold", "no i am fine", "call me now"], []
+    rows = [noisy_logits(text, i) for i, text in enumerate(said * 2)]
+    for name, often in (("a", 0), ("b", 2)):
+        source = TextSource("t", said + [said[often]] * 20, [None] * 23)
+        make([source], tmp_path / name, lexicon_only=True)
+        decoder, card = open_decoder(tmp_path / name, beam_size=20)
+        assert card.search.lm_weight == 0
+        chosen, *_ = tune(decoder, rows, said * 2)
+        assert chosen.lm_weight == 0
+        masks = [torch.ones(1, len(row), dtype=torch.bool) for row in rows]
+        texts = zip(rows, masks, strict=True)
+        read.append([decoder.decode(row[None], mask)[0] for row, mask in texts])
+    assert read[0] == read[1]
+
+
 def test_words_outside_the_vocabulary_break_sentences(tmp_path):
     source = TextSource("t", ["i xqzt am", "i am", "i am", "Am I?"], [None] * 4)
     card, model = make([source], tmp_path, order=2)

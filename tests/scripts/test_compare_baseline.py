@@ -38,10 +38,15 @@ def test_edits_are_those_of_phonemes_and_of_words_read_from_them(compare, tmp_pa
         },
         {"target": "no", "lm_prediction": "", "target_phonemes": [5], "phonemes": [5]},
     ]
-    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    lexicon = [{"lm_prediction": "hello you"}, {"lm_prediction": "nor"}]
+    for name, content in (("by_lm", rows), ("by_lexicon", lexicon)):
+        (tmp_path / name).mkdir()
+        lines = "".join(json.dumps(r) + "\n" for r in content)
+        (tmp_path / name / "predictions.jsonl").write_text(lines)
     found = compare.edits(compare.predictions(tmp_path))
     assert found["wer_lm"].edits.tolist() == [1, 1] and found["wer_lm"].lengths.tolist() == [2, 1]
     assert found["per"].edits.tolist() == [2, 0] and found["per"].lengths.tolist() == [3, 1]
+    assert found["wer_lexicon"].edits.tolist() == [0, 1]
     assert "wer" not in found, "no text decoder wrote"
     mixed = compare.edits(compare.predictions(tmp_path), mixed=True)
     # Each trial against what was said of the other.
@@ -82,11 +87,12 @@ def test_tables_of_several_folders_pool_their_trials(compare, tmp_path, capsys):
     for name, missed in (("a", 2), ("b", 4)):
         found = []
         for number, wrong in enumerate((missed, missed // 2)):
-            run = tmp_path / name / str(number) / "run"
-            run.mkdir(parents=True)
+            place = tmp_path / name / str(number)
             said = [1] * wrong + [2] * (10 - wrong)
             row = {"target_phonemes": [2] * 10, "phonemes": said}
-            (run / "predictions.jsonl").write_text((json.dumps(row) + "\n") * 3)
+            for by in ("by_lm", "by_lexicon"):
+                (place / by).mkdir(parents=True)
+                (place / by / "predictions.jsonl").write_text((json.dumps(row) + "\n") * 3)
             found.append({"setting": f"s{number}", "minutes": 1.0, "steps": 5, "per_noise": 0.9})
             found[-1]["validation"] = [{"step": 5, "val/per": wrong / 10}]
         folders.append(tmp_path / name)
