@@ -467,11 +467,11 @@ def test_five_phases_of_which_one_stops_early(start, ds_file, orders):
         {"text_decoder"},
         {"adapter", "encoder", "signal_decoder", "phoneme_head", "text_decoder"},
     ]
-    orders[5] = ask_to_stop  # an evaluation before the rule holds, and its last step
+    orders[5] = ask_to_stop  # heard in the evaluation after which the rule holds
     with pytest.raises(Stopped):
         start("again", ds_file(), *FIVE).fit()
     again = start("again", ds_file(), *FIVE)
-    assert (again.progress.step, again.progress.stopping.waited) == (6, 1)
+    assert (again.progress.step, again.progress.stopping.waited) == (6, 0)
     again.fit()
     assert_same_end(end_of(again), end_of(trainer))
 
