@@ -20,7 +20,8 @@ BALANCED = {
 
 
 def test_presets_are_shipped_and_valid():
-    assert preset_names() == ["a5500x2", "demo", "eeg", "gru", "phonemes", "rqvae", "words"]
+    names = ["a5500x2", "demo", "eeg", "gru", "phonemes", "rqvae", "t15", "words"]
+    assert preset_names() == names
     for name in preset_names():
         assert load_config(name).total_steps > 0
 

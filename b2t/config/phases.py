@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from b2t.data.masking import MaskingOptions
 from b2t.model.objectives import COMPONENTS, Component, LossWeights
 from b2t.options import Fraction, NonNegative, Options, Positive, PositiveInt
 from b2t.quantize.options import TemperatureOptions
@@ -46,6 +47,8 @@ class PhaseConfig(Options):
     """Components that train; the others are frozen, exactly, and have no optimizer state."""
     losses: LossWeights = LossWeights()
     """Weights of the total loss."""
+    masking: MaskingOptions = MaskingOptions()
+    """What is hidden of each trial where `losses.masked` is above 0."""
     text_from: Literal["signals", "labels"] = "signals"
     """What text is learnt from with `text_decoder.memory: phonemes`: the phonemes heard in signals,
     or those of the labels. Where text is all that is learnt, no signal is encoded then."""

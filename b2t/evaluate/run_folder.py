@@ -1,7 +1,7 @@
 """What a finished or running training left on disk: its best model and its configuration."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,7 +207,7 @@ def load_batches(
         augment=Augment(smoothing_bins=_smoothing(run, model), enabled=False),
         batch_size=batch_size,
     )
-    return batches if order is None else (_reordered(batch, order) for batch in batches)
+    return batches if order is None else (batch.with_channels(order) for batch in batches)
 
 
 def require_same_kind(
@@ -243,11 +243,6 @@ def _smoothing(run: Run, model: Any) -> float:
     if model.config.signal is not None:
         return float(model.config.signal["smoothing_bins"])
     return run.config.data.augment.smoothing_bins if run.config else 0.0
-
-
-def _reordered(batch: "Batch", order: list[int]) -> "Batch":
-    signal, target = batch.signal[..., order], batch.target[..., order]
-    return replace(batch, signal=signal, target=target, _counts=None)
 
 
 def is_simulated(model: Any, path: str) -> bool:

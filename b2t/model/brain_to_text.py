@@ -19,6 +19,7 @@ from b2t.model.assembly import (
 from b2t.model.configuration import BrainToTextConfig
 from b2t.model.encoder import Encoder
 from b2t.model.inference import Inference
+from b2t.model.masked_prediction import MaskedPrediction
 from b2t.model.objectives import COMPONENTS, DEFAULT_WEIGHTS, OBJECTIVES
 from b2t.model.options import EncoderOptions
 from b2t.model.outputs import BrainToTextOutput, Encoded, Scored
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from b2t.data.batches import Batch
 
 
-class BrainToText(Inference, TextSide, Pretrained):
+class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
     """Brain signals to discrete codes, and codes to signal, phonemes and text.
 
     Attributes:
@@ -104,7 +105,11 @@ class BrainToText(Inference, TextSide, Pretrained):
         return {**batch.counts(), "frames": frames.sum(), "phonemes": (lengths * used).sum()}
 
     def latents(
-        self, signal: Tensor, signal_mask: Tensor | None = None, session: Tensor | None = None
+        self,
+        signal: Tensor,
+        signal_mask: Tensor | None = None,
+        session: Tensor | None = None,
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Encode without quantizing.
 
@@ -112,6 +117,7 @@ class BrainToText(Inference, TextSide, Pretrained):
             signal: [B, T, C].
             signal_mask: [B, T] bool, True = real; None is all real.
             session: [B] int64, −1 = unseen; None is all unseen.
+            hidden: [B, T] bool, True = bins that the encoder sees as zeros; None hides none.
 
         Returns:
             Latents [B, P, D], zero under the mask, and the mask of real frames [B, P] bool.
@@ -124,6 +130,8 @@ class BrainToText(Inference, TextSide, Pretrained):
         signal = signal.masked_fill(~signal_mask[..., None], 0.0)
         if self.adapter is not None:
             signal = self.adapter(signal, session)
+        if hidden is not None:
+            signal = signal.masked_fill(hidden[..., None], 0.0)
         return self.encoder(signal, signal_mask), self.frame_mask(signal_mask)
 
     def encode_batch(
@@ -199,6 +207,8 @@ class BrainToText(Inference, TextSide, Pretrained):
         reads_labels = text_from_labels and self.reads_phonemes
         if reads_labels and set(weights) == {"generation"}:
             return self._spell(batch, counts, weights)
+        if set(weights) == {"masked"}:
+            return self._pretrain(batch, counts, weights)
         encoded = self.encode_batch(
             batch.signal,
             batch.signal_mask,
@@ -211,6 +221,8 @@ class BrainToText(Inference, TextSide, Pretrained):
         )
         labelled = batch if reads_labels else None
         losses, outputs, metrics = self._score(batch, encoded, counts, weights, labelled)
+        if "masked" in weights:
+            losses["masked"] = sums.normalise(self._predict_hidden(batch)[0], counts["hidden"])
         losses |= encoded.losses
         zero = torch.zeros((), device=batch.signal.device)
         return BrainToTextOutput(

@@ -12,9 +12,9 @@ COMPONENTS: tuple[Component, ...] = get_args(Component)
 """Attribute names of the parts of `BrainToText`, which a phase can train or freeze; a part that was
 not built is None."""
 
-Count = Literal["bins", "frames", "tokens", "phonemes"]
+Count = Literal["bins", "frames", "tokens", "phonemes", "hidden"]
 """Elements that losses are divided by: recorded bins times channels, latent frames, text tokens,
-phonemes."""
+phonemes, hidden bins times channels."""
 COUNTS: tuple[Count, ...] = get_args(Count)
 
 
@@ -45,6 +45,9 @@ class LossWeights(Options):
     """1 − exp(H)/K of the mean soft assignment."""
     phoneme: Annotated[NonNegative, Objective("phoneme_head", "phonemes", "phon")] = 0.3
     """CTC on phonemes, where there are any."""
+    masked: Annotated[NonNegative, Objective("signal_decoder", "hidden", "mask")] = 0.0
+    """Squared error of patches that are hidden from the encoder (`masking`), past the quantizer:
+    what can be learnt of recordings without labels."""
 
 
 DEFAULT_WEIGHTS: Mapping[str, float] = LossWeights().model_dump()

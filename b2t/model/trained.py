@@ -5,8 +5,11 @@ from typing import Any
 
 from b2t.model.objectives import WEIGHTED
 
-_HEADS = {loss.component: name for name, loss in WEIGHTED.items() if loss.component != "quantizer"}
-"""Components that one loss alone reaches."""
+_HEADS = {
+    head: [name for name, loss in WEIGHTED.items() if loss.component == head]
+    for head in ("signal_decoder", "phoneme_head", "text_decoder")
+}
+"""Components that these losses alone reach."""
 
 
 def trained_components(
@@ -26,7 +29,7 @@ def trained_components(
             name
             for one in done
             for name in one.trainable
-            if name not in _HEADS or getattr(one.losses, _HEADS[name]) > 0
+            if name not in _HEADS or any(getattr(one.losses, loss) > 0 for loss in _HEADS[name])
         }
         | {*before}
     )

@@ -8,7 +8,10 @@ from tests.model.small_model import batch_of, build
 
 
 def losses(model, **counts):
-    out = model(batch_of([40, 23]), {**dict.fromkeys(COUNTS, 8.0), **counts}, DEFAULT_WEIGHTS)
+    batch = batch_of([40, 23])
+    batch.hidden = batch.signal_mask & (batch.row_ids[:, None] == batch.row_ids[0])
+    every = {name: weight or 1.0 for name, weight in DEFAULT_WEIGHTS.items()}
+    out = model(batch, {**dict.fromkeys(COUNTS, 8.0), **counts}, every)
     return {name: loss.item() for name, loss in out.losses.items()}
 
 

@@ -24,7 +24,7 @@ def test_a_short_trial_is_told_what_is_shortened(warned):
     assert "phases.0.warmup_steps=2000 is longer" in warned[1] and "shortened to 20" in warned[1]
 
 
-@pytest.mark.parametrize("preset", ["a5500x2", "demo", "eeg", "rqvae"])
+@pytest.mark.parametrize("preset", ["a5500x2", "demo", "eeg", "rqvae", "t15"])
 def test_presets_are_followed_as_they_are(warned, preset):
     settings.check_lengths(load_config(preset))
     assert warned == []

@@ -26,6 +26,8 @@ class Batch:
         phoneme_lengths: [B] int64, 0 = no phonemes.
         rows: ids ``session/block/trial``.
         texts: the sentences, None where a row has none.
+        hidden: [B, T] bool, True = recorded but hidden from the encoder, for the loss `masked`;
+            None where nothing is.
         row_ids: [B] int64, hashes of ``rows``: what the rows are, where a device needs to know.
     """
 
@@ -38,6 +40,7 @@ class Batch:
     phoneme_lengths: torch.Tensor
     rows: list[str]
     texts: list[str | None]
+    hidden: torch.Tensor | None = None
     row_ids: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     _counts: dict[str, float] | None = field(default=None, repr=False)
 
@@ -52,17 +55,26 @@ class Batch:
     def counts(self) -> dict[str, float]:
         """Count the elements that losses are averaged over.
 
-        Returns ``bins`` (recorded bins times channels), ``tokens``, ``phonemes`` and ``rows``.
+        Returns ``bins`` (recorded bins times channels), ``hidden`` (those that are hidden),
+        ``tokens``, ``phonemes`` and ``rows``.
         Counted once, on the CPU when the batch was loaded, so that asking costs no device wait.
         """
         if self._counts is None:
             self._counts = {
                 "bins": float(self.signal_mask.sum() * self.signal.shape[-1]),
+                "hidden": 0.0
+                if self.hidden is None
+                else float(self.hidden.sum() * self.signal.shape[-1]),
                 "tokens": float((self.tokens != IGNORE).sum()),
                 "phonemes": float(self.phoneme_lengths.sum()),
                 "rows": float(len(self)),
             }
         return dict(self._counts)
+
+    def with_channels(self, order: Sequence[int]) -> "Batch":
+        """Return the batch with the channels of signal and target in this order."""
+        signal, target = self.signal[..., order], self.target[..., order]
+        return replace(self, signal=signal, target=target, _counts=None)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Batch":
         """Move to ``device``; ``dtype`` casts signal and target only."""
@@ -87,7 +99,10 @@ class Batch:
 
 
 class Example(NamedTuple):
-    """One row, augmented: signal and target [T, C], mask [T], labels [L], phonemes [S]."""
+    """One row, augmented: signal and target [T, C], mask [T], labels [L], phonemes [S].
+
+    ``hidden`` [T] bool is what the loss `masked` asks for, None where nothing is hidden.
+    """
 
     signal: np.ndarray
     target: np.ndarray
@@ -97,6 +112,7 @@ class Example(NamedTuple):
     phonemes: np.ndarray
     row: str
     text: str | None
+    hidden: np.ndarray | None = None
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -120,6 +136,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         phoneme_lengths=torch.tensor([len(example.phonemes) for example in examples]),
         rows=[example.row for example in examples],
         texts=[example.text for example in examples],
+        hidden=None if examples[0].hidden is None else padded("hidden", False),
     )
     batch.counts()
     return batch

@@ -17,6 +17,7 @@ from b2t.data.augment import Augment
 from b2t.data.batches.batch import Batch, Example, collate
 from b2t.data.batches.order import BatchPlan, evaluation_batches
 from b2t.data.batches.rows import TrialRows
+from b2t.data.masking import Masking
 from b2t.data.trials import signal_lengths
 from b2t.errors import UserError
 
@@ -38,6 +39,7 @@ def train_batches(
     world: int = 1,
     workers: int = 0,
     max_tokens: int | None = None,
+    masking: Masking | None = None,
 ) -> Iterator[tuple[int, int, list[Batch]]]:
     """Yield (epoch, position, micro-batches of this rank) without end, from (epoch, position) on.
 
@@ -47,7 +49,14 @@ def train_batches(
         UserError: a trial that cannot be trained on, or a text over ``max_tokens``.
     """
     rows = TrialRows(
-        dataset, tokenizer, sessions, augment, seed=seed, phase=phase, max_tokens=max_tokens
+        dataset,
+        tokenizer,
+        sessions,
+        augment,
+        seed=seed,
+        phase=phase,
+        max_tokens=max_tokens,
+        masking=masking,
     )
     share = partial(
         plan.micro_batches,
@@ -93,6 +102,7 @@ def eval_batches(
     world: int = 1,
     workers: int = 0,
     max_tokens: int | None = None,
+    masking: Masking | None = None,
 ) -> Iterator[Batch]:
     """Yield every row exactly once over all ranks, longest first, without random augmentation.
 
@@ -100,7 +110,7 @@ def eval_batches(
         augment: the training augmentation, whose smoothing also belongs to evaluation.
         batch_size: most rows in a batch.
     """
-    rows = TrialRows(dataset, tokenizer, sessions, augment, max_tokens=max_tokens)
+    rows = TrialRows(dataset, tokenizer, sessions, augment, max_tokens=max_tokens, masking=masking)
     plan = evaluation_batches(signal_lengths(dataset), batch_size, rank, world)
     keys = ([(None, int(index)) for index in batch] for batch in plan)
     return _load(rows, keys, workers)

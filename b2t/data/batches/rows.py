@@ -10,6 +10,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from b2t.data.augment import Augment, row_generator
 from b2t.data.batches.batch import Example
+from b2t.data.masking import Masking
 from b2t.data.trials import read_signal, require_finite, row_id
 from b2t.errors import UserError
 from b2t.labels import UNSEEN_SESSION
@@ -26,6 +27,7 @@ class TrialRows(TorchDataset):
         tokenizer: any transformers tokenizer with an eos token; None for data without text.
         sessions: the model's sessions in order.
         augment: None leaves signals as recorded.
+        masking: hides parts of the signals from the encoder; None hides nothing.
         max_tokens: longest label sequence, eos included.
 
     Raises:
@@ -42,7 +44,9 @@ class TrialRows(TorchDataset):
         seed: int = 0,
         phase: int = 0,
         max_tokens: int | None = None,
+        masking: Masking | None = None,
     ) -> None:
+        self.masking = masking
         self.dataset = dataset.with_format("arrow")
         self.labels = _labels(dataset, tokenizer)
         self.sessions = {name: index for index, name in enumerate(sessions)}
@@ -82,6 +86,7 @@ class TrialRows(TorchDataset):
             phonemes=np.asarray(row["phonemes"] or [], dtype=np.int64),
             row=name,
             text=row["text"],
+            hidden=self._hidden(mask, name, epoch),
         )
 
     def _augmented(
@@ -91,6 +96,13 @@ class TrialRows(TorchDataset):
         if epoch is None:
             return augment.evaluation(signal)
         return augment(signal, sampling_rate, row_generator(self.seed, self.phase, epoch, name))
+
+    def _hidden(self, mask: np.ndarray, name: str, epoch: int | None) -> np.ndarray | None:
+        if self.masking is None:
+            return None
+        if epoch is None:  # the same at every validation
+            return self.masking(mask, 0, 0, 0, name)
+        return self.masking(mask, self.seed, self.phase, epoch, name)
 
     def _require_short(self, max_tokens: int | None) -> None:
         if max_tokens is None:
