@@ -18,6 +18,7 @@ COMMANDS = {
     "decode": "b2t.evaluate.decode_command",
     "score": "b2t.evaluate.score_command",
     "lm": "b2t.evaluate.lm_command",
+    "adapt": "b2t.train.adapt_command",
     "tokenize": "b2t.evaluate.tokenize_command",
     "export": "b2t.evaluate.export_command",
     "report": "b2t.report.report_command",
