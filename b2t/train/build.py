@@ -11,6 +11,7 @@ from b2t.config import Config
 from b2t.data.augment import Augment
 from b2t.data.batches import TrialRows
 from b2t.data.dataset import DatasetInfo, dataset_info, load_trials
+from b2t.data.masking import Masking
 from b2t.data.trials import typical_rms
 from b2t.errors import UserError
 from b2t.log import logger
@@ -88,6 +89,15 @@ def _tokenizer(config: Config, train: Dataset) -> PreTrainedTokenizerBase:
         checkpoint=section.checkpoint,
         causal=section.kind == "causal_lm",
     )
+
+
+def masking_of(config: Config, number: int) -> Masking | None:
+    """What a phase hides of its trials, None where it does not ask for what was hidden."""
+    phase = config.phases[number]
+    if not phase.losses.masked:
+        return None
+    stride = config.model.encoder.patch_stride
+    return Masking(patch_stride=stride, **phase.masking.model_dump())
 
 
 def model_config(

@@ -11,7 +11,7 @@ from b2t.data.batches import Batch, BatchPlan, train_batches
 from b2t.errors import UserError
 from b2t.log import logger
 from b2t.model.brain_to_text import BrainToText
-from b2t.train.build import Materials
+from b2t.train.build import Materials, masking_of
 from b2t.train.checkpoint import Checkpoint
 from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.engine import PhaseEngine, read_master
@@ -139,6 +139,7 @@ def phase_batches(
         world=ranks.world,
         workers=config.data.workers,
         max_tokens=config.data.max_text_tokens,
+        masking=masking_of(config, number),
     )
     return _unpacked(loader)
 

@@ -75,7 +75,8 @@ class Validating(Callback):
     def _metrics(trainer: Run) -> dict[str, float]:
         config, model, ranks = trainer.config, trainer.model, trainer.ranks
         limit = config.evaluation.max_trials
-        batches = validation_batches(config, trainer.materials, ranks, limit)
+        phase = trainer.progress.phase
+        batches = validation_batches(config, trainer.materials, ranks, limit, phase)
         weights = active_losses(model, trainer.phase)
         heard = trainer.stops.until_heard(batches)
         return validate(model, heard, weights, trainer.engine.dtype, ranks)

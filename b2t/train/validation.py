@@ -15,7 +15,7 @@ from b2t.evaluate.evaluation import Evaluation, evaluate_model
 from b2t.log import logger
 from b2t.model.brain_to_text import BrainToText
 from b2t.model.objectives import COUNTS, WEIGHTED
-from b2t.train.build import Materials
+from b2t.train.build import Materials, masking_of
 from b2t.train.metric_names import decode_trials
 from b2t.train.ranks import Ranks
 from b2t.train.stopping import StopRequests
@@ -32,9 +32,12 @@ _POOLED = (
 
 
 def validation_batches(
-    config: Config, materials: Materials, ranks: Ranks, limit: int | None
+    config: Config, materials: Materials, ranks: Ranks, limit: int | None, phase: int | None = None
 ) -> Iterator[Batch]:
-    """Return a rank's share of the validation trials (`limit` of them, from all sessions)."""
+    """Return a rank's share of the validation trials (`limit` of them, from all sessions).
+
+    What phase number `phase` hides from the encoder is hidden, the same each time.
+    """
     dataset = materials.validation
     if limit is not None:
         dataset = dataset.select(spread_over_sessions(dataset, limit))
@@ -47,6 +50,7 @@ def validation_batches(
         rank=ranks.rank,
         world=ranks.world,
         max_tokens=config.data.max_text_tokens,
+        masking=None if phase is None else masking_of(config, phase),
     )
 
 
