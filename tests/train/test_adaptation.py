@@ -60,8 +60,8 @@ def saved(tmp_path_factory):
         loss = model(parts[step % 2], weights={"phoneme": 1.0}).loss
         optimizer.zero_grad(), loss.backward(), optimizer.step()
     model.eval().save_pretrained(folder / "model")
-    generator = np.random.default_rng(5)
-    mixed = np.eye(CHANNELS) * 0.7 + 0.28 * generator.standard_normal((CHANNELS, CHANNELS))
+    generator = np.random.default_rng(6)
+    mixed = np.eye(CHANNELS) * 0.8 + 0.26 * generator.standard_normal((CHANNELS, CHANNELS))
     new = trials("c", 48, 9, mixed.astype("float32"))
     DatasetDict({"train": new, "val": trials("c", 24, 10, mixed.astype("float32"))}).save_to_disk(
         str(folder / "data")
@@ -81,8 +81,8 @@ def error_rate(model, dataset, session):
 
 def test_errors_fall_on_trials_that_it_never_saw(saved, tmp_path, capsys):
     call(
-        adapt_command, saved / "model", saved / "data", f"--out={tmp_path / 'new'}", "--lr=0.01",
-        "--rounds=4", "--epochs=4", "--batch-size=8",
+        adapt_command, saved / "model", saved / "data", f"--out={tmp_path / 'new'}", "--lr=0.003",
+        "--rounds=4", "--epochs=4", "--batch-size=8", "--keep=0.5",
     )  # fmt: skip
     assert "round 4" in capsys.readouterr().out
     before = BrainToText.from_pretrained(saved / "model")
@@ -90,7 +90,7 @@ def test_errors_fall_on_trials_that_it_never_saw(saved, tmp_path, capsys):
     assert after.config.sessions == ["a", "b", "c"]
     held_out = load_from_disk(str(saved / "data"))["val"]
     first, last = error_rate(before, held_out, -1), error_rate(after, held_out, 2)
-    assert first > 0.1 and last < 0.7 * first, (first, last)
+    assert first > 0.05 and last < 0.5 * first, (first, last)
     for name, value in before.state_dict().items():
         now = after.state_dict()[name]
         assert torch.equal(now[:2] if name.startswith("adapter.") else now, value), name
@@ -102,9 +102,9 @@ def test_errors_fall_on_trials_that_it_never_saw(saved, tmp_path, capsys):
 def test_labels_are_never_looked_at(saved, tmp_path):
     wrong = load_from_disk(str(saved / "data"))
     wrong["train"] = wrong["train"].map(lambda row: {"phonemes": [7] * 3})
-    wrong.save_to_disk(str(tmp_path / "wrong"))
+    wrong.save_to_disk(str(tmp_path / "wrong-data"))
     found = []
-    for name, data in (("right", saved / "data"), ("wrong", tmp_path / "wrong")):
+    for name, data in (("right", saved / "data"), ("wrong", tmp_path / "wrong-data")):
         out = f"--out={tmp_path / name}"
         call(adapt_command, saved / "model", data, out, "--rounds=1", "--epochs=1")
         found.append(BrainToText.from_pretrained(tmp_path / name).adapter.weight)
@@ -137,7 +137,7 @@ def test_words_correct_what_is_heard(saved):
 
     alone, corrected = hear(model, batches), hear(model, batches, Words())
     for row, label in corrected.items():
-        assert label.phonemes == [29, 26, 40]
+        assert label.phonemes == [29, 25, 40]
         agreement = max(1 - phoneme_error_rate([label.phonemes], [alone[row].phonemes]), 0)
         assert label.confidence == pytest.approx(alone[row].confidence * agreement)
 
