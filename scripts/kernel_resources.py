@@ -33,21 +33,28 @@ WIDTHS = (64, 128, 256, 1024)
 CODES = 8192
 
 POINTER_TYPES = {
-    "x_ptr": "*fp32",
     "mask_ptr": "*u8",
-    "codebook_ptr": "*fp32",
-    "codebooks_ptr": "*fp32",
+    "valid_ptr": "*u8",
+    "rows_ptr": "*fp16",
     "codes_ptr": "*fp16",
+    "runs_ptr": "*i32",
     "indices_ptr": "*i64",
     "counts_ptr": "*i64",
     "frames_ptr": "*i64",
     "queue_ptr": "*i64",
-    "length_ptr": "*i32",
+    "length_ptr": "*i64",
     "slots_ptr": "*i32",
     "order_ptr": "*i64",
     "offsets_ptr": "*i64",
     "bins_ptr": "*i64",
-    "error_ptr": "*i32",
+    "owners_ptr": "*i64",
+    "chunks_ptr": "*i64",
+    "bits_ptr": "*i32",
+}
+# Pointers whose type depends on the kernel.
+OTHER_TYPES = {
+    ("extent_kernel", "statistics_ptr"): "*i32",
+    ("total_kernel", "codes_ptr"): "*i64",
 }
 CLASSES = {
     "multiply-add": r"FFMA|FADD|FMUL|HFMA2|HADD2",
@@ -103,6 +110,7 @@ class Report:
     tensor_instructions_per_tile: float
     other_instructions_per_tile: float
     epilogue_per_score: float
+    shared_bytes_per_tile: float
     classes: dict[str, float]
 
     def problems(self) -> list[str]:
@@ -152,8 +160,7 @@ def _signature(function: Any, job: Job) -> tuple[dict[str, str], dict]:
             signature[name] = "constexpr"
             continue
         signature[name] = POINTER_TYPES.get(name, "*fp32" if name.endswith("_ptr") else "i32")
-        if (function.__name__, name) == ("extent_kernel", "statistics_ptr"):
-            signature[name] = "*i32"
+        signature[name] = OTHER_TYPES.get((function.__name__, name), signature[name])
         if name not in ("N", "bucket", "splits"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     return signature, attributes
@@ -186,7 +193,7 @@ def compile_job(job: Job) -> Report:
     loop = inner_loop(code)
     macs = sum(_macs(line, job.warps) for line in loop)
     area = values.get("BLOCK_N", 1) * values.get("BLOCK_K", 1)
-    tiles = macs / (area * values["BLOCK_D"])
+    tiles = macs / (area * values.get("BLOCK_D", 1))
     scores = area * max(tiles, 1e-9)
     counts = Counter(_class(line) for line in loop)
     threads = 32 * job.warps
@@ -208,6 +215,7 @@ def compile_job(job: Job) -> Report:
         round(len(tensor) / max(tiles, 1e-9), 1) if tensor else 0.0,
         round((len(loop) - len(tensor)) / max(tiles, 1e-9), 1) if tensor else 0.0,
         round(sum(counts[name] for name in EPILOGUE) * threads / scores, 2) if tensor else 0.0,
+        round(sum(map(_shared_bytes, loop)) * job.warps / max(tiles, 1e-9)) if tensor else 0,
         {name: round(counts[name] * threads / scores, 3) for name in CLASSES if tensor},
     )
 
@@ -255,6 +263,17 @@ def _macs(line: str, warps: int) -> float:
         return warps * 16 * int(shape[2]) * int(shape[3]) if shape else 0.0
     shape = re.search(r"(\d+)x(\d+)x(\d+)", found[2])
     return warps / 4 * int(shape[1]) * int(shape[2]) * int(shape[3]) if shape else 0.0
+
+
+def _shared_bytes(line: str) -> int:
+    """Bytes that one warp moves between shared memory and registers, or into it from global."""
+    found = re.match(r"LDSM\S*\.([124])\b|(LDGSTS|LDS|STS)(\.\S+)?", line)
+    if not found:
+        return 0
+    if found[1]:
+        return 128 * int(found[1])
+    width = re.search(r"\.(64|128)\b", found[0])
+    return 32 * (int(width[1]) // 8 if width else 4)
 
 
 def inner_loop(code: list[str]) -> list[str]:

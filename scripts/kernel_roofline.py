@@ -1,27 +1,37 @@
-"""A model of the search's time: floors by operations and bytes, and the compiled code's own count.
+"""A model of the kernels' speed: floors by operations and bytes, and the compiled code's own count.
 
     python scripts/kernel_roofline.py                       # N = 65,536, K = 8192, D = 256
-    python scripts/kernel_roofline.py --N 8000 --K 1024 --D 128 --chip A5500
+    python scripts/kernel_roofline.py --N 1500 --K 1024 --D 64 --chip A5500
+    python scripts/kernel_roofline.py --reports resources.json --write    # and kernels/RESULTS.md
 
 No GPU is needed and nothing is measured: chip figures are the vendor's datasheet rates, so the
-times are lower bounds and predictions, to be held against scripts/bench_kernels.py. The method:
+times are lower bounds and predictions, to be held against scripts/bench_kernels.py. For the
+preferred configuration of each kernel, cycles per tile on one multiprocessor:
 
-    operations floor   2·N·K·D / dense fp16 rate with float32 accumulation
-    bytes floor        (4·N·D + 4·K·D + 8·N + 8·K) / memory bandwidth
-    ours               max(floors, issue) with issue = instructions of the compiled inner loop
-                       × tiles / (4 warp instructions per cycle and multiprocessor × clock),
-                       tensor instructions counted at their own rate and not as issue slots;
-                       and the sum of tensor and issue time as the other end (no overlap)
-    unfused torch      matrix product + N × K float32 written once, read once more for
-                       −2x·c + |c|² and again for the argmin, + N indices counted
+    tensor     multiply-adds of the tile / dense fp16 rate with float32 accumulation
+    shared     bytes between shared memory and registers / 128 a cycle (sm_90 reads operands of
+               its tensor cores from shared memory itself: not counted)
+    issue      all other instructions of the loop × warps / 4 a cycle
+
+    share of peak, from    tensor / (the greater of tensor and shared + issue): nothing overlaps
+                  to       tensor / the greatest of the three: everything does
+
+Blocks that do not fill the multiprocessors lower both ("filled"). A whole search also reads and
+writes 4·N·D + 4·K·D + 6·N·D′ + 16·N bytes; unfused torch writes N × K float32 once, reads it once
+more for −2x·c + |c|² and writes it, and reads it again for the argmin.
 """
 
 import argparse
+import json
+import math
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,11 @@ class Chip:
     multiprocessors: int
     clock: float
 
+    @property
+    def products_per_cycle(self) -> float:
+        """Multiply-adds of one multiprocessor."""
+        return self.teraflops * 1e3 / 2 / self.multiprocessors / self.clock
+
 
 CHIPS = {
     "A5500": Chip(86, 136.4, 768.0, 80, 1.665),
@@ -41,61 +56,124 @@ CHIPS = {
     "H100": Chip(90, 989.4, 3350.0, 132, 1.830),
 }
 WARP_INSTRUCTIONS_PER_CYCLE = 4
+SHARED_BYTES_PER_CYCLE = 128
+PRODUCTS = {"row_gradient_kernel": 2, "code_gradient_kernel": 2}
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Milliseconds, and instructions per tile of the best configuration."""
+    """Cycles of one tile, and what part of the tensor cores' rate they leave."""
 
-    operations: float
-    bytes: float
-    issue: float
-    unfused: float
+    kernel: str
+    variant: str
     tile: str
-    tensor_instructions: float
-    other_instructions: float
+    instructions_per_score: float
+    tensor: float
+    shared: float
+    issue: float
+    filled: float
 
     @property
-    def overlapped(self) -> float:
-        """Ours, if the epilogue hides behind the tensor cores."""
-        return max(self.operations, self.bytes, self.issue)
+    def least(self) -> float:
+        """Share of peak where nothing hides behind anything."""
+        return self.filled * self.tensor / (max(self.tensor, self.shared) + self.issue)
 
     @property
-    def serial(self) -> float:
-        """Ours, if it does not."""
-        return max(self.bytes, self.operations + self.issue)
+    def most(self) -> float:
+        """Share of peak where everything does."""
+        return self.filled * self.tensor / max(self.tensor, self.shared, self.issue)
 
 
-def predict(chip: Chip, N: int, K: int, D: int) -> Prediction:
-    """Model one search on one chip, compiling its configurations."""
-    import kernel_resources
+def predict(report: dict[str, Any], chip: Chip, N: int, K: int) -> Prediction:
+    """Model one compiled kernel, of ``kernel_resources``, on one chip."""
+    rows, codes, width = (int(part) for part in report["tile"].split(" × "))
+    products = PRODUCTS.get(report["kernel"], 1)
+    warps = report["warps"]
+    shared = 0 if report["architecture"] >= 90 else report["shared_bytes_per_tile"] * products
+    other = report["other_instructions_per_tile"] * products
+    return Prediction(
+        report["kernel"],
+        report["variant"],
+        report["tile"],
+        other * warps * 32 / (rows * codes),
+        products * rows * codes * width / chip.products_per_cycle,
+        shared / SHARED_BYTES_PER_CYCLE,
+        other * warps / WARP_INSTRUCTIONS_PER_CYCLE,
+        filled(report, chip, N, K, rows, codes),
+    )
 
+
+def filled(report: dict[str, Any], chip: Chip, N: int, K: int, rows: int, codes: int) -> float:
+    """Part of the multiprocessors that work on average over all waves of blocks."""
+    if report["kernel"] in ("column_kernel", "code_gradient_kernel"):
+        tiles = math.ceil(K / codes)
+        splits = min(16, max(1, 2 * chip.multiprocessors // tiles), math.ceil(N / 256))
+    else:
+        tiles = math.ceil(N / rows)
+        splits = min(16, max(1, chip.multiprocessors // tiles), max(1, K // codes // 4))
+    blocks = tiles * splits
+    return blocks / (math.ceil(blocks / chip.multiprocessors) * chip.multiprocessors)
+
+
+def preferred(reports: list[dict[str, Any]], architecture: int, D: int) -> list[dict[str, Any]]:
+    """The first configuration of every kernel and variant."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for report in reports:
+        if report["tensor_core"] and (report["architecture"], report["D"]) == (architecture, D):
+            found.setdefault((report["kernel"], report["variant"]), report)
+    return list(found.values())
+
+
+def search_milliseconds(found: Prediction, chip: Chip, N: int, K: int, D: int) -> tuple:
+    """Predicted search: least and most time, and unfused torch's, in ms."""
     from b2t_kernels.prepare import padded_codes, padded_width
 
-    jobs = kernel_resources.jobs({"nearest_kernel"}, {chip.architecture}, {D})
-    reports = [kernel_resources.compile_job(job) for job in jobs if job.variant == "fast"]
-    operations = 2 * N * padded_codes(K) * padded_width(D)
-    seconds = operations / (chip.teraflops * 1e12)
-    moved = 4 * N * D + 4 * K * D + 8 * N + 8 * K
-    slots = WARP_INSTRUCTIONS_PER_CYCLE * chip.multiprocessors * chip.clock * 1e9
+    width = padded_width(D)
+    products = 2 * N * padded_codes(K) * width / (chip.teraflops * 1e9)
+    moved = (4 * N * D + 4 * K * D + 6 * N * width + 16 * N) / (chip.bandwidth * 1e6)
+    matrix = 4 * N * K / (chip.bandwidth * 1e6)
+    unfused = 2 * N * K * D / (chip.teraflops * 1e9) + 4 * matrix
+    return products / found.most + moved, products / found.least + moved, unfused
 
-    def issue(report: kernel_resources.Report) -> float:
-        rows, codes, width = (int(part) for part in report.tile.split(" × "))
-        tiles = -(-N // rows) * (padded_codes(K) / codes) * (padded_width(D) / width)
-        return tiles * report.other_instructions_per_tile * report.warps / slots
 
-    best = min(reports, key=issue)
-    matrix = 4 * N * K
-    unfused = 2 * N * K * D / (chip.teraflops * 1e12) + 4 * matrix / (chip.bandwidth * 1e9)
-    return Prediction(
-        seconds * 1e3,
-        moved / (chip.bandwidth * 1e9) * 1e3,
-        issue(best) * 1e3,
-        unfused * 1e3,
-        best.tile,
-        best.tensor_instructions_per_tile,
-        best.other_instructions_per_tile,
-    )
+def compiled(chips: list[str], D: int) -> list[dict[str, Any]]:
+    """Reports of all tensor-core kernels, compiled now."""
+    import kernel_resources
+
+    from b2t_kernels import tuning
+
+    architectures = {CHIPS[name].architecture for name in chips}
+    jobs = list(kernel_resources.jobs(set(tuning.KERNELS), architectures, {D}))
+    return [asdict(report) for report in kernel_resources.report_all(jobs, 2)]
+
+
+def table(reports: list[dict[str, Any]], chips: list[str], N: int, K: int, D: int) -> str:
+    """Predictions as a Markdown table, and the search against unfused torch below it."""
+    rows = [
+        f"N = {N:,}, K = {K:,}, D = {D}; predicted, not measured.",
+        "",
+        "| chip | kernel | tile N × K × D | other instructions per score | "
+        "cycles per tile: tensor, shared, issue | filled | share of peak |",
+        "|---" * 7 + "|",
+    ]
+    totals = []
+    for name in chips:
+        chip = CHIPS[name]
+        for report in preferred(reports, chip.architecture, D):
+            found = predict(report, chip, N, K)
+            rows.append(
+                f"| {name} | {found.kernel} {found.variant} | {found.tile} | "
+                f"{found.instructions_per_score:.1f} | {found.tensor:.0f}, {found.shared:.0f}, "
+                f"{found.issue:.0f} | {found.filled:.0%} | {found.least:.0%} to {found.most:.0%} |"
+            )
+            if (found.kernel, found.variant) == ("scan_kernel", "exact"):
+                least, most, unfused = search_milliseconds(found, chip, N, K, D)
+                totals.append(
+                    f"- {name}: exact search {least:.3f} to {most:.3f} ms, unfused torch in half "
+                    f"precision at least {unfused:.3f} ms ({unfused / most:.1f} to "
+                    f"{unfused / least:.1f} ×)"
+                )
+    return "\n".join([*rows, "", *totals])
 
 
 def main() -> None:
@@ -106,23 +184,19 @@ def main() -> None:
     parser.add_argument("--K", type=int, default=8192, help="codes")
     parser.add_argument("--D", type=int, default=256, help="width")
     parser.add_argument("--chip", nargs="+", default=list(CHIPS), choices=CHIPS)
+    parser.add_argument("--reports", type=Path, help="--json of scripts/kernel_resources.py")
+    parser.add_argument("--write", action="store_true", help="update kernels/RESULTS.md")
     options = parser.parse_args()
-    sizes = (options.N, options.K, options.D)
-    print("N = {:,}, K = {:,}, D = {:,}; predicted milliseconds, not measured".format(*sizes))
-    print(
-        "| chip | operations floor | bytes floor | instructions per tile: tensor, other "
-        "(warp instructions per warp) | issue | ours, overlapped to serial | unfused torch | "
-        "ratio |"
-    )
-    print("|---" * 8 + "|")
-    for name in options.chip:
-        found = predict(CHIPS[name], *sizes)
-        print(
-            f"| {name} | {found.operations:.3f} | {found.bytes:.3f} | {found.tile}: "
-            f"{found.tensor_instructions:g}, {found.other_instructions:g} | {found.issue:.3f} | "
-            f"{found.overlapped:.3f} to {found.serial:.3f} | {found.unfused:.3f} | "
-            f"{found.unfused / found.serial:.1f} to {found.unfused / found.overlapped:.1f} |"
-        )
+    if options.reports:
+        reports = json.loads(options.reports.read_text())
+    else:
+        reports = compiled(options.chip, options.D)
+    text = table(reports, options.chip, options.N, options.K, options.D)
+    print(text)
+    if options.write:
+        from kernel_resources import RESULTS, write_between_markers
+
+        write_between_markers(RESULTS, text, BEGIN, END)
 
 
 if __name__ == "__main__":

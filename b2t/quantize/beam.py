@@ -9,7 +9,7 @@ from torch import Tensor
 
 from b2t.log import log_once
 from b2t.quantize.layers import Layers
-from b2t_kernels.blocked import CentredCodes
+from b2t_kernels.blocked import GROUP, CentredCodes, centre_codes
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
 
@@ -52,10 +52,8 @@ def beam_search(layers: Layers, latents: Tensor, quantizers: int, width: int) ->
 
 def _book(codes: Tensor) -> _Book:
     """Prepare a codebook; of identical codes only the first may be chosen, NaN never."""
-    centred, K = CentredCodes(codes, torch.float32), codes.shape[0]
-    if centred.duplicates is not None:
-        first = centred.duplicates == torch.arange(K, device=codes.device)
-        centred.bias[:K].masked_fill_(~first, -torch.inf)
+    centred = centre_codes(codes, torch.float32)
+    centred.bias.masked_fill_(~centred.allowed(), -torch.inf)
     return _Book(codes, centred, max(1, int((centred.bias > -torch.inf).sum())))
 
 
@@ -82,12 +80,25 @@ def _nearest_sums(residuals: Tensor, book: _Book, width: int) -> tuple[Tensor, T
     scores = torch.addmm(book.centred.bias, moved.flatten(0, 1), book.centred.codes.T)
     scores = scores.view(n, beams, padded) - 0.5 * moved.square().sum(2, keepdim=True)
     # Twice as many as wanted, so that rounding decides only among those that lose anyway.
-    near = scores.flatten(1).topk(min(2 * width, beams * book.choices), sorted=False).indices
+    near = _greatest(scores.flatten(1), min(2 * width, beams * book.choices))
     near = near.sort(dim=1).values
     origin, codes = near // padded, near % padded
     left = _taken(residuals, origin).double() - book.codes[codes].double()
     order = left.square().sum(2).sort(dim=1, stable=True).indices[:, :width]
     return origin.gather(1, order), codes.gather(1, order)
+
+
+def _greatest(scores: Tensor, wanted: int) -> Tensor:
+    """Places of the ``wanted`` greatest of each row of ``scores`` [n, whole groups], in any order.
+
+    They lie in the groups of the greatest maxima, which are found in one fast pass.
+    """
+    groups = scores.unflatten(1, (-1, GROUP))
+    if groups.shape[1] <= wanted:
+        return scores.topk(wanted, sorted=False).indices
+    chosen = groups.amax(2).topk(wanted, sorted=False).indices
+    places = _taken(groups, chosen).flatten(1).topk(wanted, sorted=False).indices
+    return chosen.gather(1, places // GROUP) * GROUP + places % GROUP
 
 
 def _taken(values: Tensor, index: Tensor) -> Tensor:

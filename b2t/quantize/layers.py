@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import b2t_kernels
 from b2t.quantize import search
-
-_ROWS = 8192
 
 
 class Walk(NamedTuple):
@@ -27,6 +28,7 @@ class Walk(NamedTuple):
         sums: [L, K, D], what the search saw summed by code, or None.
         residuals: [Q, R, D], residuals before each layer of the frames asked for, or None.
         layers: how many were walked.
+        usages: what was found of the soft assignments of each layer, where asked for, or None.
     """
 
     codes: Tensor
@@ -38,6 +40,7 @@ class Walk(NamedTuple):
     sums: Tensor | None
     residuals: Tensor | None
     layers: int
+    usages: list[b2t_kernels.SearchedUsage] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,19 +75,25 @@ class Layers:
         """A residual [N, D] as the search sees it."""
         return F.normalize(residual, dim=-1) if self.cosine else residual
 
+    def gain_of(self, q: int) -> Tensor | None:
+        """Length [] of the codes of layer ``q``, where they are unit vectors."""
+        return self.gain[self.index(q)] if self.cosine else None
+
     def chosen(self, codes: Tensor, q: int) -> Tensor:
         """What layer ``q`` adds for ``codes`` [N]: [N, D], without gradient; nothing for −1."""
-        layer = self.index(q)
-        vectors = self.books[layer].detach()[codes.clamp(min=0)]
-        if self.cosine:
-            vectors *= self.gain[layer]
-        return vectors.masked_fill_((codes < 0)[:, None], 0.0)
+        one = slice(self.index(q), self.index(q) + 1)
+        gain = self.gain[one] if self.cosine else None
+        return b2t_kernels.sum_codes(self.books[one].detach(), codes[:, None], gain)
 
-    def add_chosen(self, target: Tensor, codes: Tensor, q: int, sign: float = 1.0) -> None:
-        """Add what layer ``q`` chose to ``target`` [N, D], in place and in blocks of rows."""
-        for start in range(0, codes.shape[0], _ROWS):
-            rows = slice(start, start + _ROWS)
-            target[rows].add_(self.chosen(codes[rows], q), alpha=sign)
+    @cached_property
+    def prepared(self) -> list[Sequence[Tensor]]:
+        """The codebooks as the kernels take them: made once for all calls of this pass.
+
+        For passes only, during which no codebook changes.
+        """
+        if self.backend == "reference":
+            return [()] * self.books.shape[0]
+        return list(b2t_kernels.prepare_codes(self.books))
 
     def vectors(self, q: int) -> Tensor:
         """What the codes of layer ``q`` add: [K, D], without gradient."""
@@ -93,14 +102,26 @@ class Layers:
         return book * self.gain[layer] if self.cosine else book
 
     def assign(
-        self, residual: Tensor, q: int, hashes: Tensor | None = None
+        self,
+        residual: Tensor,
+        q: int,
+        hashes: Tensor | None = None,
+        prepared: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor]:
-        """Codes [N] and counts [K] of layer ``q``; drawn with ``hashes`` if given, else nearest."""
+        """Codes [N] and counts [K] of layer ``q``; drawn with ``hashes`` if given, else nearest.
+
+        ``prepared`` is the layer's entry of `prepared`, where no code has changed since.
+        """
         book = self.books[self.index(q)].detach()
         if hashes is None:
-            return search.nearest(self.seen(residual), book, self.backend)
+            return search.nearest(self.seen(residual), book, self.backend, prepared)
         codes = search.sample(self.seen(residual), book, self.width(q), hashes, q)
         return codes, torch.bincount(codes, minlength=book.shape[0])
+
+    def searched_usage(self, residual: Tensor, q: int) -> b2t_kernels.SearchedUsage:
+        """Nearest codes of layer ``q`` and its soft assignments, from the same distances."""
+        book, prepared = self.books[self.index(q)].detach(), self.prepared[self.index(q)]
+        return search.nearest_and_usage(self.seen(residual), book, self.width(q), prepared)
 
     def width(self, q: int) -> Tensor:
         """τ times the mean squared distance of layer ``q``: [], never read by the host."""
@@ -125,6 +146,7 @@ class Layers:
         sums: bool = False,
         keep: Tensor | None = None,
         codes: Tensor | None = None,
+        soft: bool = False,
     ) -> Walk:
         """Walk ``latents`` [N, D] through the first ``layers`` layers (all by default).
 
@@ -136,6 +158,7 @@ class Layers:
                 (`joint`) the code plus what the last layer leaves of the frame.
             keep: [R] rows whose residuals are wanted.
             codes: [N, layers], found elsewhere, to follow instead of searching.
+            soft: `soft_sums` will be called: find both in one pass where nearest codes are taken.
         """
         Q, K = self.quantizers, self.books.shape[1]
         layers = Q if layers is None else layers
@@ -147,11 +170,17 @@ class Layers:
         kept = None if keep is None else latents.new_zeros(Q, keep.shape[0], latents.shape[1])
         residual = latents.clone()
         errors = residual if layers == 1 else torch.zeros_like(latents)
+        soft = soft and given is None and hashes is None and self.backend == "kernels"
+        usages: list[b2t_kernels.SearchedUsage] = []
         for q in range(layers):
             if kept is not None:
                 kept[q] = residual[keep]
-            if given is None:
-                index, counts[q] = self.assign(residual, q, hashes)
+            if soft:
+                usages.append(self.searched_usage(residual, q))
+                index, counts[q] = usages[q].indices, usages[q].counts
+            elif given is None:
+                prepared = self.prepared[self.index(q)]
+                index, counts[q] = self.assign(residual, q, hashes, prepared)
             else:
                 index = given[:, q]
                 counts[q] = torch.bincount(index, minlength=K)
@@ -163,15 +192,18 @@ class Layers:
                 unit = self.books[self.index(q)].detach()[index]
                 projection[q] = (residual * unit).sum()
                 code_error[q] = (self.seen(residual) - unit).square().sum()
-            self.add_chosen(residual, index, q, -1.0)
-            if layers > 1:
-                errors += residual
-            squared[q] = residual.norm().square()
+            squared[q] = b2t_kernels.leave(
+                residual, self.books[self.index(q)].detach(), index, self.gain_of(q),
+                errors if layers > 1 else None,
+            )  # fmt: skip
         if not self.cosine:
             code_error = squared
         if totals is not None and self.joint:
             self._add_joint_sums(totals, residual, codes[:, :layers], counts)
-        return Walk(codes, errors, counts, squared, code_error, projection, totals, kept, layers)
+        return Walk(
+            codes, errors, counts, squared, code_error, projection, totals, kept, layers,
+            usages if soft else None,
+        )  # fmt: skip
 
     def _add_joint_sums(self, totals: Tensor, left: Tensor, codes: Tensor, counts: Tensor) -> None:
         """Add Σ (code + what is ``left`` [N, D] of its frame) of each code to ``totals``."""
@@ -183,10 +215,8 @@ class Layers:
 
     def sum_codes(self, codes: Tensor) -> Tensor:
         """Σ of the chosen codes [N, D], added in the order of the layers; −1 adds nothing."""
-        total = self.books.new_zeros(codes.shape[0], self.books.shape[2])
-        for q in range(codes.shape[1]):
-            self.add_chosen(total, codes[:, q], q)
-        return total
+        gain = self.gain if self.cosine else None
+        return b2t_kernels.sum_codes(self.books.detach(), codes, gain)
 
     def soft_sums(self, latents: Tensor, walk: Walk) -> Tensor:
         """Soft assignments of each layer summed over the frames of ``walk``: [Q, K].
@@ -196,12 +226,16 @@ class Layers:
         """
         sums = []
         residual = latents
-        before = torch.zeros_like(latents) if walk.layers > 1 else latents
         for q in range(walk.layers):
+            layer = self.index(q)
             if q > 0:
-                self.add_chosen(before, walk.codes[:, q - 1], q - 1)
-                residual = latents - before
-            book, width = self.books[self.index(q)], self.width(q)
-            sums.append(search.soft_usage(self.seen(residual), book, width, self.backend))
+                residual = residual - self.chosen(walk.codes[:, q - 1], q - 1)
+            book, width, prepared = self.books[layer], self.width(q), self.prepared[layer]
+            seen = self.seen(residual)
+            if walk.usages is not None:
+                found = walk.usages[q]
+                sums.append(b2t_kernels.known_usage(seen, book, width, found, prepared))
+            else:
+                sums.append(search.soft_usage(seen, book, width, self.backend, prepared))
         sums += [torch.zeros_like(sums[0])] * (self.quantizers - walk.layers)
         return torch.stack(sums)

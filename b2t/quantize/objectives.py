@@ -28,6 +28,11 @@ def require_known(names: Collection[str]) -> None:
         raise ValueError(f"unknown losses {sorted(unknown)}; choose of {LOSSES}")
 
 
+def needs_usage(names: Collection[str]) -> bool:
+    """Whether `usage_losses` will have to know the soft assignments."""
+    return any(name in _USAGE_LOSSES for name in names)
+
+
 def commitment_loss(
     latents: Tensor, quantized: Tensor, walk: Walk, frames: Tensor | float | None
 ) -> Tensor:

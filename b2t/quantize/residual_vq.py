@@ -22,6 +22,7 @@ from b2t.quantize.objectives import (
     LOSSES,
     codebook_loss,
     commitment_loss,
+    needs_usage,
     require_known,
     usage_losses,
 )  # fmt: skip
@@ -217,7 +218,10 @@ class ResidualVQ(FrameSpace):
         training = self.training
         layers = self._layers(self.codebooks.value(self.options.codebook_gradient_scale))
         hashes, keep = self._draw(latents, frames_of, ids)
-        walk = self._walk(layers, latents.detach(), hashes, training, keep, training=training)
+        walk = self._walk(
+            layers, latents.detach(), hashes, training, keep,
+            training=training, soft=needs_usage(losses),
+        )  # fmt: skip
         stats = QuantizerStats.of(walk, nonfinite, hashes, keep, pool_size(self.options))
         # Backward goes the other way round: commitment frees its errors before usage takes memory.
         usage_terms = usage_losses(
@@ -256,6 +260,7 @@ class ResidualVQ(FrameSpace):
         keep: Tensor | None = None,
         *,
         training: bool,
+        soft: bool = False,
     ) -> Walk:
         """Walk the layers of this step, by beam, nearest code or draw."""
         active = self._active_layers() if training else self.num_quantizers
@@ -264,7 +269,7 @@ class ResidualVQ(FrameSpace):
             width = self.options.eval_beam_size or width
         codes = beam_search(layers, latents, active, width) if width > 1 else None
         draws = training and self.options.stochastic_sample_codes
-        return layers.walk(latents, active, hashes if draws else None, sums, keep, codes)
+        return layers.walk(latents, active, hashes if draws else None, sums, keep, codes, soft)
 
     def _pass_through(
         self,
@@ -313,7 +318,7 @@ class ResidualVQ(FrameSpace):
         layers = self._layers(self.codebooks.value())
         draws = self.options.stochastic_sample_codes
         hashes = self._draw(latents, frames, ids)[0] if draws else None
-        walk = self._walk(layers, latents, hashes, training=self.training)
+        walk = self._walk(layers, latents, hashes, training=self.training, soft=True)
         entered[: walk.layers] = latents.shape[0]
         return SoftUsage(layers.soft_sums(latents, walk), entered)
 

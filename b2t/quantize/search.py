@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,9 @@ BACKENDS = ("kernels", "reference")
 _BLOCK_SCORES = 1 << 21
 
 
-def nearest(x: Tensor, codebook: Tensor, backend: str = "kernels") -> tuple[Tensor, Tensor]:
+def nearest(
+    x: Tensor, codebook: Tensor, backend: str = "kernels", prepared: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor]:
     """Nearest code of each frame of ``x`` [N, D] in ``codebook`` [K, D], and their counts.
 
     The exact answer, so that a frame's code does not depend on the frames beside it, on a common
@@ -24,7 +28,14 @@ def nearest(x: Tensor, codebook: Tensor, backend: str = "kernels") -> tuple[Tens
     """
     if backend == "reference":
         return reference.nearest_code(x, codebook)
-    return b2t_kernels.nearest_code(x, codebook, precision="exact")
+    return b2t_kernels.nearest_code(x, codebook, precision="exact", prepared=prepared)
+
+
+def nearest_and_usage(
+    x: Tensor, codebook: Tensor, temperature: Tensor, prepared: Sequence[Tensor] = ()
+) -> b2t_kernels.SearchedUsage:
+    """What `nearest` and `soft_usage` find, from one pass over the distances; no gradient."""
+    return b2t_kernels.search_usage(x, codebook, temperature, precision="exact", prepared=prepared)
 
 
 def code_sums(x: Tensor, codes: Tensor, K: int, backend: str = "kernels") -> Tensor:
@@ -35,7 +46,11 @@ def code_sums(x: Tensor, codes: Tensor, K: int, backend: str = "kernels") -> Ten
 
 
 def soft_usage(
-    x: Tensor, codebook: Tensor, temperature: Tensor, backend: str = "kernels"
+    x: Tensor,
+    codebook: Tensor,
+    temperature: Tensor,
+    backend: str = "kernels",
+    prepared: Sequence[Tensor] = (),
 ) -> Tensor:
     """Σ over frames of softmax(−‖x−c‖²/temperature), [K]; differentiable in x and codebook.
 
@@ -44,10 +59,11 @@ def soft_usage(
         codebook: [K, D].
         temperature: [] in units of squared distance.
         backend: ``kernels`` streams, memory O(N + K·D); ``reference`` holds N × K × D.
+        prepared: the codebook's entry of `b2t_kernels.prepare_codes`.
     """
     if backend == "reference":
         return reference.code_usage(x, codebook, temperature) * x.shape[0]
-    return b2t_kernels.code_usage(x, codebook, temperature, reduction="sum")
+    return b2t_kernels.code_usage(x, codebook, temperature, reduction="sum", prepared=prepared)
 
 
 def sample(x: Tensor, codebook: Tensor, temperature: Tensor, hashes: Tensor, layer: int) -> Tensor:

@@ -4,6 +4,17 @@ Triton on CUDA, blocked multi-threaded torch elsewhere. ``b2t_kernels.reference`
 versions that both are tested against.
 """
 
-from b2t_kernels.ops import code_sums, code_usage, nearest_code, rvq_encode
+from b2t_kernels.ops import code_sums, leave, nearest_code, prepare_codes, sum_codes
+from b2t_kernels.usage_ops import SearchedUsage, code_usage, known_usage, search_usage
 
-__all__ = ["code_sums", "code_usage", "nearest_code", "rvq_encode"]
+__all__ = [
+    "SearchedUsage",
+    "code_sums",
+    "code_usage",
+    "known_usage",
+    "leave",
+    "nearest_code",
+    "prepare_codes",
+    "search_usage",
+    "sum_codes",
+]

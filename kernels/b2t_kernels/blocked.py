@@ -4,13 +4,19 @@ The same code serves a CUDA tensor that cannot use the Triton kernels. Scores ar
 float32 (float64 where x is float64), for blocks that stay in the cache, and never kept.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-ROW_BLOCK, CODE_BLOCK, GROUP = 2048, 1024, 64
-USAGE_ELEMENTS = 1 << 19
+ROW_BLOCK, CODE_BLOCK, GROUP = 512, 1024, 64
+USAGE_ELEMENTS = 1 << 21
 RESCORE_ELEMENTS = 1 << 18
+STEP_ROWS = 8192
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
@@ -36,138 +42,233 @@ def lowest_duplicate(codebook: Tensor, bias: Tensor) -> Tensor | None:
     return first
 
 
-class CentredCodes:
+class CentredCodes(NamedTuple):
     """A codebook moved to its mean and padded to whole groups, with −½|c|² beside it.
 
     Centring keeps a common offset of the data out of the rounding. Codes that are not finite and
     the padding get −inf and are never chosen.
+
+    codes: [K′, D]. bias: [K′]. mean: [D]. radius: [] the largest |c − mean|.
+    duplicates: [K] int64, the lowest index of an identical code; [0] if all differ.
     """
 
-    def __init__(self, codebook: Tensor, dtype: torch.dtype):
-        codebook = codebook.to(dtype)
-        K, D = codebook.shape
-        finite = codebook.isfinite().all(dim=1)
-        safe = torch.where(finite[:, None], codebook, 0)
-        self.mean = safe.sum(dim=0) / finite.sum().clamp(min=1)
-        padded = (K + GROUP - 1) // GROUP * GROUP
-        self.codes = safe.new_zeros(padded, D)
-        torch.sub(safe, self.mean, out=self.codes[:K])
-        bias = self.codes.square().sum(dim=1).mul_(-0.5)
-        self.duplicates = lowest_duplicate(safe, bias[:K])
-        bias[:K].masked_fill_(~finite, -torch.inf)
-        bias[K:] = -torch.inf
-        self.bias = bias
-        self.radius = (
-            self.codes[:K][finite].norm(dim=1).max() if finite.any() else bias.new_zeros(())
-        )
+    codes: Tensor
+    bias: Tensor
+    mean: Tensor
+    radius: Tensor
+    duplicates: Tensor
 
     def centre(self, x: Tensor) -> Tensor:
         """Rows of x in the working precision, moved by the codebook's mean."""
         return x.to(self.mean.dtype) - self.mean
 
+    def scores(self, rows: Tensor, block: slice, buffer: Tensor) -> Tensor:
+        """x·c − ½|c|² of centred rows [n, D] and a block of codes, [n, k], in ``buffer``."""
+        bias, n = self.bias[block], rows.shape[0]
+        scores = buffer[: n * bias.shape[0]].view(n, bias.shape[0])
+        return torch.addmm(bias, rows, self.codes[block].T, out=scores)
 
-def _search_block(
-    rows: Tensor, codes: CentredCodes, buffer: Tensor, runner_up: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Best score, its index and (if asked for) the second-best score of centred rows [n, D].
+    def allowed(self) -> Tensor:
+        """Codes that may be chosen: finite, and the first of those identical. [K′] bool."""
+        allowed = self.bias > -torch.inf
+        if self.duplicates.numel():
+            K = self.duplicates.numel()
+            allowed[:K] &= self.duplicates == torch.arange(K, device=allowed.device)
+        return allowed
+
+
+def centre_codes(codebook: Tensor, dtype: torch.dtype) -> CentredCodes:
+    """Prepare a codebook [K, D] for searches and soft assignments of the same ``dtype``."""
+    codebook = codebook.to(dtype)
+    K, D = codebook.shape
+    finite = codebook.isfinite().all(dim=1)
+    safe = torch.where(finite[:, None], codebook, 0)
+    mean = safe.sum(dim=0) / finite.sum().clamp(min=1)
+    padded = (K + GROUP - 1) // GROUP * GROUP
+    codes = safe.new_zeros(padded, D)
+    torch.sub(safe, mean, out=codes[:K])
+    bias = codes.square().sum(dim=1).mul_(-0.5)
+    duplicates = lowest_duplicate(safe, bias[:K])
+    bias[:K].masked_fill_(~finite, -torch.inf)
+    bias[K:] = -torch.inf
+    radius = torch.where(finite, codes[:K].norm(dim=1), 0).max()
+    if duplicates is None:
+        duplicates = torch.empty(0, dtype=torch.int64, device=codebook.device)
+    return CentredCodes(codes, bias, mean, radius, duplicates)
+
+
+def centred(given: Sequence[Tensor], x: Tensor) -> CentredCodes | None:
+    """What :func:`centre_codes` made, if it was given and fits rows like x."""
+    if len(given) == len(CentredCodes._fields) and given[0].dtype == working_dtype(x):
+        return CentredCodes(*given)
+    return None
+
+
+class _Best:
+    """Best score of some rows, its index and (if asked for) the second-best score.
 
     Maxima are taken over groups of 64 codes; the index is looked up in the winning group alone, and
-    only for rows that a block of codes improves, which is a few per cent of a full argmax. The
-    scores of one block of codes live in ``buffer``.
+    only for rows that a block of codes improves, which is a few per cent of a full argmax.
     """
-    n, K = rows.shape[0], codes.codes.shape[0]
-    best = rows.new_full((n,), -torch.inf)
-    second = best.clone()
-    winner = torch.zeros(n, dtype=torch.int64, device=rows.device)
-    for start in range(0, K, CODE_BLOCK):
-        block = slice(start, min(start + CODE_BLOCK, K))
-        groups = (block.stop - start) // GROUP
-        scores = buffer[: n * groups * GROUP].view(n, groups * GROUP)
-        torch.addmm(codes.bias[block], rows, codes.codes[block].T, out=scores)
+
+    def __init__(self, rows: Tensor, runner_up: bool) -> None:
+        n = rows.shape[0]
+        self.score = rows.new_full((n,), -torch.inf)
+        self.second = self.score.clone()
+        self.index = torch.zeros(n, dtype=torch.int64, device=rows.device)
+        self.runner_up = runner_up
+
+    def fold(self, scores: Tensor, start: int) -> None:
+        """Take scores [n, k] of codes from ``start`` on, k whole groups."""
+        n = scores.shape[0]
+        groups = scores.shape[1] // GROUP
         maxima = scores.view(n, groups, GROUP).amax(dim=2)
         top, group = maxima.max(dim=1)
-        improved = (top > best).nonzero()[:, 0]
+        improved = (top > self.score).nonzero()[:, 0]
         chosen = group[improved]
         candidates = scores.view(n * groups, GROUP)[improved * groups + chosen]
         column = candidates.argmax(dim=1)
-        if runner_up:
+        if self.runner_up:
             maxima.scatter_(1, group[:, None], -torch.inf)
             rest = maxima.amax(dim=1)
             candidates.scatter_(1, column[:, None], -torch.inf)
             rest[improved] = torch.maximum(rest[improved], candidates.amax(dim=1))
-            second = torch.maximum(second, torch.maximum(rest, torch.minimum(top, best)))
-        winner[improved] = start + chosen * GROUP + column
-        best = torch.maximum(best, top)
-    return best, winner, second
+            rest = torch.maximum(rest, torch.minimum(top, self.score))
+            self.second = torch.maximum(self.second, rest)
+        self.index[improved] = start + chosen * GROUP + column
+        self.score = torch.maximum(self.score, top)
 
 
-def _rescore(x: Tensor, codebook: Tensor) -> Tensor:
-    """Float64 answer for a few rows: a float64 search, then |x − c|² summed for its near ties."""
-    wide = CentredCodes(codebook, torch.float64)
-    allowed = wide.bias > -torch.inf
-    if wide.duplicates is not None:
-        positions = torch.arange(codebook.shape[0], device=x.device)
-        allowed[: codebook.shape[0]] &= wide.duplicates == positions
+def _nearest_of(x: Tensor, codebook: Tensor, row: Tensor, code: Tensor) -> Tensor:
+    """Of the pairs (row, code), the code nearest to each row of x by |x − c|² in float64, [n].
+
+    Pairs are sorted by row, then code; every row occurs.
+    """
+    step = RESCORE_ELEMENTS // x.shape[1] + 1
+    pairs = zip(row.split(step), code.split(step), strict=True)
+    distance = torch.cat(
+        [(x[r].double() - codebook[c].double()).square().sum(dim=1) for r, c in pairs]
+    )
+    least = distance.new_full((x.shape[0],), torch.inf)
+    least.scatter_reduce_(0, row, distance, "amin")
+    nearest = torch.full_like(least, codebook.shape[0], dtype=torch.int64)
+    tied = distance == least[row]
+    return nearest.scatter_reduce_(0, row[tied], code[tied], "amin")
+
+
+def _search_wide(x: Tensor, codebook: Tensor) -> Tensor:
+    """Float64 answer for rows whose float32 scores overflow; −1 if no code is finite."""
+    wide = centre_codes(codebook, torch.float64)
+    allowed = wide.allowed()
+    if not bool(allowed.any()):
+        return torch.full_like(x[:, 0], -1, dtype=torch.int64)
     K, D = wide.codes.shape
-    winner = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
-    step = max(1, RESCORE_ELEMENTS // K)
-    for start in range(0, x.shape[0], step):
-        rows = wide.centre(x[start : start + step])
+    winners = [torch.empty(0, dtype=torch.int64, device=x.device)]
+    for part in x.split(max(1, RESCORE_ELEMENTS // K)):
+        rows = wide.centre(part)
         scores = torch.addmm(wide.bias, rows, wide.codes.T).masked_fill_(~allowed, -torch.inf)
         reach = rows.norm(dim=1) + wide.radius
         margin = 4 * (D + 4) * torch.finfo(torch.float64).eps * reach.square()
         near = scores >= (scores.amax(dim=1) - margin)[:, None]
-        row, code = near.nonzero(as_tuple=True)
-        distance = torch.cat(
-            [
-                (x[start + r].double() - codebook[c].double()).square().sum(dim=1)
-                for r, c in zip(
-                    row.split(RESCORE_ELEMENTS // D + 1),
-                    code.split(RESCORE_ELEMENTS // D + 1),
-                    strict=True,
-                )
-            ]
-        )
-        exact = torch.full_like(scores, torch.inf)
-        exact[row, code] = distance
-        winner[start : start + step] = exact.argmin(dim=1)
-    return winner
+        winners.append(_nearest_of(part, codebook, *(near & allowed).nonzero(as_tuple=True)))
+    return torch.cat(winners)
+
+
+def _settle_close(
+    x: Tensor, codebook: Tensor, codes: CentredCodes, best: Tensor, bound: Tensor
+) -> Tensor:
+    """Nearest codes of rows [n, D] with a ``best`` score: |x − c|² in float64 for the near ones.
+
+    Scores are computed once more; those of a nearest code are off by ``bound`` at most, then and
+    now.
+    """
+    allowed = codes.allowed()
+    step = max(1, 4 * RESCORE_ELEMENTS // codes.bias.numel())
+    winners = [torch.empty(0, dtype=torch.int64, device=x.device)]
+    least = best - 2 * bound
+    for part, lowest in zip(x.split(step), least.split(step), strict=True):
+        scores = torch.addmm(codes.bias, codes.centre(part), codes.codes.T)
+        near = (scores >= lowest[:, None]) & allowed
+        winners.append(_nearest_of(part, codebook, *near.nonzero(as_tuple=True)))
+    return torch.cat(winners)
+
+
+class _Search:
+    """Indices of all rows, filled in block by block, and what is left to settle.
+
+    With ``exact``, every row whose two best scores differ by less than twice the bound below is
+    settled in float64. With u the unit roundoff, |x̂|, |ĉ| the centred norms and R the largest |ĉ|,
+    centring adds at most u(|x̂| + R) to a vector and a D-term product plus the bias at most
+    (D + 2)u(|x̂| + R)², so a score is off by no more than (D + 5)u(|x̂| + R)².
+    """
+
+    def __init__(
+        self, x: Tensor, codebook: Tensor, codes: CentredCodes, valid: Tensor, exact: bool
+    ) -> None:
+        self.x, self.codebook, self.codes, self.valid, self.exact = (
+            x, codebook, codes, valid, exact,
+        )  # fmt: skip
+        N = x.shape[0]
+        self.indices = torch.empty(N, dtype=torch.int64, device=x.device)
+        self.best = codes.mean.new_zeros(N)
+        self.bound = codes.mean.new_zeros(N)
+        self.doubtful = torch.zeros(N, dtype=torch.bool, device=x.device)
+
+    def take(self, block: slice | Tensor, rows: Tensor, best: _Best) -> None:
+        """Keep what was found for centred ``rows``, which are ``block`` of all."""
+        self.indices[block] = best.index
+        # A row or a code too long for float32 squares is found in float64.
+        sure = best.score.isfinite() & self.codes.radius.square().isfinite()
+        if self.exact:
+            unit = torch.finfo(rows.dtype).eps / 2
+            reach = rows.norm(dim=1) + self.codes.radius
+            bound = (rows.shape[1] + 5) * unit * reach.square()
+            sure &= best.score - best.second > 2 * bound
+            self.best[block], self.bound[block] = best.score, bound
+        else:
+            self.best[block] = best.score
+        self.doubtful[block] = ~sure
+
+    def settled(self) -> tuple[Tensor, Tensor]:
+        """Indices [N], −1 where not valid, and counts [K]."""
+        K, duplicates = self.codebook.shape[0], self.codes.duplicates
+        again = (self.doubtful & self.valid).nonzero()[:, 0]
+        if again.numel():
+            held = self.best[again].isfinite() & self.bound[again].isfinite()
+            held &= self.codes.radius.square().isfinite()
+            close, far = again[held], again[~held]
+            self.indices[close] = _settle_close(
+                self.x[close], self.codebook, self.codes, self.best[close], self.bound[close]
+            )
+            self.indices[far] = _search_wide(self.x[far], self.codebook)
+        self.indices.masked_fill_(~self.valid, -1)
+        if duplicates.numel():
+            first = duplicates[self.indices.clamp(0, K - 1)]
+            self.indices = torch.where(self.indices < 0, -1, first)
+        return self.indices, count_codes(self.indices, K)
 
 
 def nearest_code(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, exact: bool
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    exact: bool,
+    codes: CentredCodes | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`b2t_kernels.nearest_code`.
-
-    With ``exact``, every row whose two best float32 scores differ by less than twice the bound
-    below is searched again in float64. With u the unit roundoff, |x̂|, |ĉ| the centred norms and R
-    the largest |ĉ|, centring adds at most u(|x̂| + R) to a vector and a D-term product plus the bias
-    at most (D + 2)u(|x̂| + R)², so a score is off by no more than (D + 5)u(|x̂| + R)².
-    """
-    N, K = x.shape[0], codebook.shape[0]
-    codes = CentredCodes(codebook, working_dtype(x))
-    indices = torch.empty(N, dtype=torch.int64, device=x.device)
-    doubtful = torch.zeros(N, dtype=torch.bool, device=x.device)
-    unit = torch.finfo(codes.mean.dtype).eps / 2
-    buffer = codes.mean.new_empty(min(ROW_BLOCK, N) * min(CODE_BLOCK, codes.bias.numel()))
-    for start in range(0, N, ROW_BLOCK):
+    """See :func:`b2t_kernels.nearest_code`."""
+    codes = codes or centre_codes(codebook, working_dtype(x))
+    search = _Search(x, codebook, codes, _usable(x, mask), exact)
+    padded = codes.bias.numel()
+    buffer = codes.mean.new_empty(min(ROW_BLOCK, x.shape[0]) * min(CODE_BLOCK, padded))
+    for start in range(0, x.shape[0], ROW_BLOCK):
         block = slice(start, start + ROW_BLOCK)
         rows = codes.centre(x[block])
-        best, winner, second = _search_block(rows, codes, buffer, exact)
-        valid = best.isfinite()
-        if mask is not None:
-            valid &= mask[block]
-        if exact:
-            reach = rows.norm(dim=1) + codes.radius
-            bound = (x.shape[1] + 5) * unit * reach.square()
-            doubtful[block] = valid & (best - second <= 2 * bound)
-        indices[block] = torch.where(valid, winner, -1)
-    again = doubtful.nonzero()[:, 0]
-    if again.numel():
-        indices[again] = _rescore(x[again], codebook)
-    if codes.duplicates is not None:
-        indices = torch.where(indices < 0, -1, codes.duplicates[indices.clamp(0, K - 1)])
-    return indices, count_codes(indices, K)
+        best = _Best(rows, exact)
+        for first in range(0, padded, CODE_BLOCK):
+            part = slice(first, min(first + CODE_BLOCK, padded))
+            best.fold(codes.scores(rows, part, buffer), first)
+        search.take(block, rows, best)
+    return search.settled()
 
 
 def count_codes(indices: Tensor, K: int) -> Tensor:
@@ -175,25 +276,9 @@ def count_codes(indices: Tensor, K: int) -> Tensor:
     return torch.bincount(indices + 1, minlength=K + 1)[1:].clone()
 
 
-def rvq_encode(
-    x: Tensor, codebooks: Tensor, mask: Tensor | None, exact: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`b2t_kernels.rvq_encode`: one search per layer on the residual of the last."""
-    residual = x.to(working_dtype(x), copy=True)
-    quantized = torch.zeros_like(residual)
-    indices, counts = [], []
-    for codebook in codebooks.to(residual.dtype):
-        index, count = nearest_code(residual, codebook, mask, exact)
-        chosen = codebook[index.clamp(min=0)].masked_fill_((index < 0)[:, None], 0)
-        residual -= chosen
-        quantized += chosen
-        indices.append(index)
-        counts.append(count)
-    return torch.stack(indices, dim=1), torch.stack(counts), quantized
-
-
 def code_sums(x: Tensor, indices: Tensor, K: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """See :func:`b2t_kernels.code_sums`: rows sorted by code, then summed in their own order."""
+    indices = indices.masked_fill((indices < 0) | (indices >= K), -1)
     if mask is not None:
         indices = indices.masked_fill(~mask, -1)
     bins = indices + 1
@@ -215,53 +300,136 @@ def _usable(x: Tensor, mask: Tensor | None) -> Tensor:
     return valid if mask is None else valid & mask
 
 
-def _logits(rows: Tensor, codes: CentredCodes, temperature: Tensor) -> Tensor:
-    return torch.addmm(codes.bias, rows, codes.codes.T).mul_(2 / temperature)
+class _Assignments:
+    """Soft assignments p of blocks of rows, with two buffers that are used again and again.
+
+    torch's softmax is several times faster than its exp, which takes the logits far below the best
+    one by a slow path.
+    """
+
+    def __init__(self, codes: CentredCodes, temperature: Tensor, N: int) -> None:
+        self.codes = codes
+        self.factor = 2 / temperature.to(codes.mean)
+        padded = codes.bias.numel()
+        self.step = max(1, USAGE_ELEMENTS // padded)
+        self.buffers = codes.mean.new_empty(2, min(self.step, N) * padded)
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """Scores of centred rows [n, D] and all codes, [n, K′], in the first buffer."""
+        return self.codes.scores(rows, slice(None), self.buffers[0])
+
+    def normalized(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """P [n, K′], in place of the scores, and the logits' log-sum-exp [n]."""
+        logits = self.spare(scores)
+        torch.mul(scores, self.factor, out=logits)
+        p = torch.softmax(logits, dim=1, out=scores)
+        return p, logits.amax(dim=1) - p.amax(dim=1).log()
+
+    def spare(self, p: Tensor) -> Tensor:
+        """The second buffer in the shape of p."""
+        return self.buffers[1][: p.numel()].view(p.shape)
 
 
 def usage_forward(
-    x: Tensor, codebook: Tensor, temperature: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed soft assignments [K], log-sum-exp of each row [N] (+inf where invalid), valid rows."""
-    codes = CentredCodes(codebook, working_dtype(x))
-    temperature = temperature.to(codes.mean)
+    x: Tensor,
+    codebook: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    codes: CentredCodes | None = None,
+    exact: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Soft assignments, and with ``exact`` not None the nearest codes from the same scores.
+
+    Returns:
+        total [K] summed assignments, lse [N] log-sum-exp of each row (+inf where invalid), valid
+        rows [], indices [N] and counts [K] (empty where not asked for).
+    """
+    codes = codes or centre_codes(codebook, working_dtype(x))
+    K, N = codebook.shape[0], x.shape[0]
     valid = _usable(x, mask)
+    search = None if exact is None else _Search(x, codebook, codes, valid, exact)
+    soft = _Assignments(codes, temperature, N)
     total = torch.zeros_like(codes.bias)
-    lse = codes.mean.new_full((x.shape[0],), torch.inf)
-    step = max(1, USAGE_ELEMENTS // codes.bias.numel())
-    for start in range(0, x.shape[0], step):
-        kept = valid[start : start + step].nonzero()[:, 0] + start
-        logits = _logits(codes.centre(x[kept]), codes, temperature)
-        lse[kept] = logits.logsumexp(dim=1)
-        total += logits.sub_(lse[kept, None]).exp_().sum(dim=0)
-    return total[: codebook.shape[0]].clone(), lse, valid.sum()
+    lse = codes.mean.new_full((N,), torch.inf)
+    for start in range(0, N, soft.step):
+        kept = valid[start : start + soft.step].nonzero()[:, 0] + start
+        rows = codes.centre(x[kept])
+        scores = soft.scores(rows)
+        if search is not None:
+            best = _Best(rows, search.exact)
+            best.fold(scores, 0)
+            search.take(kept, rows, best)
+        p, lse[kept] = soft.normalized(scores)
+        total += p.sum(dim=0)
+    nothing = torch.empty(0, dtype=torch.int64, device=x.device)
+    indices, counts = (nothing, nothing.clone()) if search is None else search.settled()
+    return total[:K].clone(), lse, valid.sum(), indices, counts
 
 
 def usage_backward(
-    grad: Tensor, x: Tensor, codebook: Tensor, temperature: Tensor, lse: Tensor
+    grad: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    temperature: Tensor,
+    lse: Tensor,
+    codes: CentredCodes | None = None,
+    wanted: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of Σ_k grad_k · usage_k for x and the codebook.
+    """Gradients of Σ_k grad_k · usage_k for x and the codebook; empty where not ``wanted``.
 
     With p the assignments and w = p ⊙ (grad − Σ_k p grad), rows of w sum to zero, so that
     ∂x_n = (2/τ) Σ_k w_nk c_k and ∂c_k = (2/τ) Σ_n w_nk (x_n − c_k).
     """
-    K = codebook.shape[0]
-    codes = CentredCodes(codebook, working_dtype(x))
-    temperature = temperature.to(codes.mean)
+    K, N = codebook.shape[0], x.shape[0]
+    codes = codes or centre_codes(codebook, working_dtype(x))
     padded = functional.pad(grad.to(codes.mean), (0, codes.bias.numel() - K))
-    grad_x = torch.zeros_like(x, dtype=codes.mean.dtype)
-    grad_codes = torch.zeros_like(codes.codes)
+    grad_x = torch.zeros_like(x if wanted[0] else x[:0], dtype=codes.mean.dtype)
+    grad_codes = torch.zeros_like(codes.codes if wanted[1] else codes.codes[:0])
     weight = torch.zeros_like(codes.bias)
     valid = lse.isfinite()
-    step = max(1, USAGE_ELEMENTS // codes.bias.numel())
-    for start in range(0, x.shape[0], step):
-        kept = valid[start : start + step].nonzero()[:, 0] + start
+    soft = _Assignments(codes, temperature, N)
+    for start in range(0, N, soft.step):
+        kept = valid[start : start + soft.step].nonzero()[:, 0] + start
         rows = codes.centre(x[kept])
-        p = _logits(rows, codes, temperature).sub_(lse[kept, None]).exp_()
-        w = p.mul_(padded - (p @ padded)[:, None])
-        grad_x[kept] = w @ codes.codes
-        grad_codes.addmm_(w.T, rows)
-        weight += w.sum(dim=0)
-    grad_codes.addcmul_(weight[:, None], codes.codes, value=-1)
-    scale = 2 / temperature
+        p, _ = soft.normalized(soft.scores(rows))
+        w = torch.sub(padded, (p @ padded)[:, None], out=soft.spare(p)).mul_(p)
+        if wanted[0]:
+            grad_x[kept] = w @ codes.codes
+        if wanted[1]:
+            grad_codes.addmm_(w.T, rows)
+            weight += w.sum(dim=0)
+    if wanted[1]:
+        grad_codes.addcmul_(weight[:, None], codes.codes, value=-1)
+    scale = soft.factor
     return grad_x.mul_(scale).to(x.dtype), grad_codes.mul_(scale)[:K].to(codebook.dtype)
+
+
+def _chosen(codebook: Tensor, indices: Tensor, gain: Tensor | None) -> Tensor:
+    vectors = codebook[indices.clamp(min=0)]
+    if gain is not None:
+        vectors *= gain
+    return vectors.masked_fill_((indices < 0)[:, None], 0.0)
+
+
+def leave(
+    residual: Tensor, codebook: Tensor, indices: Tensor, gain: Tensor | None, errors: Tensor | None
+) -> Tensor:
+    """See :func:`b2t_kernels.leave`."""
+    for start in range(0, residual.shape[0], STEP_ROWS):
+        rows = slice(start, start + STEP_ROWS)
+        residual[rows].sub_(_chosen(codebook, indices[rows], gain))
+    if errors is not None:
+        errors += residual
+    return residual.norm().square()
+
+
+def sum_codes(codebooks: Tensor, codes: Tensor, gain: Tensor | None) -> Tensor:
+    """See :func:`b2t_kernels.sum_codes`."""
+    total = codebooks.new_zeros(codes.shape[0], codebooks.shape[2])
+    for layer, indices in enumerate(codes.unbind(1)):
+        book = layer if codebooks.shape[0] > 1 else 0
+        for start in range(0, codes.shape[0], STEP_ROWS):
+            rows = slice(start, start + STEP_ROWS)
+            factor = None if gain is None else gain[book]
+            total[rows].add_(_chosen(codebooks[book], indices[rows], factor))
+    return total

@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import logging
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,13 +13,14 @@ from torch import Tensor
 from b2t_kernels import blocked
 
 try:
-    from b2t_kernels import nearest, rvq, sums, tuning, usage
+    from b2t_kernels import nearest, prepare, residual, sums, tuning, usage
 
     MISSING = ""
 except ImportError as error:
     MISSING = str(error)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+T = TypeVar("T")
 
 
 @functools.cache
@@ -29,6 +32,8 @@ def obstacle(*tensors: Tensor, widest: int | None = None) -> str:
     """Why the kernels cannot take these tensors; empty if they can."""
     if MISSING:
         return f"Triton cannot be imported ({MISSING})"
+    if torch.version.hip is not None:
+        return "the kernels were made and compiled for NVIDIA GPUs, not for ROCm"
     major, minor = torch.cuda.get_device_capability(tensors[0].device)
     if major < 8:
         return f"the GPU's compute capability is {major}.{minor}, the kernels need 8.0"
@@ -40,59 +45,141 @@ def obstacle(*tensors: Tensor, widest: int | None = None) -> str:
     return ""
 
 
-def _usable(operator: str, *tensors: Tensor, widest: int | None = None) -> bool:
-    why = obstacle(*tensors, widest=widest)
-    if why:
-        _say_once(operator, why)
-    return not why
-
-
 def _device_of(x: Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def _run(
+    operator: str, why: str, device_of: Tensor, kernels: Callable[[], T], otherwise: Callable[[], T]
+) -> T:
+    """The kernels' answer unless ``why`` names an obstacle or no tile fits the device."""
+    with _device_of(device_of):
+        if not why:
+            try:
+                return kernels()
+            except tuning.DoesNotFitError as error:
+                why = str(error)
+        _say_once(operator, why)
+        return otherwise()
+
+
+def prepare_codes(codebooks: Tensor) -> list[list[Tensor]]:
+    """See :func:`b2t_kernels.prepare_codes`."""
+    if obstacle(codebooks):
+        dtype = blocked.working_dtype(codebooks)
+        return [list(blocked.centre_codes(book, dtype)) for book in codebooks]
+    with _device_of(codebooks):
+        made = prepare.prepare(codebooks)
+        return [list(prepare.layer_of(made, layer)) for layer in range(codebooks.shape[0])]
+
+
+def _prepared(codebook: Tensor, given: Sequence[Tensor]) -> "prepare.PreparedCodes":
+    """What was given if the kernels made it, else made now."""
+    if given and given[0].dtype == torch.float16:
+        return prepare.PreparedCodes(*given)
+    return prepare.prepare(codebook)
+
+
 def nearest_code(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, exact: bool
+    x: Tensor, codebook: Tensor, mask: Tensor | None, exact: bool, given: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor]:
     """See :func:`b2t_kernels.nearest_code`."""
-    room = nearest if _usable("nearest_code", x, codebook) else blocked
-    with _device_of(x):
-        return room.nearest_code(x, codebook, mask, exact)
-
-
-def rvq_encode(
-    x: Tensor, codebooks: Tensor, mask: Tensor | None, exact: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`b2t_kernels.rvq_encode`."""
-    room = rvq if _usable("rvq_encode", x, codebooks) else blocked
-    with _device_of(x):
-        return room.rvq_encode(x, codebooks, mask, exact)
+    return _run(
+        "nearest_code",
+        obstacle(x, codebook),
+        x,
+        lambda: nearest.nearest_code(x, codebook, mask, exact, _prepared(codebook, given)),
+        lambda: blocked.nearest_code(x, codebook, mask, exact, blocked.centred(given, x)),
+    )
 
 
 def code_sums(
     x: Tensor, indices: Tensor, K: int, mask: Tensor | None, atomic: bool
 ) -> tuple[Tensor, Tensor]:
     """See :func:`b2t_kernels.code_sums`."""
-    if _usable("code_sums", x):
-        with _device_of(x):
-            return sums.code_sums(x, indices, K, mask, atomic)
-    return blocked.code_sums(x, indices, K, mask)
+    return _run(
+        "code_sums",
+        obstacle(x),
+        x,
+        lambda: sums.code_sums(x, indices, K, mask, atomic),
+        lambda: blocked.code_sums(x, indices, K, mask),
+    )
 
 
 def usage_forward(
-    x: Tensor, codebook: Tensor, temperature: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward of :func:`b2t_kernels.code_usage`."""
-    room = usage if _usable("code_usage", x, codebook, widest=tuning.WIDEST_USAGE) else blocked
-    with _device_of(x):
-        return room.usage_forward(x, codebook, temperature, mask)
+    x: Tensor,
+    codebook: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    exact: bool | None = None,
+    given: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Forward of :func:`b2t_kernels.code_usage`; with ``exact`` not None the search as well."""
+
+    def kernels() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        codes = _prepared(codebook, given)
+        total, found = usage.usage_forward(
+            x, codebook, temperature, mask, codes, exact is not None, bool(exact)
+        )
+        # Indices and counts lie in one buffer with the number of rows, and an operator's results
+        # must not share memory.
+        counts = found.counts if exact is not None else found.counts[:0]
+        return total, found.lse, found.frames.clone(), found.indices, counts.clone()
+
+    return _run(
+        "code_usage",
+        obstacle(x, codebook, widest=tuning.WIDEST_USAGE) if not MISSING else obstacle(x),
+        x,
+        kernels,
+        lambda: blocked.usage_forward(
+            x, codebook, temperature, mask, blocked.centred(given, x), exact
+        ),
+    )
 
 
 def usage_backward(
-    grad: Tensor, x: Tensor, codebook: Tensor, temperature: Tensor, lse: Tensor
+    grad: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    temperature: Tensor,
+    lse: Tensor,
+    wanted: tuple[bool, bool] = (True, True),
+    given: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """Backward of :func:`b2t_kernels.code_usage`; ``lse`` comes from the same room's forward."""
-    room = usage if _usable("code_usage", x, codebook, widest=tuning.WIDEST_USAGE) else blocked
-    with _device_of(x):
-        return room.usage_backward(grad, x, codebook, temperature, lse)
+    return _run(
+        "code_usage",
+        obstacle(x, codebook, widest=tuning.WIDEST_USAGE) if not MISSING else obstacle(x),
+        x,
+        lambda: usage.usage_backward(
+            grad, x, codebook, temperature, lse, _prepared(codebook, given), wanted
+        ),
+        lambda: blocked.usage_backward(
+            grad, x, codebook, temperature, lse, blocked.centred(given, x), wanted
+        ),
+    )
+
+
+def leave(
+    left: Tensor, codebook: Tensor, indices: Tensor, gain: Tensor | None, errors: Tensor | None
+) -> Tensor:
+    """See :func:`b2t_kernels.leave`."""
+    return _run(
+        "leave",
+        obstacle(left, codebook),
+        left,
+        lambda: residual.leave(left, codebook, indices, gain, errors),
+        lambda: blocked.leave(left, codebook, indices, gain, errors),
+    )
+
+
+def sum_codes(codebooks: Tensor, codes: Tensor, gain: Tensor | None) -> Tensor:
+    """See :func:`b2t_kernels.sum_codes`."""
+    return _run(
+        "sum_codes",
+        obstacle(codebooks),
+        codebooks,
+        lambda: residual.sum_codes(codebooks, codes, gain),
+        lambda: blocked.sum_codes(codebooks, codes, gain),
+    )

@@ -1,13 +1,14 @@
-"""Nearest-code search in Triton: argmax of x·c − ½|c|² as the codebook streams past a tile of rows.
+"""Nearest-code search in Triton: argmax of x·c − ½|c|² as the codebook streams past the rows.
 
-Letters: N rows, K codes, D width. A program keeps a tile of rows, walks over the codes, and keeps
-for each row and each of its slots the best score and the tile it came from. A slot is a run of
-eight codes inside one thread (see ``prepare.physical_row``), so that the loop spends about one
-maximum, one multiply-add and three eighths of a compare-and-select on a score, and exchanges
-nothing between threads. The index is recovered afterwards in the winning run of eight alone.
-
-What proves the answers of ``exact`` stands in that module.
+Letters: N rows, K codes, D width, W partial results per row. Three launches: ``rows`` rounds a part
+of the rows once, ``scan`` keeps the best of each slot, ``settle_kernel`` merges the slots, finds
+the code inside the winning run of eight, and proves it (``exact``) or queues the row for
+``refine_kernel``. The soft assignment's normalizer comes out of the same scan (``usage``).
 """
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,200 +18,259 @@ from torch import Tensor
 from b2t_kernels import tuning
 from b2t_kernels.exact import (
     REFINE_PROGRAMS,
-    measure_rounding,
+    SMALLEST_SQUARE,
     queue_doubtful,
     refine_kernel,
     run_distances,
     score_threshold,
+    tolerance_of,
+    two_least,
 )
 from b2t_kernels.prepare import (
+    GROUP,
     PreparedCodes,
     code_scale,
     padded_codes,
     padded_width,
-    prepare,
+    physical_row,
 )
-from b2t_kernels.rows import examine_rows
-from b2t_kernels.search import recover, search_codes, winning_run
+from b2t_kernels.rows import PreparedRows, parts, prepare_rows
+from b2t_kernels.scan import LOWEST, logit_factor, scan_kernel, winning_run
 
 
-@triton.jit(do_not_specialize=["N", "bucket"])
-def nearest_kernel(
-    x_ptr,
-    mask_ptr,
-    codebook_ptr,
-    codes_ptr,
-    bias_ptr,
-    mean_ptr,
-    statistics_ptr,
-    indices_ptr,
-    counts_ptr,
-    queue_ptr,
-    length_ptr,
-    slots_ptr,
-    N,
-    K,
-    D,
-    padded_K,
-    padded_D,
-    bucket,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STEP: tl.constexpr,
-    WHOLE: tl.constexpr,
-    EXACT: tl.constexpr,
-    MASKED: tl.constexpr,
-    SLOTS: tl.constexpr,
-    COUNT: tl.constexpr,
-):
-    """Indices [N] and counts [K]; with EXACT, a queue of the rows that need float64.
+@triton.jit
+def recover(rows_ptr, shrink, rows, codes_ptr, bias_ptr, run, N, padded_D, STEP: tl.constexpr):
+    """Index inside the winning run of eight, from the rounded vectors; ties to the lowest."""
+    n: tl.constexpr = rows.shape[0]
+    offsets = tl.arange(0, GROUP)
+    places = physical_row(run[:, None] + offsets[None, :])
+    scores = shrink[:, None] * tl.load(bias_ptr + places)
+    for first in range(0, padded_D, STEP):
+        columns = first + tl.arange(0, STEP)
+        address = rows[:, None] * padded_D + columns[None, :]
+        values = tl.load(rows_ptr + address, (rows < N)[:, None], other=0.0).to(tl.float32)
+        address = places.to(tl.int64)[:, :, None] * padded_D + columns[None, None, :]
+        codes = tl.load(codes_ptr + address).to(tl.float32)
+        scores += tl.sum(tl.reshape(values, [n, 1, STEP]) * codes, axis=2)
+    top = tl.max(scores, axis=1)
+    return run + tl.min(tl.where(scores == top[:, None], offsets[None, :], GROUP), axis=1)
 
-    WHOLE: BLOCK_D spans the width. STEP: columns at a time before and after the loop, which divide
-    the padded width. SLOTS: room per queued row, at least BLOCK_K / 8.
+
+@triton.jit
+def merge_mass(mass_ptr, place, held, best, top, factor, valid):
+    """Log2-sum-exp2 of the logits · log2(e) from the masses beside each slot's best."""
+    anchor = tl.maximum(top, LOWEST)
+    mass = tl.load(mass_ptr + place, held, other=0.0)
+    lower = (tl.maximum(best, LOWEST) - anchor[:, None]) * factor[:, None]
+    total = tl.sum(mass * tl.exp2(lower), axis=1)
+    valid = valid & (total > 0)
+    return tl.where(valid, anchor * factor + tl.log2(tl.where(valid, total, 1.0)), float("inf"))
+
+
+@triton.jit
+def prove(
+    x_ptr, codebook_ptr, bias_ptr, statistics_ptr, squares_ptr, error_ptr, second_ptr,
+    rows, run, top, best, place, held, shrink, N, K, D, padded_D, STEP: tl.constexpr,
+):  # fmt: skip
+    """Index of the nearest code of each row's winning run, whether that is sure, near and hidden.
+
+    ``near`` and ``hidden`` [n, W] are the slots whose best, and whose second-best, may be nearer.
+    """
+    distances = run_distances(x_ptr, codebook_ptr, bias_ptr, rows, run, N, K, D, padded_D, STEP)
+    nearest, runner_up, index = two_least(distances, run)
+    squares = tl.load(squares_ptr + rows, rows < N, other=0.0)
+    error = tl.load(error_ptr + rows, rows < N, other=0.0)
+    least = score_threshold(
+        top, nearest, squares, error, code_scale(statistics_ptr), shrink, statistics_ptr, D
+    )
+    near = held & (best >= least[:, None])
+    second = tl.load(second_ptr + place, held, other=-float("inf"))
+    hidden = near & (second >= least[:, None])
+    distinct = (nearest > SMALLEST_SQUARE) & (runner_up > nearest * tolerance_of(D))
+    crowded = tl.sum((near | hidden).to(tl.int32), axis=1) > 1
+    hides = tl.max(hidden.to(tl.int32), axis=1) > 0
+    return index, distinct & ~crowded & ~hides, near, hidden
+
+
+@triton.jit(do_not_specialize=["N"])
+def settle_kernel(
+    x_ptr, codebook_ptr, rows_ptr, shrink_ptr, squares_ptr, error_ptr, valid_ptr, codes_ptr,
+    bias_ptr, statistics_ptr, temperature_ptr, best_ptr, runs_ptr, second_ptr, mass_ptr,
+    indices_ptr, counts_ptr, queue_ptr, length_ptr, slots_ptr, lse_ptr, frames_ptr,
+    N, K, D, padded_D, parts_of_row,
+    BLOCK_N: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr,
+    SEARCH: tl.constexpr, EXACT: tl.constexpr, SOFT: tl.constexpr,
+):  # fmt: skip
+    """Merge what the scan kept, ``parts_of_row`` ≤ W results a row, into indices, counts and lse.
+
+    SEARCH: indices and counts, proven or queued with EXACT. SOFT: lse, +inf where a row does not
+    count, and the number of rows that do.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    scale = code_scale(statistics_ptr)
-    finite, shrink = examine_rows(x_ptr, mean_ptr, scale, rows, N, D, padded_D, STEP)
-    best, tile, second = search_codes(
-        x_ptr,
-        mean_ptr,
-        scale,
-        shrink,
-        rows,
-        codes_ptr,
-        bias_ptr,
-        N,
-        D,
-        padded_K,
-        padded_D,
-        BLOCK_D,
-        BLOCK_K,
-        WHOLE,
-        EXACT,
-    )
-    valid = (rows < N) & finite
-    if MASKED:
-        valid = valid & (tl.load(mask_ptr + rows, rows < N, other=0) != 0)
-    runs = tile + 8 * tl.arange(0, BLOCK_K // 8)[None, :]
+    inside = rows < N
+    slots = tl.arange(0, W)
+    place = rows[:, None] * parts_of_row + slots[None, :]
+    held = inside[:, None] & (slots < parts_of_row)[None, :]
+    best = tl.load(best_ptr + place, held, other=-float("inf"))
+    runs = tl.load(runs_ptr + place, held, other=0)
+    shrink = tl.load(shrink_ptr + rows, inside, other=1.0)
+    valid = tl.load(valid_ptr + rows, inside, other=0) != 0
     top, run = winning_run(best, runs)
     valid = valid & (top > -float("inf"))
     run = tl.where(valid, run, 0)
-    if EXACT:
-        nearest, runner_up, index = run_distances(
-            x_ptr, codebook_ptr, bias_ptr, rows, run, N, K, D, padded_D, STEP
-        )
-        squares, error = measure_rounding(
-            x_ptr, mean_ptr, scale, shrink, rows, N, D, padded_D, STEP
-        )
-        least = score_threshold(top, squares, error, shrink, statistics_ptr, D)
-        near = best >= least[:, None]
-        hidden = tl.max((second >= least[:, None]).to(tl.int32), axis=1) > 0
-        close = ~(runner_up > nearest * (1 + 4.7683716e-07 * (D + 8)))
-        crowded = tl.sum(near.to(tl.int32), axis=1) > 1
-        doubtful = valid & (crowded | hidden | close)
-        queue_doubtful(rows, doubtful, hidden, near, runs, queue_ptr, length_ptr, slots_ptr, SLOTS)
-        counted = valid & ~doubtful
-    else:
-        index = recover(
-            x_ptr,
-            mean_ptr,
-            scale,
-            shrink,
-            rows,
-            codes_ptr,
-            bias_ptr,
-            run,
-            N,
-            D,
-            padded_D,
-            STEP,
-        )
+    if SOFT:
+        factor = logit_factor(temperature_ptr, code_scale(statistics_ptr), shrink)
+        lse = merge_mass(mass_ptr, place, held, best, top, factor, valid)
+        tl.store(lse_ptr + rows, lse, inside)
+        tl.atomic_add(frames_ptr, tl.sum((lse < float("inf")).to(tl.int64), axis=0))
+    if SEARCH:
         counted = valid
-    tl.store(indices_ptr + rows, tl.where(valid, index, -1).to(tl.int64), rows < N)
-    if COUNT:
+        if EXACT:
+            index, sure, near, hidden = prove(
+                x_ptr, codebook_ptr, bias_ptr, statistics_ptr, squares_ptr, error_ptr, second_ptr,
+                rows, run, top, best, place, held, shrink, N, K, D, padded_D, STEP,
+            )  # fmt: skip
+            counted = valid & sure
+            queue_doubtful(
+                rows, valid & ~sure, near, hidden, runs, queue_ptr, length_ptr, slots_ptr, W
+            )
+        else:
+            index = recover(rows_ptr, shrink, rows, codes_ptr, bias_ptr, run, N, padded_D, STEP)
+        tl.store(indices_ptr + rows, tl.where(valid, index, -1).to(tl.int64), inside)
         tl.atomic_add(counts_ptr + index, tl.full([BLOCK_N], 1, tl.int64), mask=counted)
 
 
-def search(
+class Found(NamedTuple):
+    """What a scan gives: indices [N], counts [K], lse [N] and valid rows []; what was asked for."""
+
+    indices: Tensor
+    counts: Tensor
+    lse: Tensor
+    frames: Tensor
+
+
+class _Wanted(NamedTuple):
+    search: bool
+    exact: bool
+    temperature: Tensor | None
+
+    @property
+    def soft(self) -> bool:
+        return self.temperature is not None
+
+
+class _Scanned(NamedTuple):
+    """What a scan keeps of N rows, [N, splits · slots] each; unwanted ones stand for another."""
+
+    best: Tensor
+    runs: Tensor
+    second: Tensor
+    mass: Tensor
+    slots: int
+    share: int
+
+
+def _scan(
+    rows: PreparedRows, codes: PreparedCodes, padded_K: int, wanted: _Wanted, config: triton.Config
+) -> _Scanned:
+    (N, width), device = rows.rows.shape, rows.rows.device
+    block_N, block_K = config.kwargs["BLOCK_N"], config.kwargs["BLOCK_K"]
+    slots = block_K // 8 if wanted.exact else 1
+    most = tuning.MOST_PARTS // slots
+    splits, share = tuning.code_splits(N, padded_K, block_N, block_K, most, device)
+    best = torch.empty(N, splits * slots, dtype=torch.float32, device=device)
+    runs = torch.empty(N, splits * slots, dtype=torch.int32, device=device)
+    second = torch.empty_like(best) if wanted.exact else best
+    mass = torch.empty_like(best) if wanted.soft else best
+    scan_kernel[(triton.cdiv(N, block_N), splits)](
+        rows.rows, rows.shrink, codes.codes, codes.bias, codes.statistics,
+        wanted.temperature if wanted.soft else best, best, runs, second, mass,
+        N, width, padded_K, share,
+        WHOLE=width <= tuning.WIDEST_WHOLE, EXACT=wanted.exact, SOFT=wanted.soft,
+        **tuning.options(config),
+    )  # fmt: skip
+    return _Scanned(best, runs, second, mass, slots, share)
+
+
+def _settle(
+    x: Tensor, codebook: Tensor, codes: PreparedCodes, rows: PreparedRows, kept: _Scanned,
+    found: Found, length: Tensor, wanted: _Wanted,
+) -> None:  # fmt: skip
+    """Merge what was scanned into ``found``; ``length`` [≥ 1] int64 starts at zero."""
+    (N, D), K, device = x.shape, codebook.shape[0], x.device
+    W = triton.next_power_of_2(kept.best.shape[1])
+    queued = N if wanted.exact else 0
+    queue = torch.empty(queued, dtype=torch.int64, device=device)
+    listed = torch.empty(queued, W, dtype=torch.int32, device=device)
+    config = tuning.settle_config(W)
+    settle_kernel[(triton.cdiv(N, config.kwargs["BLOCK_N"]),)](
+        x, codebook, *rows, codes.codes, codes.bias, codes.statistics,
+        wanted.temperature if wanted.soft else kept.best,
+        kept.best, kept.runs, kept.second, kept.mass,
+        found.indices, found.counts, queue, length, listed, found.lse, found.frames,
+        N, K, D, rows.rows.shape[1], kept.best.shape[1],
+        W=W, SEARCH=wanted.search, EXACT=wanted.exact, SOFT=wanted.soft,
+        **tuning.options(config),
+    )  # fmt: skip
+    if wanted.exact:
+        refine_kernel[(min(N, REFINE_PROGRAMS),)](
+            x, codebook, codes.bias, found.indices, found.counts, queue, length, listed,
+            K, D, padded_codes(K), kept.share,
+            W=W, SLOTS=kept.slots, BLOCK_D=tuning.REFINE_WIDTH, num_warps=tuning.REFINE_WARPS,
+        )  # fmt: skip
+
+
+def assign(
     x: Tensor,
     codebook: Tensor,
-    prepared: PreparedCodes,
+    codes: PreparedCodes,
     mask: Tensor | None,
-    exact: bool,
-    count: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Launch the search for contiguous x [N, D] and codebook [K, D] already prepared.
+    *,
+    exact: bool = False,
+    search: bool = True,
+    temperature: Tensor | None = None,
+    each: Callable[[PreparedRows, Tensor], None] | None = None,
+) -> Found:
+    """Search contiguous x [N, D] in codebook [K, D], normalize its soft assignment, or both.
 
-    Without ``count`` the counts stay zero (and exact ones incomplete): to time what counting costs.
+    Args:
+        x: [N, D].
+        codebook: [K, D] contiguous.
+        codes: the same prepared.
+        mask: [N] bool contiguous, or None.
+        exact: see :func:`b2t_kernels.nearest_code`.
+        search: whether indices and counts are wanted.
+        temperature: [] float32 if lse and frames are wanted.
+        each: called with the prepared rows and the lse of each part of the rows.
     """
-    N, D = x.shape
-    K = codebook.shape[0]
-    padded_D = padded_width(D)
-    device = x.device
-    indices = torch.empty(N, dtype=torch.int64, device=device)
-    counts = torch.zeros(K, dtype=torch.int64, device=device)
-    if N == 0:
-        return indices, counts
-    slots = tuning.MOST_SLOTS
-    queued = N if exact else 0
-    queue = torch.empty(queued, dtype=torch.int64, device=device)
-    length = torch.zeros(1, dtype=torch.int32, device=device)
-    listed = torch.full((queued, slots), -1, dtype=torch.int32, device=device)
-    tuning.launch(
-        nearest_kernel,
-        tuning.nearest_space(tuning.architecture(device), padded_D),
-        lambda meta: (triton.cdiv(N, meta["BLOCK_N"]),),
-        (
-            x,
-            x if mask is None else mask.view(torch.uint8),
-            codebook,
-            *prepared,
-            indices,
-            counts,
-            queue,
-            length,
-            listed,
-            N,
-            K,
-            D,
-            padded_codes(K),
-            padded_D,
-            tuning.bucket(N),
-        ),
-        {
-            "WHOLE": padded_D <= tuning.WIDEST_WHOLE,
-            "EXACT": exact,
-            "MASKED": mask is not None,
-            "SLOTS": slots,
-            "COUNT": count,
-            "STEP": tuning.step(padded_D),
-        },
-        accumulated=("counts_ptr", "length_ptr"),
-    )
-    if exact:
-        refine_kernel[(min(N, REFINE_PROGRAMS),)](
-            x,
-            codebook,
-            indices,
-            counts,
-            queue,
-            length,
-            listed,
-            K,
-            D,
-            SLOTS=slots,
-            BLOCK_K=32,
-            BLOCK_D=128,
-            num_warps=tuning.REFINE_WARPS,
+    (N, D), K, device = x.shape, codebook.shape[0], x.device
+    pieces = list(parts(N, D)) if N else []
+    # One zeroed buffer: counts, rows that count, and a queue's length for each part.
+    state = torch.zeros(K + 1 + len(pieces), dtype=torch.int64, device=device)
+    indices = torch.empty(N if search else 0, dtype=torch.int64, device=device)
+    lse = torch.empty(0 if temperature is None else N, dtype=torch.float32, device=device)
+    wanted = _Wanted(search, exact, temperature)
+    for number, piece in enumerate(pieces):
+        part = x[piece]
+        rows = prepare_rows(part, codes, None if mask is None else mask[piece])
+        kept = tuning.launch(
+            scan_kernel,
+            tuning.scan_space(tuning.family(device), padded_width(D)),
+            (part.shape[0], K, D, exact, wanted.soft),
+            partial(_scan, rows, codes, padded_codes(K), wanted),
+            device,
         )
-    return indices, counts
+        found = Found(indices[piece], state[:K], lse[piece], state[K : K + 1])
+        _settle(part, codebook, codes, rows, kept, found, state[K + 1 + number :], wanted)
+        if each is not None:
+            each(rows, found.lse)
+    return Found(indices, state[:K], lse, state[K])
 
 
 def nearest_code(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, exact: bool
+    x: Tensor, codebook: Tensor, mask: Tensor | None, exact: bool, codes: PreparedCodes
 ) -> tuple[Tensor, Tensor]:
     """See :func:`b2t_kernels.nearest_code`."""
-    codebook = codebook.contiguous()
     mask = None if mask is None else mask.contiguous()
-    return search(x.contiguous(), codebook, prepare(codebook), mask, exact)
+    found = assign(x.contiguous(), codebook.contiguous(), codes, mask, exact=exact)
+    return found.indices, found.counts

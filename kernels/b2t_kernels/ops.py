@@ -1,58 +1,61 @@
-"""The public operators, registered with torch for CPU, CUDA and shape propagation.
+"""Search and sums as public operators, registered with torch for CPU, CUDA and shape propagation.
 
 Letters: N frames, K codes, D width, Q quantizers. Each operator is a torch custom op, so that it
 works under autograd, ``torch.compile`` and activation checkpointing; the device of x chooses the
 implementation: Triton on CUDA, blocked torch elsewhere.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from b2t_kernels import blocked, cuda
+from b2t_kernels.checks import check_devices, check_precision, check_rows, check_search
 
 Precision = Literal["fast", "exact"]
+Prepared = Sequence[Tensor]
 
 
-def _check_search(x: Tensor, codebook: Tensor, mask: Tensor | None) -> None:
-    if x.ndim != 2 or codebook.ndim != 2 or x.shape[1] != codebook.shape[1]:
-        raise ValueError(
-            f"expected x [N, D] and codebook [K, D], found {list(x.shape)} and "
-            f"{list(codebook.shape)}; flatten batch and time first"
-        )
-    if codebook.shape[0] == 0 or codebook.shape[1] == 0:
-        raise ValueError(f"the codebook is empty: {list(codebook.shape)}")
-    _check_rows("mask", mask, x, torch.bool)
+@torch.no_grad()
+def prepare_codes(codebooks: Tensor) -> list[list[Tensor]]:
+    """What every operator makes of a codebook before it starts, for each of codebooks [Q, K, D].
 
+    Give an entry as ``prepared`` to all calls that use the codebook as long as it stays the same:
+    a few launches on a GPU, or a sort of its codes on a CPU, are then saved in each. The entries
+    mean nothing to anyone else.
 
-def _check_rows(name: str, rows: Tensor | None, x: Tensor, dtype: torch.dtype) -> None:
-    if rows is not None and (rows.shape != x.shape[:1] or rows.dtype != dtype):
-        raise ValueError(
-            f"expected {name} [{x.shape[0]}] {dtype}, found {list(rows.shape)} {rows.dtype}"
-        )
-
-
-def _check_precision(precision: str) -> bool:
-    if precision not in ("fast", "exact"):
-        raise ValueError(f"precision is 'fast' or 'exact', found {precision!r}")
-    return precision == "exact"
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    if codebooks.ndim != 3 or 0 in codebooks.shape:
+        raise ValueError(f"expected codebooks [Q, K, D], found {list(codebooks.shape)}")
+    codebooks = codebooks.detach()
+    if codebooks.is_cuda:
+        return cuda.prepare_codes(codebooks)
+    dtype = blocked.working_dtype(codebooks)
+    return [list(blocked.centre_codes(book, dtype)) for book in codebooks]
 
 
 @torch.library.custom_op("b2t_kernels::nearest_code", mutates_args=(), device_types="cpu")
 def _nearest_code(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, exact: bool
+    x: Tensor, codebook: Tensor, mask: Tensor | None, exact: bool, prepared: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    return blocked.nearest_code(x, codebook, mask, exact)
+    return blocked.nearest_code(x, codebook, mask, exact, blocked.centred(prepared, x))
 
 
 @_nearest_code.register_kernel("cuda")
-def _(x: Tensor, codebook: Tensor, mask: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
-    return cuda.nearest_code(x, codebook, mask, exact)
+def _(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, exact: bool, prepared: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    return cuda.nearest_code(x, codebook, mask, exact, prepared)
 
 
 @_nearest_code.register_fake
-def _(x: Tensor, codebook: Tensor, mask: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, exact: bool, prepared: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
     return (
         x.new_empty(x.shape[0], dtype=torch.int64),
         x.new_empty(codebook.shape[0], dtype=torch.int64),
@@ -60,7 +63,11 @@ def _(x: Tensor, codebook: Tensor, mask: Tensor | None, exact: bool) -> tuple[Te
 
 
 def nearest_code(
-    x: Tensor, codebook: Tensor, mask: Tensor | None = None, precision: Precision = "fast"
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None = None,
+    precision: Precision = "fast",
+    prepared: Prepared = (),
 ) -> tuple[Tensor, Tensor]:
     """Nearest code of every row by Euclidean distance, and how often each code was chosen.
 
@@ -74,70 +81,17 @@ def nearest_code(
         precision: "fast" scores once (float32 on CPU, fp16 tensor cores on centred data on a GPU).
             "exact" gives the float64 answer: rows whose best two scores lie within a proven bound
             of each other are scored again.
+        prepared: the codebook's entry of :func:`prepare_codes`.
 
     Returns:
         indices [N] int64, −1 where masked or not finite, and counts [K] int64 of the others.
 
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        ValueError: shapes, dtypes or devices do not fit.
     """
-    exact = _check_precision(precision)
-    _check_search(x, codebook, mask)
-    return _nearest_code(x, codebook, mask, exact)
-
-
-@torch.library.custom_op("b2t_kernels::rvq_encode", mutates_args=(), device_types="cpu")
-def _rvq_encode(
-    x: Tensor, codebooks: Tensor, mask: Tensor | None, exact: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return blocked.rvq_encode(x, codebooks, mask, exact)
-
-
-@_rvq_encode.register_kernel("cuda")
-def _(
-    x: Tensor, codebooks: Tensor, mask: Tensor | None, exact: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return cuda.rvq_encode(x, codebooks, mask, exact)
-
-
-@_rvq_encode.register_fake
-def _(
-    x: Tensor, codebooks: Tensor, mask: Tensor | None, exact: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    Q, K, _D = codebooks.shape
-    return (
-        x.new_empty(x.shape[0], Q, dtype=torch.int64),
-        x.new_empty(Q, K, dtype=torch.int64),
-        torch.empty_like(x, dtype=blocked.working_dtype(x), memory_format=torch.contiguous_format),
-    )
-
-
-def rvq_encode(
-    x: Tensor, codebooks: Tensor, mask: Tensor | None = None, precision: Precision = "fast"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Encode rows with Q codebooks, each quantizing what the ones before left over.
-
-    On a GPU all layers run in one launch while the residual stays on chip where that wins (small
-    K·D), layer by layer otherwise. Not differentiable.
-
-    Args:
-        x: [N, D] rows.
-        codebooks: [Q, K, D] codes, first layer first.
-        mask: [N] bool, True = real.
-        precision: as in :func:`nearest_code`.
-
-    Returns:
-        indices [N, Q] int64 (−1 where masked or not finite), counts [Q, K] int64, and quantized
-        [N, D] float32, the sum of the chosen codes (zero where masked or not finite).
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
-    """
-    exact = _check_precision(precision)
-    if codebooks.ndim != 3 or codebooks.shape[0] == 0:
-        raise ValueError(f"expected codebooks [Q, K, D], found {list(codebooks.shape)}")
-    _check_search(x, codebooks[0], mask)
-    return _rvq_encode(x, codebooks, mask, exact)
+    exact = check_precision(precision)
+    check_search(x, codebook, mask)
+    return _nearest_code(x, codebook, mask, exact, list(prepared))
 
 
 @torch.library.custom_op("b2t_kernels::code_sums", mutates_args=(), device_types="cpu")
@@ -175,7 +129,7 @@ def code_sums(
 
     Args:
         x: [N, D] rows.
-        indices: [N] int64 in −1..K−1, as from :func:`nearest_code`; −1 is left out.
+        indices: [N] int64, as from :func:`nearest_code`; what lies outside 0..K−1 is left out.
         K: number of codes.
         mask: [N] bool, True = real.
         method: "sorted" adds the rows of a code in their own order, so that the same input gives
@@ -187,111 +141,67 @@ def code_sums(
         its index is −1.
 
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        ValueError: shapes, dtypes or devices do not fit.
     """
     if x.ndim != 2:
         raise ValueError(f"expected x [N, D], found {list(x.shape)}")
     if method not in ("sorted", "atomic"):
         raise ValueError(f"method is 'sorted' or 'atomic', found {method!r}")
-    _check_rows("indices", indices, x, torch.int64)
-    _check_rows("mask", mask, x, torch.bool)
+    check_rows("indices", indices, x, torch.int64)
+    check_rows("mask", mask, x, torch.bool)
     return _code_sums(x, indices, K, mask, method == "atomic")
 
 
-@torch.library.custom_op("b2t_kernels::usage_forward", mutates_args=(), device_types="cpu")
-def _usage_forward(
-    x: Tensor, codebook: Tensor, temperature: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return blocked.usage_forward(x, codebook, temperature, mask)
-
-
-@_usage_forward.register_kernel("cuda")
-def _(
-    x: Tensor, codebook: Tensor, temperature: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return cuda.usage_forward(x, codebook, temperature, mask)
-
-
-@_usage_forward.register_fake
-def _(
-    x: Tensor, codebook: Tensor, temperature: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = blocked.working_dtype(x)
-    return (
-        x.new_empty(codebook.shape[0], dtype=dtype),
-        x.new_empty(x.shape[0], dtype=dtype),
-        x.new_empty((), dtype=torch.int64),
-    )
-
-
-@torch.library.custom_op("b2t_kernels::usage_backward", mutates_args=(), device_types="cpu")
-def _usage_backward(
-    grad: Tensor, x: Tensor, codebook: Tensor, temperature: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    return blocked.usage_backward(grad, x, codebook, temperature, lse)
-
-
-@_usage_backward.register_kernel("cuda")
-def _(
-    grad: Tensor, x: Tensor, codebook: Tensor, temperature: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    return cuda.usage_backward(grad, x, codebook, temperature, lse)
-
-
-@_usage_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, codebook: Tensor, temperature: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty_like(codebook, memory_format=torch.contiguous_format),
-    )
-
-
-def _save_usage(ctx, inputs, output) -> None:
-    x, codebook, temperature, _ = inputs
-    _, lse, frames = output
-    ctx.mark_non_differentiable(lse, frames)
-    ctx.save_for_backward(x, codebook, temperature, lse)
-
-
-def _differentiate_usage(ctx, grad, grad_lse, grad_frames):
-    grad_x, grad_codebook = _usage_backward(grad.contiguous(), *ctx.saved_tensors)
-    return grad_x, grad_codebook, None, None
-
-
-_usage_forward.register_autograd(_differentiate_usage, setup_context=_save_usage)
-
-
-def code_usage(
-    x: Tensor,
+@torch.no_grad()
+def leave(
+    residual: Tensor,
     codebook: Tensor,
-    temperature: float | Tensor,
-    mask: Tensor | None = None,
-    reduction: Literal["mean", "sum"] = "mean",
+    indices: Tensor,
+    gain: Tensor | None = None,
+    errors: Tensor | None = None,
 ) -> Tensor:
-    """Mean soft assignment of the rows to each code, differentiable in x and codebook.
+    """Take the chosen codes from the residual, in place: the step from one layer to the next.
 
-    usage_k = 1/M Σ_n softmax_k(−|x_n − c_k|² / temperature), over the M valid rows. Memory is
-    O(N + K·D): two streaming passes with an online softmax, and the same again backwards.
+    residual ← residual − gain · codebook[indices], then errors ← errors + residual.
 
     Args:
-        x: [N, D] rows.
-        codebook: [K, D] codes.
-        temperature: positive, in units of squared distance; a tensor avoids a device
-            synchronisation. No gradient flows to it.
-        mask: [N] bool, True = real. Rows that are not finite are left out as well.
-        reduction: "sum" leaves out 1/M, for a mean over several ranks or micro-batches.
+        residual: [N, D] float32.
+        codebook: [K, D] float32.
+        indices: [N] int64; −1 takes nothing.
+        gain: [] length of the codes where they are unit vectors.
+        errors: [N, D] float32, the sum over layers of what each leaves.
 
     Returns:
-        [K] float32; all zero when no row is valid.
+        Σ residual² [] of the new residual.
 
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        ValueError: shapes, dtypes or devices do not fit.
     """
-    _check_search(x, codebook, mask)
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction is 'mean' or 'sum', found {reduction!r}")
-    scale = torch.as_tensor(temperature, dtype=torch.float32, device=x.device).detach()
-    total, _, frames = _usage_forward(x, codebook, scale, mask)
-    return total / frames.clamp(min=1) if reduction == "mean" else total
+    check_search(residual, codebook, None)
+    check_rows("indices", indices, residual, torch.int64)
+    if errors is not None and errors.shape != residual.shape:
+        raise ValueError(f"expected errors {list(residual.shape)}, found {list(errors.shape)}")
+    room = cuda if residual.is_cuda else blocked
+    return room.leave(residual, codebook, indices, gain, errors)
+
+
+@torch.no_grad()
+def sum_codes(codebooks: Tensor, codes: Tensor, gain: Tensor | None = None) -> Tensor:
+    """Σ_q gain_q · codebooks_q[codes_q], [N, D] float32, added in the order of the layers.
+
+    Args:
+        codebooks: [L, K, D] float32, L ≥ Q, or 1 where the layers share one.
+        codes: [N, Q] int64; −1 adds nothing.
+        gain: [L] lengths of the codes where they are unit vectors.
+
+    Raises:
+        ValueError: shapes or devices do not fit.
+    """
+    if codebooks.ndim != 3 or codes.ndim != 2 or 1 != len(codebooks) < codes.shape[1]:
+        raise ValueError(
+            f"expected codebooks [Q or more or 1, K, D] and codes [N, Q], found "
+            f"{list(codebooks.shape)} and {list(codes.shape)}"
+        )
+    check_devices(codebooks, codes=codes)
+    room = cuda if codes.is_cuda else blocked
+    return room.sum_codes(codebooks, codes, gain)

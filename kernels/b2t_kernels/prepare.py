@@ -16,10 +16,14 @@ from torch import Tensor
 CODE_PADDING = 256
 GROUP = tl.constexpr(8)
 MEAN_SAMPLE = 1024
-STATISTICS = 4
 LARGEST = tl.constexpr(0)
-ERROR = tl.constexpr(1)
-RADIUS = tl.constexpr(2)
+RADIUS = tl.constexpr(1)
+ERRORS = tl.constexpr(2)
+
+# Rounding errors are kept by length of the code, in quarters of an octave from 2⁻³ to 2¹³.
+LENGTH_BINS = tl.constexpr(64)
+SHORTEST = tl.constexpr((127 - 3) << 2)
+STATISTICS = tl.constexpr(2 + 64)
 
 # log2 of the bound on |ĉ| elements and on |x̂| elements: products stay far from overflow in the
 # float32 accumulator, and both keep 20 binary orders above fp16's subnormals.
@@ -33,7 +37,8 @@ class PreparedCodes(NamedTuple):
     codes: [Q·K′, D′] fp16, rows permuted inside each 64 (see :func:`physical_row`).
     bias: [Q·K′] float32, −½|ĉ|² of the rounded codes; −inf for padding and codes not finite.
     mean: [Q, D′] float32, μ.
-    statistics: [Q, 4] float32: largest |c − μ|, largest |ĉ − S(c − μ)|, largest |ĉ|, unused.
+    statistics: [Q, 66] float32: largest |c − μ| element, largest |ĉ|, and for each length of 64 the
+        largest |ĉ − S(c − μ)| among codes whose |ĉ| is no longer (:func:`length_bin`).
     """
 
     codes: Tensor
@@ -73,22 +78,15 @@ def code_scale(statistics_ptr):
     """The power of two S that brings the largest |c − μ| into [2⁷, 2⁸); 1 if all codes are μ."""
     largest = tl.load(statistics_ptr + LARGEST)
     exponent = -exponent_of(largest) + (CODE_EXPONENT - 1)
-    exponent = tl.minimum(tl.maximum(exponent, -100), 100)
+    exponent = tl.minimum(tl.maximum(exponent, -126), 100)
     return tl.where(largest > 0, power_of_two(exponent), 1.0)
 
 
 @triton.jit
-def centred_rows(values, mean, scale):
-    """S·(x − μ) in float32, zero where x is not finite. values [n, d], mean [d]."""
-    moved = (values - mean[None, :]) * scale
-    moved = tl.minimum(tl.maximum(moved, -1e38), 1e38)
-    return tl.where(tl.abs(values) < float("inf"), moved, 0.0)
-
-
-@triton.jit
-def row_scale(largest):
-    """The power of two r ≤ 1 that brings the largest element of a row under 2¹⁴."""
-    return power_of_two(tl.minimum(-exponent_of(largest) + (ROW_EXPONENT - 1), 0))
+def length_bin(length):
+    """Place of a non-negative length among the bins; never falls as the length grows."""
+    place = (length.to(tl.int32, bitcast=True) >> 21) - SHORTEST
+    return tl.minimum(tl.maximum(place, 0), LENGTH_BINS - 1)
 
 
 @triton.jit
@@ -139,7 +137,7 @@ def extent_kernel(
         largest = tl.maximum(largest, tl.max(distance, axis=1))
     largest = tl.where(largest < float("inf"), largest, 0.0)
     bits = tl.max(largest, axis=0).to(tl.int32, bitcast=True)
-    tl.atomic_max(statistics_ptr + layer * 4 + LARGEST, bits)
+    tl.atomic_max(statistics_ptr + layer * STATISTICS + LARGEST, bits)
 
 
 @triton.jit
@@ -147,7 +145,7 @@ def round_kernel(
     codebook_ptr,
     mean_ptr,
     statistics_ptr,
-    error_ptr,
+    bits_ptr,
     codes_ptr,
     bias_ptr,
     K,
@@ -157,10 +155,10 @@ def round_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write ĉ and −½|ĉ|², and the largest rounding error and norm."""
+    """Write ĉ and −½|ĉ|², the largest |ĉ|, and the largest rounding error by length."""
     layer = tl.program_id(1).to(tl.int64)
     codes = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    scale = code_scale(statistics_ptr + layer * 4)
+    scale = code_scale(statistics_ptr + layer * STATISTICS)
     places = layer * padded_K + physical_row(codes)
     finite = codes < K
     norm = tl.zeros([BLOCK_K], tl.float32)
@@ -186,10 +184,39 @@ def round_kernel(
         )
     bias = tl.where(finite, -0.5 * norm, -float("inf"))
     tl.store(bias_ptr + places, bias, codes < padded_K)
-    error = tl.max(tl.where(finite, error, 0.0), axis=0)
-    norm = tl.max(tl.where(finite, norm, 0.0), axis=0)
-    tl.atomic_max(error_ptr + layer * 4 + ERROR, tl.sqrt(error).to(tl.int32, bitcast=True))
-    tl.atomic_max(error_ptr + layer * 4 + RADIUS, tl.sqrt(norm).to(tl.int32, bitcast=True))
+    length = tl.sqrt(tl.where(finite, norm, 0.0))
+    error = tl.sqrt(tl.where(finite, error, 0.0))
+    bits = bits_ptr + layer * STATISTICS
+    tl.atomic_max(bits + RADIUS, tl.max(length, axis=0).to(tl.int32, bitcast=True))
+    lengths = tl.arange(0, LENGTH_BINS)
+    shorter = length_bin(length)[:, None] <= lengths[None, :]
+    errors = tl.max(tl.where(shorter, error[:, None], 0.0), axis=0).to(tl.int32, bitcast=True)
+    known = tl.load(bits + ERRORS + lengths)
+    tl.atomic_max(bits + ERRORS + lengths, errors, mask=errors > known)
+
+
+def layer_of(prepared: PreparedCodes, layer: int) -> PreparedCodes:
+    """The part of one layer of a stack, without a copy."""
+    part = slice(layer, layer + 1)
+    size = prepared.bias.shape[0] // prepared.mean.shape[0]
+    rows = slice(layer * size, (layer + 1) * size)
+    codes, bias, mean, statistics = prepared
+    return PreparedCodes(codes[rows], bias[rows], mean[part], statistics[part])
+
+
+def scale_of(prepared: PreparedCodes) -> Tensor:
+    """S of a single layer as :func:`code_scale` computes it, 0-d."""
+    largest = prepared.statistics[0, 0]
+    _, exponent = torch.frexp(largest)
+    power = (8 - exponent).clamp(-126, 100)
+    return torch.where(largest > 0, torch.exp2(power.float()), 1.0)
+
+
+def physical_place(K: int, device: torch.device) -> Tensor:
+    """Where each code lies among the prepared ones, [K]: :func:`physical_row` in torch."""
+    code = torch.arange(K, device=device)
+    run, within = (code % 64) // 8, code % 8
+    return code - code % 64 + (run % 4) * 2 + (run // 4) * 8 + within % 2 + (within // 2) * 16
 
 
 def padded_width(D: int) -> int:
@@ -213,7 +240,7 @@ def prepare(codebooks: Tensor) -> PreparedCodes:
     codes = torch.empty(Q * padded_K, padded_D, dtype=torch.float16, device=device)
     bias = torch.empty(Q * padded_K, dtype=torch.float32, device=device)
     mean = torch.empty(Q, padded_D, dtype=torch.float32, device=device)
-    statistics = torch.zeros(Q, STATISTICS, dtype=torch.float32, device=device)
+    statistics = torch.zeros(Q, STATISTICS.value, dtype=torch.float32, device=device)
     bits = statistics.view(torch.int32)
     block_D = min(128, padded_D)
     step = max(1, K // MEAN_SAMPLE)

@@ -1,6 +1,6 @@
 """Naive references: whole N × K matrices, float64 inside, written to be read and trusted.
 
-Letters: N frames, K codes, D width, Q quantizers. Every function takes and gives what the public
+Letters: N frames, K codes, D width. Every function takes and gives what the public
 operator of the same name does; the tests compare the two, and a user who doubts a result can too.
 """
 
@@ -33,24 +33,6 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None = None) -> tup
     nearest = (distances == distances.amin(dim=1, keepdim=True)).int().argmax(dim=1)
     indices = torch.where(valid, nearest, -1)
     return indices, torch.bincount(indices[valid], minlength=K)
-
-
-def rvq_encode(
-    x: Tensor, codebooks: Tensor, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Residual encoding of x [N, D] with codebooks [Q, K, D], layer by layer.
-
-    Returns indices [N, Q], counts [Q, K] and quantized [N, D] (zero where the row is invalid).
-    """
-    valid = valid_rows(x, mask)
-    residual = torch.where(valid[:, None], x, 0).float()
-    start, indices, counts = residual.clone(), [], []
-    for codebook in codebooks:
-        index, count = nearest_code(residual, codebook, valid)
-        residual = residual - codebook.float()[index.clamp(min=0)] * valid[:, None]
-        indices.append(index)
-        counts.append(count)
-    return torch.stack(indices, dim=1), torch.stack(counts), start - residual
 
 
 def code_usage(

@@ -1,8 +1,9 @@
 """Sums of the rows that chose each code: a segment sum over rows sorted by code, or atomics.
 
-Letters: N rows, K codes, D width. Sorted, a program owns one code and some columns and adds its
-rows in their own order, 32 at a time, so the same input gives the same bits. Atomic, rows are added
-as they come: one pass over x, but float addition then depends on the order of arrival.
+Letters: N rows, K codes, D width. Sorted, a code's rows are added in their own order, in chunks of
+``CHUNK`` that start at its first row, and its chunks in their order: the same input gives the same
+bits, and a code that took every row is summed by as many programs as any other rows. Atomic, rows
+are added as they come: one pass over x, but float addition then depends on the order of arrival.
 """
 
 import torch
@@ -10,49 +11,86 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+CHUNK = 512
+
 
 @triton.jit
-def segment_kernel(
-    x_ptr, order_ptr, offsets_ptr, sums_ptr, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """sums[k] = Σ x[order[i]] for i in offsets[k]..offsets[k + 1]."""
-    code = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    first = tl.load(offsets_ptr + code)
-    last = tl.load(offsets_ptr + code + 1)
-    total = tl.zeros([BLOCK_D], tl.float32)
+def add_rows(x_ptr, order_ptr, first, last, columns, D, BLOCK_N: tl.constexpr):
+    """Σ x[order[i]] for i in first..last, some columns of it."""
+    total = tl.zeros([columns.shape[0]], tl.float32)
     for start in range(first, last, BLOCK_N):
         places = start + tl.arange(0, BLOCK_N)
         rows = tl.load(order_ptr + places, places < last, other=0)
         inside = (places < last)[:, None] & (columns < D)[None, :]
-        address = rows[:, None] * D + columns[None, :]
-        values = tl.load(x_ptr + address, inside, other=0.0).to(tl.float32)
-        total += tl.sum(values, axis=0)
-    tl.store(sums_ptr + code * D + columns, total, columns < D)
+        values = tl.load(x_ptr + rows[:, None] * D + columns[None, :], inside, other=0.0)
+        total += tl.sum(values.to(tl.float32), axis=0)
+    return total
+
+
+@triton.jit
+def segment_kernel(
+    x_ptr, order_ptr, offsets_ptr, owners_ptr, chunks_ptr, sums_ptr, partial_ptr, K, D,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """First chunk of every code into sums [K, D], chunk i of the others into partial [i, D].
+
+    Program k < K takes code k; program K + i the i-th further chunk, which belongs to
+    ``owners[i]`` (K where there are not so many) as its number i − chunks[owner].
+    """
+    program = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    extra = program - K
+    code = program
+    skipped = tl.zeros([], tl.int64)
+    if extra >= 0:
+        code = tl.load(owners_ptr + extra)
+        if code < K:
+            skipped = (extra - tl.load(chunks_ptr + code) + 1) * CHUNK
+    if code < K:
+        first = tl.load(offsets_ptr + code) + skipped
+        last = tl.minimum(tl.load(offsets_ptr + code + 1), first + CHUNK)
+        total = add_rows(x_ptr, order_ptr, first, last, columns, D, BLOCK_N)
+        target = tl.where(extra >= 0, extra, code) * D + columns
+        if extra >= 0:
+            tl.store(partial_ptr + target, total, columns < D)
+        else:
+            tl.store(sums_ptr + target, total, columns < D)
+
+
+@triton.jit
+def gather_kernel(
+    chunks_ptr, partial_ptr, sums_ptr, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Add the further chunks of each code to its sum, in their order."""
+    code = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    first = tl.load(chunks_ptr + code)
+    last = tl.load(chunks_ptr + code + 1)
+    if last > first:
+        total = tl.load(sums_ptr + code * D + columns, columns < D, other=0.0)
+        for start in range(first, last, BLOCK_N):
+            places = start + tl.arange(0, BLOCK_N)
+            inside = (places < last)[:, None] & (columns < D)[None, :]
+            address = places[:, None] * D + columns[None, :]
+            total += tl.sum(tl.load(partial_ptr + address, inside, other=0.0), axis=0)
+        tl.store(sums_ptr + code * D + columns, total, columns < D)
 
 
 @triton.jit(do_not_specialize=["N"])
 def scatter_kernel(
-    x_ptr,
-    bins_ptr,
-    sums_ptr,
-    counts_ptr,
-    N,
-    D,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    x_ptr, bins_ptr, sums_ptr, counts_ptr, N, K, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Add each row to the sum of its code; bin 0 is left out."""
+    """Add each row to the sum of its code; bins outside 0..K−1 are left out."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    bins = tl.load(bins_ptr + rows, rows < N, other=0)
-    chosen = bins > 0
+    bins = tl.load(bins_ptr + rows, rows < N, other=-1)
+    chosen = (bins >= 0) & (bins < K)
     inside = chosen[:, None] & (columns < D)[None, :]
     address = rows[:, None] * D + columns[None, :]
     values = tl.load(x_ptr + address, inside, other=0.0).to(tl.float32)
-    tl.atomic_add(sums_ptr + (bins - 1)[:, None] * D + columns[None, :], values, mask=inside)
+    tl.atomic_add(sums_ptr + bins[:, None] * D + columns[None, :], values, mask=inside)
     if tl.program_id(1) == 0:
-        tl.atomic_add(counts_ptr + bins - 1, tl.full([BLOCK_N], 1, tl.int64), mask=chosen)
+        tl.atomic_add(counts_ptr + bins, tl.full([BLOCK_N], 1, tl.int64), mask=chosen)
 
 
 def code_sums(
@@ -60,7 +98,7 @@ def code_sums(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`b2t_kernels.code_sums`."""
     x, (N, D), device = x.contiguous(), x.shape, x.device
-    bins = (indices if mask is None else indices.masked_fill(~mask, -1)).add(1).contiguous()
+    bins = (indices if mask is None else indices.masked_fill(~mask, -1)).contiguous()
     width = min(128, triton.next_power_of_2(D))
     columns = triton.cdiv(D, width)
     if atomic:
@@ -68,11 +106,23 @@ def code_sums(
         counts = torch.zeros(K, dtype=torch.int64, device=device)
         if N:
             grid = (triton.cdiv(N, 16), columns)
-            scatter_kernel[grid](x, bins, sums, counts, N, D, BLOCK_N=16, BLOCK_D=width)
+            scatter_kernel[grid](x, bins, sums, counts, N, K, D, BLOCK_N=16, BLOCK_D=width)
         return sums, counts
-    ordered, order = bins.sort(stable=True)
-    bounds = torch.arange(1, K + 2, device=device)
-    offsets = torch.searchsorted(ordered, bounds)
+    # A narrower key takes fewer passes of the radix sort; what lies outside sorts first or last.
+    narrow = bins.clamp(-1, K).to(torch.int16 if K < 1 << 15 else torch.int32)
+    ordered, order = narrow.sort(stable=True)
+    offsets = torch.searchsorted(ordered, torch.arange(K + 1, dtype=narrow.dtype, device=device))
+    counts = offsets.diff()
+    further = (counts - 1).clamp(min=0) // CHUNK
+    chunks = torch.cat([further.new_zeros(1), further.cumsum(0)])
+    most = N // CHUNK
+    owners = torch.searchsorted(chunks[1:], torch.arange(most, device=device), right=True)
     sums = torch.empty(K, D, dtype=torch.float32, device=device)
-    segment_kernel[(K, columns)](x, order, offsets, sums, D, BLOCK_N=32, BLOCK_D=width)
-    return sums, offsets.diff()
+    partial = torch.empty(most, D, dtype=torch.float32, device=device)
+    segment_kernel[(K + most, columns)](
+        x, order, offsets, owners, chunks, sums, partial, K, D,
+        BLOCK_N=32, BLOCK_D=width, CHUNK=CHUNK,
+    )  # fmt: skip
+    if most:
+        gather_kernel[(K, columns)](chunks, partial, sums, D, BLOCK_N=32, BLOCK_D=width)
+    return sums, counts

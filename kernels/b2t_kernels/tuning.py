@@ -1,26 +1,39 @@
-"""Which tile shapes are tried on which chip, and how a kernel is launched with the best of them.
+"""Which tile shapes run on which chip, and how a kernel is launched with the one chosen.
+
+A table gives each chip and width an order of preference; its first entry that fits the device runs,
+without timing anything, so that the first call is like any other and a CUDA graph can be captured.
+``measuring`` times all entries instead and keeps the fastest for the rest of the process.
 
 Shared memory bounds the tiles: 101,376 bytes a block on sm_86, 166,912 on sm_80, 232,448 on sm_90.
 ``scripts/kernel_resources.py`` compiles every configuration here and reports what it takes.
 """
 
+import contextlib
 import functools
 import importlib
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
 
 SHARED_MEMORY_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448}
 WIDEST_WHOLE = 256
 WIDEST_USAGE = 256
-WIDEST_FUSED = 128
-MOST_SLOTS = 32
-REFINE_WARPS = 8
+REFINE_WARPS = 4
+REFINE_WIDTH = 128
+MOST_PARTS = 128
 
 # Triton 3.4 (torch 2.8) keeps more alive at D = 256 than its registers hold: it gets smaller tiles.
 SHORT_OF_REGISTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 5)
+
+Space = tuple[triton.Config, ...]
+
+
+class DoesNotFitError(RuntimeError):
+    """No configuration of a kernel fits the device."""
 
 
 def config(warps: int, stages: int, **blocks: int) -> triton.Config:
@@ -28,70 +41,110 @@ def config(warps: int, stages: int, **blocks: int) -> triton.Config:
     return triton.Config(blocks, num_warps=warps, num_stages=stages)
 
 
-def _tiles(padded_D: int, *shapes: tuple[int, int, int, int]) -> tuple[triton.Config, ...]:
+def options(chosen: triton.Config) -> dict[str, Any]:
+    """A configuration as the arguments of a launch."""
+    return {**chosen.kwargs, "num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+
+
+def _tiles(padded_D: int, *shapes: tuple[int, int, int, int]) -> Space:
     return tuple(
         config(warps, stages, BLOCK_N=n, BLOCK_K=k, BLOCK_D=padded_D)
         for n, k, warps, stages in shapes
     )
 
 
-def nearest_space(architecture: int, padded_D: int) -> tuple[triton.Config, ...]:
-    """Configurations of the search: (BLOCK_N, BLOCK_K, warps, stages) by chip and width."""
+def scan_space(family: int, padded_D: int) -> Space:
+    """Configurations of the scan: (BLOCK_N, BLOCK_K, warps, stages), the preferred one first."""
     if padded_D > WIDEST_WHOLE:
-        return _tiles(64, (64, 128, 8, 3), (64, 64, 4, 3))
+        return _tiles(64, *{
+            80: ((128, 128, 8, 4), (64, 64, 4, 4)),
+            86: ((128, 128, 8, 3), (64, 64, 4, 3)),
+            90: ((128, 128, 8, 4), (64, 128, 4, 3)),
+        }[family])  # fmt: skip
     if padded_D > 128:
-        if architecture >= 90:
-            return _tiles(padded_D, (128, 128, 8, 2), (64, 128, 4, 2))
-        return _tiles(padded_D, (128, 64, 8, 2), (64, 64, 4, 2))
-    if architecture >= 90:
-        return _tiles(padded_D, (128, 128, 8, 3), (64, 128, 4, 3))
-    return _tiles(padded_D, (128, 64, 8, 3), (64, 64, 4, 3))
+        return _tiles(padded_D, *{
+            80: ((128, 64, 8, 3), (64, 64, 4, 3)),
+            86: ((64, 64, 4, 3), (128, 64, 8, 2)),
+            90: ((128, 128, 8, 2), (128, 64, 8, 4), (128, 64, 8, 3)),
+        }[family])  # fmt: skip
+    return _tiles(padded_D, *{
+        80: ((128, 64, 8, 4), (64, 64, 4, 4)),
+        86: ((128, 64, 8, 3), (64, 64, 4, 3)),
+        90: ((128, 128, 8, 3), (64, 128, 4, 3)),
+    }[family])  # fmt: skip
 
 
-def step(padded_D: int) -> int:
-    """Columns at a time outside the main loop: few, so that nothing spills."""
-    return min(32, padded_D)
+def settle_config(W: int) -> triton.Config:
+    """Configuration of the merge of ``W`` partial results a row."""
+    return config(4, 1, BLOCK_N=32 if W <= 32 else 16, STEP=16)
 
 
-def fused_space(architecture: int, padded_D: int) -> tuple[triton.Config, ...]:
-    """Configurations of the fused residual encoder."""
-    return _tiles(padded_D, (64, 64, 4 if padded_D > 64 else 8, 2))
-
-
-def normalizer_space(architecture: int, padded_D: int) -> tuple[triton.Config, ...]:
-    """Configurations of the pass that normalizes the soft assignment of rows kept on chip."""
+def column_space(family: int, padded_D: int) -> Space:
+    """Configurations of the pass that sums assignments over rows, codes on chip."""
     if padded_D > 128:
-        return _tiles(padded_D, (64, 32, 8, 1))
-    if padded_D > 64:
-        return _tiles(padded_D, (128, 64, 8, 2))
+        return _tiles(padded_D, (64, 64, 8, 2))
+    return _tiles(padded_D, (64, 128, 8, 2))
+
+
+def shift_space(family: int, padded_D: int) -> Space:
+    """Configurations of the pass that averages the codes' gradient over each row's assignment."""
     return _tiles(padded_D, (64, 64, 4, 2))
 
 
-def row_gradient_space(architecture: int, padded_D: int) -> tuple[triton.Config, ...]:
+def row_gradient_space(family: int, padded_D: int) -> Space:
     """Configurations of the rows' gradient, whose sums [BLOCK_N, D] live in registers."""
     if padded_D > 128:
-        return _tiles(padded_D, (32 if SHORT_OF_REGISTERS else 64, 32, 8, 1))
-    if architecture >= 90:
-        return _tiles(padded_D, (64, 64, 4, 2))
-    return _tiles(padded_D, (64, 64, 8, 2) if padded_D > 64 else (64, 32, 4, 2))
+        return _tiles(padded_D, (32 if SHORT_OF_REGISTERS else 64, 32, 8, 2))
+    return _tiles(padded_D, (64, 64, 8, 2) if padded_D > 64 else (64, 64, 4, 2))
 
 
-def column_space(architecture: int, padded_D: int) -> tuple[triton.Config, ...]:
-    """Configurations of the pass that sums over rows: many codes share a row's rounding."""
-    if padded_D > 128:
-        return _tiles(padded_D, (32, 128, 8, 1))
-    return _tiles(padded_D, (64, 128, 8, 1))
-
-
-def code_gradient_space(architecture: int, padded_D: int) -> tuple[triton.Config, ...]:
+def code_gradient_space(family: int, padded_D: int) -> Space:
     """Configurations of the codebook's gradient, whose sums [BLOCK_K, D] live in registers."""
     if padded_D > 128:
-        return _tiles(padded_D, (32, 16 if SHORT_OF_REGISTERS else 32, 8, 1))
-    return _tiles(padded_D, (32 if SHORT_OF_REGISTERS and padded_D > 64 else 64, 64, 8, 1))
+        return _tiles(padded_D, (32, 16 if SHORT_OF_REGISTERS else 32, 8, 2))
+    return _tiles(padded_D, (32 if SHORT_OF_REGISTERS and padded_D > 64 else 64, 64, 8, 2))
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block may have."""
+    if device.type != "cuda":
+        return SHARED_MEMORY_LIMIT[86]
+    properties = torch.cuda.get_device_properties(device)
+    return int(
+        getattr(properties, "shared_memory_per_block_optin", 0)
+        or getattr(properties, "shared_memory_per_block", 48 << 10)
+    )
+
+
+def family(device: torch.device) -> int:
+    """80, 86 or 90: the chip of the tables whose shared memory the device has at least."""
+    limit = shared_memory(device)
+    fitting = [chip for chip, bytes_ in SHARED_MEMORY_LIMIT.items() if bytes_ <= limit]
+    return max(fitting, key=SHARED_MEMORY_LIMIT.__getitem__, default=86)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks run at a time at least; a few where there is no GPU."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def code_splits(
+    N: int, padded_K: int, block_N: int, block_K: int, most: int, device: torch.device
+) -> tuple[int, int]:
+    """How many parts, ``most`` at most, the codes are cut into for few rows, and their size."""
+    tiles = padded_K // block_K
+    wanted = multiprocessors(device) // triton.cdiv(N, block_N)
+    splits = max(1, min(wanted, most, tiles // 4))
+    share = triton.cdiv(tiles, splits) * block_K
+    return triton.cdiv(padded_K, share), share
 
 
 def bucket(N: int) -> int:
-    """Power of two at or above N, at least 1024: batches of like length share a tuning result."""
+    """Power of two at or above N, at least 1024: batches of like length share a measurement."""
     return max(1024, triton.next_power_of_2(N))
 
 
@@ -100,59 +153,105 @@ def interpreted(kernel: Any) -> bool:
     return not isinstance(kernel, triton.JITFunction)
 
 
-def architecture(device: torch.device) -> int:
-    """80, 86 or 90: the newest chip in the table that is no newer than the device."""
-    if device.type != "cuda":
-        return 86
-    major, minor = torch.cuda.get_device_capability(device)
-    return max(known for known in SHARED_MEMORY_LIMIT if known <= major * 10 + minor)
+_chosen: dict[tuple, triton.Config] = {}
+_unfit: dict[tuple, str] = {}
+_measures = False
 
 
-@functools.cache
-def _tuned(kernel: Any, space: tuple[triton.Config, ...], outputs: tuple[str, ...]) -> Any:
-    key = [name for name in ("K", "D", "bucket") if name in kernel.arg_names]
-    return triton.autotune(list(space), key=key, reset_to_zero=list(outputs))(kernel)
+@contextlib.contextmanager
+def measuring() -> Iterator[None]:
+    """Time every configuration of what is launched in this block, and keep the fastest."""
+    global _measures
+    before, _measures = _measures, True
+    try:
+        yield
+    finally:
+        _measures = before
+
+
+def _milliseconds(run: Callable[[triton.Config], Any], candidate: triton.Config) -> float:
+    run(candidate)
+    times = []
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run(candidate)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
 
 
 def launch(
     kernel: Any,
-    space: tuple[triton.Config, ...],
-    grid: Callable[[dict], tuple[int, ...]],
-    arguments: tuple,
-    constants: dict[str, Any],
-    accumulated: tuple[str, ...] = (),
-) -> None:
-    """Run ``kernel`` with the fastest configuration of ``space`` for these sizes.
+    space: Space,
+    sizes: tuple,
+    run: Callable[[triton.Config], Any],
+    device: torch.device,
+) -> Any:
+    """What ``run`` returns for the configuration chosen for a kernel.
 
-    The first call for a (K, D, dtype, bucket) times the space; ``accumulated`` names the arguments
-    that a run adds to, which are set to zero between timings. Interpreted, the first one is taken.
+    Args:
+        kernel: names the entry.
+        space: its configurations, the preferred one first.
+        sizes: N, then everything else that tells one case from another: compile-time flags too.
+        run: launches with a configuration; while measuring it runs more than once, so that it
+            must not add to what it finds.
+        device: where.
+
+    Raises:
+        DoesNotFitError: every configuration takes more of the device than there is.
     """
-    if interpreted(kernel):
-        kernel[grid](*arguments, **constants, **space[0].kwargs)
-    else:
-        tuned = _tuned(kernel, space, accumulated)
-        tuned[grid](*arguments, **constants, enable_fp_fusion=True)
+    name = kernel.__name__
+    key = (name, str(device), bucket(sizes[0]), *sizes[1:])
+    fitting = [each for each in space if (name, str(device), str(each)) not in _unfit]
+    if _measures and device.type == "cuda" and key not in _chosen and len(fitting) > 1:
+        times = {}
+        for each in fitting:
+            with contextlib.suppress(OutOfResources):
+                times[each] = _milliseconds(run, each)
+        if times:
+            _chosen[key] = min(times, key=times.__getitem__)
+    chosen = _chosen.get(key)
+    for each in ([chosen] if chosen else []) + fitting:
+        try:
+            return run(each)
+        except OutOfResources as error:
+            _unfit[name, str(device), str(each)] = str(error)
+    raise DoesNotFitError(
+        f"no tile of {name} fits the device, which has {shared_memory(device):,} bytes of shared "
+        f"memory a block ({_unfit[name, str(device), str(space[-1])]})"
+    )
 
 
 KERNELS = {
-    "nearest_kernel": "nearest",
-    "rvq_kernel": "rvq",
-    "normalizer_kernel": "usage",
+    "scan_kernel": "scan",
     "column_kernel": "usage",
+    "shift_kernel": "usage",
     "row_gradient_kernel": "usage",
     "code_gradient_kernel": "usage",
 }
+# Blocks, compile-time flags and warps of kernels that have one configuration.
 PLAIN_KERNELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "mean_kernel": ("prepare", {"BLOCK_K": 128, "BLOCK_D": 32}, 4),
     "extent_kernel": ("prepare", {"BLOCK_K": 32, "BLOCK_D": 128}, 4),
     "round_kernel": ("prepare", {"BLOCK_K": 32, "BLOCK_D": 128}, 4),
+    "rows_kernel": ("rows", {"BLOCK_N": 4, "BLOCK_D": 1024, "MASKED": True}, 4),
+    "settle_kernel": (
+        "nearest",
+        {"BLOCK_N": 16, "STEP": 16, "W": MOST_PARTS, "SEARCH": True, "EXACT": True, "SOFT": True},
+        4,
+    ),
     "refine_kernel": (
         "exact",
-        {"SLOTS": MOST_SLOTS, "BLOCK_K": 32, "BLOCK_D": 128},
+        {"W": MOST_PARTS, "SLOTS": 16, "BLOCK_D": REFINE_WIDTH},
         REFINE_WARPS,
     ),
-    "segment_kernel": ("sums", {"BLOCK_N": 32, "BLOCK_D": 128}, 4),
+    "segment_kernel": ("sums", {"BLOCK_N": 32, "BLOCK_D": 128, "CHUNK": 512}, 4),
+    "gather_kernel": ("sums", {"BLOCK_N": 32, "BLOCK_D": 128}, 4),
     "scatter_kernel": ("sums", {"BLOCK_N": 16, "BLOCK_D": 128}, 4),
+    "leave_kernel": ("residual", {"BLOCK_N": 16, "BLOCK_D": 128, "ERRORS": True}, 4),
+    "total_kernel": ("residual", {"BLOCK_N": 16, "BLOCK_D": 128}, 4),
 }
 
 
@@ -162,30 +261,20 @@ def kernel(name: str) -> Any:
     return getattr(importlib.import_module(f"b2t_kernels.{module}"), name)
 
 
-def spaces(
-    architecture: int, padded_D: int
-) -> Iterator[tuple[str, tuple[triton.Config, ...], dict[str, dict[str, Any]]]]:
+def spaces(family: int, padded_D: int) -> Iterator[tuple[str, Space, dict[str, dict[str, Any]]]]:
     """Every tensor-core kernel with its configurations and its variants' compile-time flags."""
-    whole = padded_D <= WIDEST_WHOLE
-    search = {
-        "WHOLE": whole,
-        "MASKED": True,
-        "SLOTS": MOST_SLOTS,
-        "COUNT": True,
-        "STEP": step(padded_D),
+    variants = {
+        "fast": {"EXACT": False, "SOFT": False},
+        "exact": {"EXACT": True, "SOFT": False},
+        "exact, soft": {"EXACT": True, "SOFT": True},
     }
-    yield (
-        "nearest_kernel",
-        nearest_space(architecture, padded_D),
-        {"fast": {**search, "EXACT": False}, "exact": {**search, "EXACT": True}},
-    )
-    if padded_D <= WIDEST_FUSED:
-        fused = {"STEP": step(padded_D), "MASKED": True, "Q": 8}
-        yield "rvq_kernel", fused_space(architecture, padded_D), {"": fused}
+    if padded_D > WIDEST_USAGE:
+        del variants["exact, soft"]
+    whole = {"WHOLE": padded_D <= WIDEST_WHOLE}
+    flags = {name: {**whole, **chosen} for name, chosen in variants.items()}
+    yield "scan_kernel", scan_space(family, padded_D), flags
     if padded_D <= WIDEST_USAGE:
-        flags = {"STEP": step(padded_D)}
-        normalizer = normalizer_space(architecture, padded_D)
-        yield "normalizer_kernel", normalizer, {"": {**flags, "MASKED": True}}
-        yield "column_kernel", column_space(architecture, padded_D), {"": {}}
-        yield "row_gradient_kernel", row_gradient_space(architecture, padded_D), {"": flags}
-        yield "code_gradient_kernel", code_gradient_space(architecture, padded_D), {"": {}}
+        yield "column_kernel", column_space(family, padded_D), {"": {}}
+        yield "shift_kernel", shift_space(family, padded_D), {"": {}}
+        yield "row_gradient_kernel", row_gradient_space(family, padded_D), {"": {}}
+        yield "code_gradient_kernel", code_gradient_space(family, padded_D), {"": {}}

@@ -3,10 +3,11 @@
 Letters: N rows, K codes, D width; p_nk = softmax_k z_nk with z_nk = (2x_n·c_k − |c_k|²)/τ, which is
 softmax_k(−|x_n − c_k|²/τ). Nothing of size N × K is stored and every sum has a fixed order.
 
-- ``normalizer_kernel``: rows on chip, codes stream; online softmax, log-sum-exp of each row.
+- ``scan``: rows on chip, codes stream; the log-sum-exp of each row, with the search if wanted.
 - ``column_kernel``: codes on chip, rows stream; Σ_n p_nk.
-- ``row_gradient_kernel``: rows on chip, codes stream twice; first ḡ_n = Σ_k p_nk g_k, then
-  ∂x_n = (2/τ) Σ_k w_nk c_k with w_nk = p_nk (g_k − ḡ_n), whose rows sum to zero.
+- ``shift_kernel``: rows on chip, codes stream; ḡ_n = Σ_k p_nk g_k.
+- ``row_gradient_kernel``: the same; ∂x_n = (2/τ) Σ_k w_nk c_k with w_nk = p_nk (g_k − ḡ_n), whose
+  rows sum to zero.
 - ``code_gradient_kernel``: codes on chip, rows stream; ∂c_k = (2/τ) Σ_n w_nk (x_n − c_k).
 
 Products run on fp16 tensor cores with the scales of ``prepare``. An assignment may be far below
@@ -14,408 +15,313 @@ fp16's smallest normal number, so w is multiplied by 2⁸ and g divided by its l
 more than 2¹³ times farther out than the codes saturate in the codebook's gradient.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from b2t_kernels import tuning
-from b2t_kernels.prepare import code_scale, padded_codes, padded_width, physical_row, prepare
-from b2t_kernels.rows import examine_rows, load_rows, moved_rows
+from b2t_kernels.nearest import Found, assign
+from b2t_kernels.prepare import (
+    PreparedCodes,
+    code_scale,
+    padded_codes,
+    physical_place,
+    physical_row,
+    scale_of,
+)
+from b2t_kernels.rows import PreparedRows, parts, prepare_rows
+from b2t_kernels.scan import code_tile, logit_factor, row_tile
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 WEIGHT_SCALE = tl.constexpr(256.0)
 FP16_MAX = tl.constexpr(65504.0)
+MOST_SPLITS = 16
 
 
 @triton.jit
-def logit_factor(temperature_ptr, scale, shrink):
-    """What turns a score of the scaled vectors into z · log2(e)."""
-    return 2.0 / (tl.load(temperature_ptr) * scale * scale * shrink) * LOG2_E
-
-
-@triton.jit
-def code_tile(codes_ptr, bias_ptr, places, BLOCK_D: tl.constexpr):
-    """ĉ [d, k] and its bias [k]."""
-    columns = tl.arange(0, BLOCK_D)
-    address = places[None, :].to(tl.int64) * BLOCK_D + columns[:, None]
-    return tl.load(codes_ptr + address), tl.load(bias_ptr + places)
-
-
-@triton.jit(do_not_specialize=["N", "bucket"])
-def normalizer_kernel(
-    x_ptr,
-    mask_ptr,
-    codes_ptr,
-    bias_ptr,
-    mean_ptr,
-    statistics_ptr,
-    temperature_ptr,
-    lse_ptr,
-    shrink_ptr,
-    frames_ptr,
-    N,
-    K,
-    D,
-    padded_K,
-    bucket,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STEP: tl.constexpr,
-    MASKED: tl.constexpr,
+def row_state(
+    rows_ptr, shrink_ptr, lse_ptr, temperature_ptr, scale, rows, N, BLOCK_D: tl.constexpr
 ):
-    """Log2-sum-exp2 of z · log2(e) per row (+inf where invalid), and the number of valid rows."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    scale = code_scale(statistics_ptr)
-    finite, shrink = examine_rows(x_ptr, mean_ptr, scale, rows, N, D, BLOCK_D, STEP)
-    factor = logit_factor(temperature_ptr, scale, shrink)
-    resident = moved_rows(x_ptr, mean_ptr, scale, shrink, rows, 0, N, D, BLOCK_D).to(tl.float16)
-    top = tl.full([BLOCK_N], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, padded_K, BLOCK_K):
-        codes, bias = code_tile(codes_ptr, bias_ptr, start + tl.arange(0, BLOCK_K), BLOCK_D)
-        scores = tl.dot(resident, codes) + shrink[:, None] * bias[None, :]
-        logits = scores * factor[:, None]
-        new_top = tl.maximum(tl.maximum(top, tl.max(logits, axis=1)), -3e38)
-        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(logits - new_top[:, None]), axis=1)
-        top = new_top
-    valid = (rows < N) & finite & (total > 0)
-    if MASKED:
-        valid = valid & (tl.load(mask_ptr + rows, rows < N, other=0) != 0)
-    lse = tl.where(valid, top + tl.log2(tl.where(valid, total, 1.0)), float("inf"))
-    tl.store(lse_ptr + rows, lse, rows < N)
-    tl.store(shrink_ptr + rows, shrink, rows < N)
-    tl.atomic_add(frames_ptr, tl.sum(valid.to(tl.int64), axis=0))
-
-
-@triton.jit
-def streamed_rows(
-    x_ptr,
-    mean_ptr,
-    shrink_ptr,
-    lse_ptr,
-    temperature_ptr,
-    scale,
-    rows,
-    N,
-    D,
-    BLOCK_D: tl.constexpr,
-):
-    """A tile of rows as it passes by: x̂ fp16, r, the logit factor and the log2-sum-exp2."""
-    columns = tl.arange(0, BLOCK_D)
-    lse = tl.load(lse_ptr + rows, rows < N, other=float("inf"))
+    """A tile of rows: x̂ [n, d], r, the logit factor and the log2-sum-exp2 (+∞ outside)."""
     shrink = tl.load(shrink_ptr + rows, rows < N, other=1.0)
-    values = load_rows(x_ptr, rows, columns, N, D)
-    moved = (values - tl.load(mean_ptr + columns)[None, :]) * (scale * shrink)[:, None]
-    moved = tl.where((lse < float("inf"))[:, None], moved, 0.0)
-    return moved.to(tl.float16), shrink, logit_factor(temperature_ptr, scale, shrink), lse
+    lse = tl.load(lse_ptr + rows, rows < N, other=float("inf"))
+    tile = row_tile(rows_ptr, rows, N, BLOCK_D, tl.arange(0, BLOCK_D))
+    return tile, shrink, logit_factor(temperature_ptr, scale, shrink), lse
 
 
-@triton.jit(do_not_specialize=["N", "bucket"])
+@triton.jit
+def assignments(tile, codes, shrink, bias, factor, lse):
+    """P of a tile of rows [n, d] and codes [d, k]: [n, k]."""
+    scores = tl.dot(tile, codes) + shrink[:, None] * bias[None, :]
+    return tl.exp2(scores * factor[:, None] - lse[:, None])
+
+
+@triton.jit(do_not_specialize=["N"])
 def column_kernel(
-    x_ptr,
-    codes_ptr,
-    bias_ptr,
-    mean_ptr,
-    statistics_ptr,
-    temperature_ptr,
-    lse_ptr,
-    shrink_ptr,
-    partial_ptr,
-    N,
-    K,
-    D,
-    padded_K,
-    rows_per_split,
-    bucket,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    rows_ptr, shrink_ptr, lse_ptr, codes_ptr, bias_ptr, statistics_ptr, temperature_ptr,
+    partial_ptr, N, K, share,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Σ_n p_nk over the rows of one split, into partial [splits, K]."""
     codes_here = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     split = tl.program_id(1).to(tl.int64)
     scale = code_scale(statistics_ptr)
-    codes, bias = code_tile(codes_ptr, bias_ptr, physical_row(codes_here), BLOCK_D)
+    places = physical_row(codes_here)
+    codes = code_tile(codes_ptr, places, BLOCK_D, tl.arange(0, BLOCK_D))
+    bias = tl.load(bias_ptr + places)
     total = tl.zeros([BLOCK_K], tl.float32)
-    first = split * rows_per_split
-    for start in range(first, tl.minimum(first + rows_per_split, N), BLOCK_N):
+    first = split * share
+    for start in range(first, tl.minimum(first + share, N), BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
-        rounded, shrink, factor, lse = streamed_rows(
-            x_ptr, mean_ptr, shrink_ptr, lse_ptr, temperature_ptr, scale, rows, N, D, BLOCK_D
+        tile, shrink, factor, lse = row_state(
+            rows_ptr, shrink_ptr, lse_ptr, temperature_ptr, scale, rows, N, BLOCK_D
         )
-        scores = tl.dot(rounded, codes) + shrink[:, None] * bias[None, :]
-        total += tl.sum(tl.exp2(scores * factor[:, None] - lse[:, None]), axis=0)
+        total += tl.sum(assignments(tile, codes, shrink, bias, factor, lse), axis=0)
     tl.store(partial_ptr + split * K + codes_here, total, codes_here < K)
 
 
-@triton.jit(do_not_specialize=["N", "bucket"])
-def row_gradient_kernel(
-    x_ptr,
-    codes_ptr,
-    bias_ptr,
-    mean_ptr,
-    statistics_ptr,
-    temperature_ptr,
-    lse_ptr,
-    shrink_ptr,
-    grad_ptr,
-    shift_ptr,
-    grad_x_ptr,
-    N,
-    K,
-    D,
-    padded_K,
-    bucket,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """ḡ [N] and ∂x [N, D] for g [K′] in physical order, its largest element 1."""
+@triton.jit(do_not_specialize=["N"])
+def shift_kernel(
+    rows_ptr, shrink_ptr, lse_ptr, codes_ptr, bias_ptr, statistics_ptr, temperature_ptr, grad_ptr,
+    shift_ptr, N, padded_K, share,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Σ_k p_nk g_k over the codes of one split, into shift [splits, N]; g [K′] physical."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1).to(tl.int64)
+    tile, shrink, factor, lse = row_state(
+        rows_ptr, shrink_ptr, lse_ptr, temperature_ptr, code_scale(statistics_ptr), rows, N, BLOCK_D
+    )
+    total = tl.zeros([BLOCK_N], tl.float32)
+    first = tl.program_id(1) * share
+    for start in range(first, tl.minimum(first + share, padded_K), BLOCK_K):
+        places = start + tl.arange(0, BLOCK_K)
+        codes = code_tile(codes_ptr, places, BLOCK_D, tl.arange(0, BLOCK_D))
+        p = assignments(tile, codes, shrink, tl.load(bias_ptr + places), factor, lse)
+        total += tl.sum(p * tl.load(grad_ptr + places)[None, :], axis=1)
+    tl.store(shift_ptr + split * N + rows, total, rows < N)
+
+
+@triton.jit(do_not_specialize=["N"])
+def row_gradient_kernel(
+    rows_ptr, shrink_ptr, lse_ptr, codes_ptr, bias_ptr, statistics_ptr, temperature_ptr, grad_ptr,
+    shift_ptr, partial_ptr, N, D, padded_K, share,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(2/τ) Σ_k w_nk c_k over the codes of one split, into partial [splits, N, D]."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1).to(tl.int64)
     scale = code_scale(statistics_ptr)
-    _, shrink = examine_rows(x_ptr, mean_ptr, scale, rows, N, D, BLOCK_D, STEP)
-    factor = logit_factor(temperature_ptr, scale, shrink)
-    resident = moved_rows(x_ptr, mean_ptr, scale, shrink, rows, 0, N, D, BLOCK_D).to(tl.float16)
-    lse = tl.load(lse_ptr + rows, rows < N, other=float("inf"))
-    shift = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, padded_K, BLOCK_K):
-        places = start + tl.arange(0, BLOCK_K)
-        codes, bias = code_tile(codes_ptr, bias_ptr, places, BLOCK_D)
-        scores = tl.dot(resident, codes) + shrink[:, None] * bias[None, :]
-        p = tl.exp2(scores * factor[:, None] - lse[:, None])
-        shift += tl.sum(p * tl.load(grad_ptr + places)[None, :], axis=1)
+    columns = tl.arange(0, BLOCK_D)
+    tile, shrink, factor, lse = row_state(
+        rows_ptr, shrink_ptr, lse_ptr, temperature_ptr, scale, rows, N, BLOCK_D
+    )
+    shift = tl.load(shift_ptr + rows, rows < N, other=0.0)
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for start in range(0, padded_K, BLOCK_K):
+    first = tl.program_id(1) * share
+    for start in range(first, tl.minimum(first + share, padded_K), BLOCK_K):
         places = start + tl.arange(0, BLOCK_K)
-        codes, bias = code_tile(codes_ptr, bias_ptr, places, BLOCK_D)
-        scores = tl.dot(resident, codes) + shrink[:, None] * bias[None, :]
-        p = tl.exp2(scores * factor[:, None] - lse[:, None])
+        codes = code_tile(codes_ptr, places, BLOCK_D, columns)
+        p = assignments(tile, codes, shrink, tl.load(bias_ptr + places), factor, lse)
         w = p * (tl.load(grad_ptr + places)[None, :] - shift[:, None]) * WEIGHT_SCALE
         total = tl.dot(w.to(tl.float16), tl.trans(codes), total)
-    columns = tl.arange(0, BLOCK_D)
     total *= 2.0 / scale / tl.load(temperature_ptr)
     total = total / WEIGHT_SCALE
     inside = (rows < N)[:, None] & (columns < D)[None, :]
-    tl.store(grad_x_ptr + rows[:, None] * D + columns[None, :], total, inside)
-    tl.store(shift_ptr + rows, shift, rows < N)
-    tl.store(shrink_ptr + rows, shrink, rows < N)
+    place = (split * N + rows)[:, None] * D + columns[None, :]
+    tl.store(partial_ptr + place, total, inside)
 
 
-@triton.jit(do_not_specialize=["N", "bucket"])
+@triton.jit(do_not_specialize=["N"])
 def code_gradient_kernel(
-    x_ptr,
-    codes_ptr,
-    bias_ptr,
-    mean_ptr,
-    statistics_ptr,
-    temperature_ptr,
-    lse_ptr,
-    shrink_ptr,
-    grad_ptr,
-    shift_ptr,
-    partial_ptr,
-    weight_ptr,
-    N,
-    K,
-    D,
-    padded_K,
-    rows_per_split,
-    bucket,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    rows_ptr, shrink_ptr, lse_ptr, codes_ptr, bias_ptr, statistics_ptr, temperature_ptr, grad_ptr,
+    shift_ptr, partial_ptr, weight_ptr, N, K, D, share,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Σ_n w_nk x̂_n/r_n and Σ_n w_nk of one split: partial [splits, K, D], weight [splits, K]."""
     codes_here = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     split = tl.program_id(1).to(tl.int64)
     scale = code_scale(statistics_ptr)
     places = physical_row(codes_here)
     columns = tl.arange(0, BLOCK_D)
-    codes = tl.load(codes_ptr + places[:, None].to(tl.int64) * BLOCK_D + columns[None, :])
+    codes = row_tile(codes_ptr, places.to(tl.int64), 2147483647, BLOCK_D, columns)
     bias = tl.load(bias_ptr + places)
     grad = tl.load(grad_ptr + places)
     total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     weight = tl.zeros([BLOCK_K], tl.float32)
-    first = split * rows_per_split
-    for start in range(first, tl.minimum(first + rows_per_split, N), BLOCK_N):
+    first = split * share
+    for start in range(first, tl.minimum(first + share, N), BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
-        rounded, shrink, factor, lse = streamed_rows(
-            x_ptr, mean_ptr, shrink_ptr, lse_ptr, temperature_ptr, scale, rows, N, D, BLOCK_D
+        tile, shrink, factor, lse = row_state(
+            rows_ptr, shrink_ptr, lse_ptr, temperature_ptr, scale, rows, N, BLOCK_D
         )
         shift = tl.load(shift_ptr + rows, rows < N, other=0.0)
-        scores = tl.dot(codes, tl.trans(rounded)) + bias[:, None] * shrink[None, :]
-        p = tl.exp2(scores * factor[None, :] - lse[None, :])
-        w = p * (grad[:, None] - shift[None, :])
+        scores = tl.dot(codes, tl.trans(tile)) + bias[:, None] * shrink[None, :]
+        w = tl.exp2(scores * factor[None, :] - lse[None, :]) * (grad[:, None] - shift[None, :])
         weight += tl.sum(w, axis=1)
-        inverse = 1.0 / shrink
-        scaled = w * inverse[None, :] * WEIGHT_SCALE
+        scaled = w * (1.0 / shrink)[None, :] * WEIGHT_SCALE
         scaled = tl.minimum(tl.maximum(scaled, -FP16_MAX), FP16_MAX)
-        total = tl.dot(scaled.to(tl.float16), rounded, total)
+        total = tl.dot(scaled.to(tl.float16), tile, total)
     place = split * K + codes_here
     inside = (codes_here < K)[:, None] & (columns < D)[None, :]
-    total = total / WEIGHT_SCALE
-    tl.store(partial_ptr + place[:, None] * D + columns[None, :], total, inside)
+    tl.store(partial_ptr + place[:, None] * D + columns[None, :], total / WEIGHT_SCALE, inside)
     tl.store(weight_ptr + place, weight, codes_here < K)
 
 
-MOST_SPLITS = 16
-PROGRAMS_WANTED = 264
-
-
-def row_splits(N: int, K: int) -> tuple[int, int]:
+def _row_splits(N: int, K: int, block_K: int, device: torch.device) -> tuple[int, int]:
     """How many parts the rows are cut into so that few codes still fill a GPU, and their size."""
-    splits = min(MOST_SPLITS, max(1, PROGRAMS_WANTED * 64 // padded_codes(K)), triton.cdiv(N, 256))
-    size = triton.cdiv(triton.cdiv(N, splits), 64) * 64
-    return triton.cdiv(N, size), size
+    wanted = 2 * tuning.multiprocessors(device) // triton.cdiv(K, block_K)
+    splits = max(1, min(MOST_SPLITS, wanted, triton.cdiv(N, 256)))
+    share = triton.cdiv(triton.cdiv(N, splits), 64) * 64
+    return triton.cdiv(N, share), share
 
 
-def physical_place(K: int, device: torch.device) -> Tensor:
-    """Where each code lies among the prepared ones, [K]: ``prepare.physical_row`` in torch."""
-    code = torch.arange(K, device=device)
-    run, within = (code % 64) // 8, code % 8
-    return code - code % 64 + (run % 4) * 2 + (run // 4) * 8 + within % 2 + (within // 2) * 16
+class _Pass:
+    """The operands that all passes over one part of the rows share, and how they are launched."""
 
+    def __init__(
+        self, rows: PreparedRows, codes: PreparedCodes, temperature: Tensor, lse: Tensor,
+        K: int, D: int,
+    ) -> None:  # fmt: skip
+        self.operands = (
+            rows.rows, rows.shrink, lse, codes.codes, codes.bias, codes.statistics, temperature,
+        )  # fmt: skip
+        self.N, self.K, self.D = rows.rows.shape[0], K, D
+        self.width, self.device = rows.rows.shape[1], rows.rows.device
+        self.padded_K = padded_codes(K)
+        self.chip = tuning.family(self.device)
 
-def _physical_order(grad: Tensor, K: int) -> Tensor:
-    placed = grad.new_zeros(padded_codes(K))
-    placed[physical_place(K, grad.device)] = grad
-    return placed
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float32, device=self.device)
+
+    def _launch(self, kernel, space, run):
+        return tuning.launch(kernel, space, (self.N, self.K, self.D), run, self.device)
+
+    def columns(self) -> Tensor:
+        """Σ_n p_nk, [K]."""
+
+        def run(config: triton.Config) -> Tensor:
+            block = config.kwargs["BLOCK_K"]
+            splits, share = _row_splits(self.N, self.K, block, self.device)
+            partial = self.empty(splits, self.K)
+            column_kernel[(triton.cdiv(self.K, block), splits)](
+                *self.operands, partial, self.N, self.K, share, **tuning.options(config)
+            )
+            return partial
+
+        space = tuning.column_space(self.chip, self.width)
+        return self._launch(column_kernel, space, run).sum(dim=0)
+
+    def _code_splits(self, config: triton.Config, most: int) -> tuple[int, int]:
+        block_N, block_K = config.kwargs["BLOCK_N"], config.kwargs["BLOCK_K"]
+        return tuning.code_splits(self.N, self.padded_K, block_N, block_K, most, self.device)
+
+    def shift(self, grad: Tensor) -> Tensor:
+        """Σ_k p_nk g_k, [N]."""
+
+        def run(config: triton.Config) -> Tensor:
+            splits, share = self._code_splits(config, MOST_SPLITS)
+            partial = self.empty(splits, self.N)
+            shift_kernel[(triton.cdiv(self.N, config.kwargs["BLOCK_N"]), splits)](
+                *self.operands, grad, partial, self.N, self.padded_K, share,
+                **tuning.options(config),
+            )  # fmt: skip
+            return partial
+
+        space = tuning.shift_space(self.chip, self.width)
+        partial = self._launch(shift_kernel, space, run)
+        return partial[0] if partial.shape[0] == 1 else partial.sum(dim=0)
+
+    def row_gradient(self, grad: Tensor, shift: Tensor) -> Tensor:
+        """(2/τ) Σ_k w_nk c_k, [N, D]."""
+
+        def run(config: triton.Config) -> Tensor:
+            splits, share = self._code_splits(config, MOST_SPLITS // 2)
+            partial = self.empty(splits, self.N, self.D)
+            row_gradient_kernel[(triton.cdiv(self.N, config.kwargs["BLOCK_N"]), splits)](
+                *self.operands, grad, shift, partial, self.N, self.D, self.padded_K, share,
+                **tuning.options(config),
+            )  # fmt: skip
+            return partial
+
+        space = tuning.row_gradient_space(self.chip, self.width)
+        partial = self._launch(row_gradient_kernel, space, run)
+        return partial[0] if partial.shape[0] == 1 else partial.sum(dim=0)
+
+    def code_gradient(self, grad: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ_n w_nk x̂_n/r_n [K, D] and Σ_n w_nk [K]."""
+
+        def run(config: triton.Config) -> tuple[Tensor, Tensor]:
+            block = config.kwargs["BLOCK_K"]
+            splits, share = _row_splits(self.N, self.K, block, self.device)
+            partial, weight = self.empty(splits, self.K, self.D), self.empty(splits, self.K)
+            code_gradient_kernel[(triton.cdiv(self.K, block), splits)](
+                *self.operands, grad, shift, partial, weight, self.N, self.K, self.D, share,
+                **tuning.options(config),
+            )  # fmt: skip
+            return partial, weight
+
+        space = tuning.code_gradient_space(self.chip, self.width)
+        partial, weight = self._launch(code_gradient_kernel, space, run)
+        return partial.sum(dim=0), weight.sum(dim=0)
 
 
 def usage_forward(
-    x: Tensor, codebook: Tensor, temperature: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``ops``: summed soft assignments [K], log2-sum-exp2 [N], valid rows."""
-    x, (N, D), K = x.contiguous(), x.shape, codebook.shape[0]
-    lse = torch.empty(N, dtype=torch.float32, device=x.device)
-    shrink = torch.empty(N, dtype=torch.float32, device=x.device)
-    frames = torch.zeros(1, dtype=torch.int64, device=x.device)
-    if N == 0:
-        return torch.zeros(K, dtype=torch.float32, device=x.device), lse, frames[0].clone()
-    prepared = prepare(codebook)
-    width = padded_width(D)
-    chip = tuning.architecture(x.device)
-    tuning.launch(
-        normalizer_kernel,
-        tuning.normalizer_space(chip, width),
-        lambda meta: (triton.cdiv(N, meta["BLOCK_N"]),),
-        (
-            x,
-            x if mask is None else mask.contiguous().view(torch.uint8),
-            *prepared,
-            temperature,
-            lse,
-            shrink,
-            frames,
-            N,
-            K,
-            D,
-            padded_codes(K),
-            tuning.bucket(N),
-        ),
-        {"STEP": tuning.step(width), "MASKED": mask is not None},
-        accumulated=("frames_ptr",),
-    )
-    splits, size = row_splits(N, K)
-    partial = torch.empty(splits, K, dtype=torch.float32, device=x.device)
-    tuning.launch(
-        column_kernel,
-        tuning.column_space(chip, width),
-        lambda meta: (triton.cdiv(K, meta["BLOCK_K"]), splits),
-        (
-            x,
-            *prepared,
-            temperature,
-            lse,
-            shrink,
-            partial,
-            N,
-            K,
-            D,
-            padded_codes(K),
-            size,
-            tuning.bucket(N),
-        ),
-        {},
-    )
-    return partial.sum(dim=0), lse, frames[0].clone()
+    x: Tensor,
+    codebook: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    codes: PreparedCodes,
+    search: bool = False,
+    exact: bool = False,
+) -> tuple[Tensor, Found]:
+    """Summed soft assignments [K], and what the scan found, lse in units of log2."""
+    x, D, K = x.contiguous(), x.shape[1], codebook.shape[0]
+    mask = None if mask is None else mask.contiguous()
+    totals = [torch.zeros(K, dtype=torch.float32, device=x.device)]
+
+    def add(rows: PreparedRows, lse: Tensor) -> None:
+        totals.append(_Pass(rows, codes, temperature, lse, K, D).columns())
+
+    found = assign(
+        x, codebook.contiguous(), codes, mask,
+        exact=exact, search=search, temperature=temperature, each=add,
+    )  # fmt: skip
+    return functools.reduce(torch.add, totals[-1:] if len(totals) == 2 else totals), found
 
 
 def usage_backward(
-    grad: Tensor, x: Tensor, codebook: Tensor, temperature: Tensor, lse: Tensor
+    grad: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    temperature: Tensor,
+    lse: Tensor,
+    codes: PreparedCodes,
+    wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor]:
-    """See ``ops``: gradients of Σ_k grad_k · usage_k for x and the codebook."""
-    rows, (N, D), K = x.contiguous(), x.shape, codebook.shape[0]
-    if N == 0:
-        return torch.zeros_like(rows), torch.zeros_like(codebook)
-    prepared = prepare(codebook)
-    width = padded_width(D)
-    chip = tuning.architecture(x.device)
+    """Gradients of Σ_k grad_k · usage_k for x and the codebook; empty where not ``wanted``."""
+    x, (N, D), K = x.contiguous(), x.shape, codebook.shape[0]
     largest = grad.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny)
-    placed = _physical_order(grad.float() / largest, K)
-    shift = torch.empty(N, dtype=torch.float32, device=x.device)
-    shrink = torch.empty(N, dtype=torch.float32, device=x.device)
-    grad_x = torch.empty(N, D, dtype=torch.float32, device=x.device)
-    tuning.launch(
-        row_gradient_kernel,
-        tuning.row_gradient_space(chip, width),
-        lambda meta: (triton.cdiv(N, meta["BLOCK_N"]),),
-        (
-            rows,
-            *prepared,
-            temperature,
-            lse,
-            shrink,
-            placed,
-            shift,
-            grad_x,
-            N,
-            K,
-            D,
-            padded_codes(K),
-            tuning.bucket(N),
-        ),
-        {"STEP": tuning.step(width)},
-    )
-    splits, size = row_splits(N, K)
-    partial = torch.empty(splits, K, D, dtype=torch.float32, device=x.device)
-    weight = torch.empty(splits, K, dtype=torch.float32, device=x.device)
-    tuning.launch(
-        code_gradient_kernel,
-        tuning.code_gradient_space(chip, width),
-        lambda meta: (triton.cdiv(K, meta["BLOCK_K"]), splits),
-        (
-            rows,
-            *prepared,
-            temperature,
-            lse,
-            shrink,
-            placed,
-            shift,
-            partial,
-            weight,
-            N,
-            K,
-            D,
-            padded_codes(K),
-            size,
-            tuning.bucket(N),
-        ),
-        {},
-    )
-    scale = prepared_scale(prepared.statistics)
-    centred = codebook.float() - prepared.mean[0, :D]
-    pulled = partial.sum(dim=0) / scale - weight.sum(dim=0)[:, None] * centred
-    grad_codebook = torch.where(codebook.isfinite().all(dim=1, keepdim=True), pulled, 0)
-    factor = 2 * largest / temperature
-    return (grad_x * largest).to(x.dtype), (grad_codebook * factor).to(codebook.dtype)
-
-
-def prepared_scale(statistics: Tensor) -> Tensor:
-    """S as ``prepare.code_scale`` computes it, 0-d."""
-    _, exponent = torch.frexp(statistics[0, 0])
-    power = (8 - exponent).clamp(-100, 100)
-    return torch.where(statistics[0, 0] > 0, torch.exp2(power.float()), 1.0)
+    placed = grad.new_zeros(padded_codes(K), dtype=torch.float32)
+    placed[physical_place(K, grad.device)] = grad.float() / largest
+    grad_x = torch.empty(x.shape if wanted[0] else (0,), dtype=x.dtype, device=x.device)
+    pulled = torch.zeros((K, D) if wanted[1] else (0,), dtype=torch.float32, device=x.device)
+    weight = torch.zeros(K if wanted[1] else 0, dtype=torch.float32, device=x.device)
+    for piece in parts(N, D) if N else ():
+        rows = prepare_rows(x[piece], codes, None)
+        passes = _Pass(rows, codes, temperature, lse[piece], K, D)
+        shift = passes.shift(placed)
+        if wanted[0]:
+            grad_x[piece] = passes.row_gradient(placed, shift) * largest
+        if wanted[1]:
+            more, heavier = passes.code_gradient(placed, shift)
+            pulled += more
+            weight += heavier
+    if not wanted[1]:
+        return grad_x, pulled.to(codebook.dtype)
+    centred = codebook.float() - codes.mean[0, :D]
+    pulled = pulled / scale_of(codes) - weight[:, None] * centred
+    pulled = torch.where(codebook.isfinite().all(dim=1, keepdim=True), pulled, 0)
+    return grad_x, (pulled * (2 * largest / temperature)).to(codebook.dtype)

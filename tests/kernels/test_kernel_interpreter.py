@@ -10,14 +10,16 @@ import pytest
 GROUPS = [
     "test_search_shapes",
     "test_search and not shapes",
-    "usage or residual or sums or prepared",
-    "not test_search and not usage and not residual and not sums and not prepared",
+    "test_exact or few_rows or long_inputs",
+    "usage or residual or sums or prepared or gradients",
+    "not test_search and not test_exact and not few_rows and not long_inputs and not usage"
+    " and not residual and not sums and not prepared and not gradients",
 ]
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_kernels_interpreted(group, repository):
-    checks = Path(__file__).with_name("interpreted_checks.py")
+    checks = Path(__file__).with_name("kernel_checks.py")
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(checks)]
     finished = subprocess.run(
         [*command, "-k", group],

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import b2t_kernels
-from b2t_kernels import cuda, reference
+from b2t_kernels import blocked, cuda, reference, tuning
 
 SHAPES = [(1, 1, 1), (63, 130, 63), (130, 63, 1), (1000, 130, 130), (5, 1000, 63), (2100, 1, 3)]
 
@@ -80,6 +80,87 @@ def test_rows_and_codes_that_are_not_finite(precision):
     assert counts[0] == counts[129] == 0
 
 
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+@pytest.mark.parametrize("size", [1e20, 1e-25])
+def test_float32_squares_that_overflow_or_vanish(size, precision):
+    x, codebook = rows_and_codes(12, 300, 16)
+    codebook[5] = torch.nan
+    codebook[7] *= 1e4
+    indices, counts = b2t_kernels.nearest_code(size * x, size * codebook, precision=precision)
+    expected = reference.nearest_code(size * x, size * codebook)
+    if precision == "exact" or size > 1:
+        assert torch.equal(indices, expected[0])
+        assert torch.equal(counts, expected[1])
+    indices, _ = b2t_kernels.nearest_code(x, torch.full_like(codebook, torch.inf))
+    assert (indices == -1).all()
+
+
+@pytest.mark.parametrize("method", ["sorted", "atomic"])
+def test_sums_leave_out_indices_that_are_no_code(method):
+    x, _ = rows_and_codes(40, 1, 8)
+    indices = torch.arange(40) % 8 - 2
+    found = b2t_kernels.code_sums(x, indices, 4, method=method)
+    expected = reference.code_sums(x, indices.where(indices < 4, -1), 4)
+    torch.testing.assert_close(found[0].double(), expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("prepares", [False, True])
+def test_search_and_usage_in_one_pass(prepares):
+    """The same codes, counts, usage and gradients as the two operators apart."""
+    x, codebook = rows_and_codes(700, 300, 24, offset=3.0)
+    codebook[200] = codebook[100]
+    mask, tau = torch.arange(700) % 5 != 2, torch.tensor(9.0)
+    x[3, 2] = torch.nan
+    prepared = b2t_kernels.prepare_codes(codebook[None])[0] if prepares else ()
+    found = b2t_kernels.search_usage(x, codebook, tau, mask, "exact", prepared)
+    expected = reference.nearest_code(x, codebook, mask)
+    assert torch.equal(found.indices, expected[0])
+    assert torch.equal(found.counts, expected[1])
+    weights = torch.randn(300, generator=torch.Generator().manual_seed(6))
+    results = []
+    for known in (True, False):
+        inputs = (x.clone().requires_grad_(), codebook.clone().requires_grad_())
+        if known:
+            usage = b2t_kernels.known_usage(*inputs, tau, found, prepared)
+        else:
+            usage = b2t_kernels.code_usage(*inputs, tau, mask, "sum")
+        results.append((usage.detach(), *torch.autograd.grad(usage @ weights, inputs)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+def test_usage_computes_only_the_gradients_that_are_needed(monkeypatch):
+    x, codebook = rows_and_codes(50, 20, 4)
+    wanted = []
+    backward = blocked.usage_backward
+    monkeypatch.setattr(
+        blocked, "usage_backward", lambda *a: (wanted.append(a[-1]), backward(*a))[1]
+    )
+    rows, codes = x.clone().requires_grad_(), codebook.clone().requires_grad_()
+    for inputs in ((rows, codebook), (x, codes), (rows, codes)):
+        usage = b2t_kernels.code_usage(*inputs, 2.0)
+        usage.square().sum().backward()
+    assert wanted == [(True, False), (False, True), (True, True)]
+    torch.testing.assert_close(
+        rows.grad / 2,
+        torch.autograd.grad(b2t_kernels.code_usage(rows, codebook, 2.0).square().sum(), rows)[0],
+    )
+
+
+def test_usage_is_as_accurate_as_exp_in_float32():
+    """The softmax of torch that is used instead is no farther from float64."""
+    x, codebook = rows_and_codes(500, 1000, 64)
+    tau = torch.tensor(3.0)
+    found = b2t_kernels.code_usage(x, codebook, tau, reduction="sum").double()
+    distances = reference.squared_distances(x, codebook)
+    truth = (-distances / 3.0).softmax(dim=1).sum(dim=0)
+    mean = codebook.mean(dim=0)
+    centred = codebook - mean
+    logits = ((x - mean) @ centred.T - 0.5 * centred.square().sum(dim=1)) * (2 / tau)
+    plain = (logits - logits.logsumexp(dim=1, keepdim=True)).exp().sum(dim=0).double()
+    assert (found - truth).norm() <= 1.2 * (plain - truth).norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_and_strides(dtype):
     x, codebook = rows_and_codes(63, 65, 20, dtype=dtype)
@@ -99,22 +180,6 @@ def test_no_rows_and_all_masked():
         sums, counts = b2t_kernels.code_sums(rows, indices, 5, mask)
         assert not sums.any()
         assert not counts.any()
-        _, _, quantized = b2t_kernels.rvq_encode(rows, codebook[None], mask)
-        assert quantized.shape == rows.shape
-        assert not quantized.any()
-
-
-@pytest.mark.parametrize("precision", ["fast", "exact"])
-def test_residual_layers_equal_the_reference(precision):
-    x, _ = rows_and_codes(130, 1, 33)
-    codebooks = torch.stack([rows_and_codes(1, 63, 33, seed=q)[1] / 2**q for q in range(4)])
-    mask = torch.rand(130, generator=torch.Generator().manual_seed(3)) < 0.8
-    x[0, 0] = torch.nan
-    found = b2t_kernels.rvq_encode(x, codebooks, mask, precision)
-    expected = reference.rvq_encode(x, codebooks, mask)
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
-    torch.testing.assert_close(found[2], expected[2])
 
 
 @pytest.mark.parametrize("method", ["sorted", "atomic"])
@@ -187,14 +252,15 @@ def operator_samples():
     ops = torch.ops.b2t_kernels
     indices = torch.arange(12) % 5
     tau = torch.tensor(1.0)
-    yield ops.nearest_code, (x, codebook, mask, True)
-    yield ops.nearest_code, (x.bfloat16(), codebook, None, False)
-    yield ops.rvq_encode, (x, codebook.expand(2, -1, -1), mask, False)
+    prepared = b2t_kernels.prepare_codes(codebook[None])[0]
+    yield ops.nearest_code, (x, codebook, mask, True, prepared)
+    yield ops.nearest_code, (x.bfloat16(), codebook, None, False, [])
     yield ops.code_sums, (x, indices, 5, mask, False)
     grads = (x.clone().requires_grad_(), codebook.clone().requires_grad_())
-    yield ops.usage_forward, (*grads, tau, mask)
-    lse = ops.usage_forward(x, codebook, tau, mask)[1]
-    yield ops.usage_backward, (torch.ones(5), x, codebook, tau, lse)
+    yield ops.usage_forward, (*grads, tau, mask, None, prepared)
+    yield ops.usage_forward, (*grads, tau, mask, True, [])
+    lse = ops.usage_forward(x, codebook, tau, mask, None, [])[1]
+    yield ops.usage_backward, (torch.ones(5), x, codebook, tau, lse, True, False, prepared)
 
 
 @pytest.mark.parametrize("case", range(6))
@@ -237,7 +303,9 @@ def test_under_compile_and_checkpointing(how):
         (lambda x, c: b2t_kernels.nearest_code(x, c, precision="best"), "'fast' or 'exact'"),
         (lambda x, c: b2t_kernels.code_usage(x, c, 1.0, reduction="max"), "'mean' or 'sum'"),
         (lambda x, c: b2t_kernels.code_sums(x, torch.zeros(4), 5), "int64"),
-        (lambda x, c: b2t_kernels.rvq_encode(x, c), r"\[Q, K, D\]"),
+        (lambda x, c: b2t_kernels.prepare_codes(c), r"\[Q, K, D\]"),
+        (lambda x, c: b2t_kernels.nearest_code(x, c.to("meta")), "cpu but codebook on meta"),
+        (lambda x, c: b2t_kernels.code_sums(x, torch.zeros(4).long().to("meta"), 5), "indices on"),
     ],
 )
 def test_mistakes_are_named(call, message):
@@ -271,3 +339,51 @@ def test_what_the_kernels_cannot_take_is_said_once(monkeypatch, caplog, capabili
     messages = [record.message for record in caplog.records]
     assert len(messages) == 1
     assert reason in messages[0]
+
+
+def test_a_device_with_too_little_shared_memory_is_named(monkeypatch, caplog):
+    """Tiles are tried from the preferred one on; where none fits, blocked torch answers."""
+    caplog.set_level(logging.WARNING)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(tuning, "_unfit", {})
+    cuda._say_once.cache_clear()
+    tried = []
+
+    def launched(config):
+        tried.append(config)
+        raise tuning.OutOfResources(200_000, 65_536, "shared memory")
+
+    class Kernel:
+        def __init__(self):
+            self.__name__ = "scan_kernel"
+
+    space = tuning.scan_space(90, 256)
+    assert (
+        tuning.launch(Kernel(), space, (8,), lambda config: config, torch.device("cpu")) == space[0]
+    )
+    x, codebook = rows_and_codes(20, 9, 4)
+    monkeypatch.setattr(
+        cuda.nearest,
+        "nearest_code",
+        lambda *_: tuning.launch(Kernel(), space, (8,), launched, torch.device("cpu")),
+    )
+    monkeypatch.setattr(cuda, "_prepared", lambda *_: None)
+    for _ in range(2):
+        indices, _ = cuda.nearest_code(x, codebook, None, True)
+        assert torch.equal(indices, reference.nearest_code(x, codebook)[0])
+    assert tried == list(space), "what did not fit is not tried again"
+    assert len(caplog.records) == 1
+    assert "no tile of scan_kernel fits the device" in caplog.records[0].message
+
+
+@pytest.mark.parametrize(
+    ("limit", "family"), [(101_376, 86), (166_912, 80), (232_448, 90), (65_536, 86)]
+)
+def test_tables_are_chosen_by_shared_memory(monkeypatch, limit, family):
+    monkeypatch.setattr(tuning, "shared_memory", lambda device: limit)
+    assert tuning.family(torch.device("cpu")) == family
+
+
+def test_rocm_runs_blocked_torch(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "ROCm" in cuda.obstacle(torch.zeros(2, 2))

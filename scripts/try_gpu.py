@@ -1,0 +1,312 @@
+"""A first quarter of an hour on a GPU, in one command of eight minutes: is it right, is it fast.
+
+    python scripts/try_gpu.py                     # everything, into results/gpu
+    python scripts/try_gpu.py --only bench        # one step
+    python scripts/try_gpu.py --device cpu --dry  # the same steps, small, where there is no GPU
+
+Each step is a process with a limit of its own; one that fails or is cut off does not stop the
+others. What they print lies in results/gpu/<step>.log; results/gpu/summary.md and .json say what
+passed, with the device, the versions, and figures of training. The steps, and their seconds:
+
+    device       30  the GPU, its driver and the versions of what runs on it
+    correct     120  the kernels' checks on the device, and CUDA graphs
+    bench       120  scripts/bench_kernels.py, wall time and host time, from the flagship case on
+    train       140  the demo in fp16 on simulated recordings, stopped after two minutes: it saves
+    resume       70  a short run stopped by a signal and gone on, beside one left alone: the same?
+
+The exit status is 1 when a step failed.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SAVED = 75
+SHORT = [
+    *("phases.0.steps=24", "phases.1.steps=8", "phases.2.steps=16", "phases.0.warmup_steps=4"),
+    *("phases.1.warmup_steps=4", "phases.2.warmup_steps=4", "codebook_start.after_steps=4"),
+    *("codebook_start.frames_per_code=4", "evaluation.every=1000", "checkpoint.every=1000"),
+    "log.every=4",
+]
+
+
+@dataclass
+class Outcome:
+    """What a step came to: ``passed``, ``failed`` or ``cut off``, and what it found."""
+
+    step: str
+    status: str
+    seconds: float
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Where everything happens, and on what."""
+
+    out: Path
+    device: str
+    dry: bool
+
+    @property
+    def data(self) -> Path:
+        """Prepared recordings."""
+        return self.out / "recordings" / "prepared"
+
+    def environment(self) -> dict[str, str]:
+        """Variables of every process."""
+        paths = os.pathsep.join(
+            [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+        )
+        chosen = {"PYTHONPATH": paths.rstrip(os.pathsep)}
+        if self.device == "cpu":
+            chosen |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        return {**os.environ, **chosen}
+
+    def start(self, log: str, command: list[str]) -> subprocess.Popen:
+        """A process whose output is appended to a log."""
+        file = (self.out / f"{log}.log").open("a", encoding="utf-8")
+        with file:
+            file.write(f"$ {' '.join(command)}\n")
+            file.flush()
+            return subprocess.Popen(
+                command, cwd=ROOT, env=self.environment(), stdout=file, stderr=subprocess.STDOUT
+            )
+
+    def run(self, log: str, command: list[str], limit: float) -> int:
+        """Exit status of a process.
+
+        Raises:
+            subprocess.TimeoutExpired: it took longer than ``limit`` seconds, and was killed.
+        """
+        process = self.start(log, command)
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+
+    def training(self, name: str, overrides: list[str]) -> list[str]:
+        """Command of a run of the demo's configuration."""
+        file = "zero2_cpu" if self.device == "cpu" else "zero2_fp16"
+        return [
+            *(sys.executable, "train_ds.py", "--config", "demo"),
+            *("--deepspeed_config", str(ROOT / "ds_configs" / f"{file}.json")),
+            *(f"run.dir={self.out / name}", f"data.path={self.data}", *overrides),
+        ]
+
+    def simulated(self, limit: float) -> None:
+        """Simulate and prepare recordings, unless they are there."""
+        if (self.data / "b2t.json").exists():
+            return
+        counts = ["40", "8", "8"] if self.dry else ["400", "40", "40"]
+        raw = str(self.out / "recordings" / "simulated")
+        b2t = [sys.executable, "-m", "b2t.cli"]
+        simulate = ["simulate", raw, "--force", "--electrodes", "64", "--select-from", "128"]
+        for command in ([*simulate, "--trials", *counts], ["prepare", raw, str(self.data)]):
+            if self.run("recordings", b2t + command, limit):
+                raise RuntimeError(f"b2t {command[0]} failed: see recordings.log")
+
+
+def device_step(trial: Trial, limit: float) -> dict[str, Any]:
+    """What runs here."""
+    code = (
+        "import json, torch, triton; from importlib.metadata import version; "
+        "gpu = torch.cuda.is_available(); "
+        "print('FOUND', json.dumps({'device': torch.cuda.get_device_name() if gpu else 'CPU', "
+        "'capability': torch.cuda.get_device_capability() if gpu else None, "
+        "'cuda': torch.version.cuda, 'torch': torch.__version__, 'triton': triton.__version__, "
+        "'deepspeed': version('deepspeed')}))"
+    )
+    require(trial.run("device", [sys.executable, "-c", code], limit))
+    if shutil.which("nvidia-smi"):
+        require(trial.run("device", ["nvidia-smi"], limit))
+    line = re.search(r"^FOUND (.*)$", (trial.out / "device.log").read_text("utf-8"), re.MULTILINE)
+    assert line is not None
+    return json.loads(line[1])
+
+
+def correct_step(trial: Trial, limit: float) -> dict[str, Any]:
+    """The kernels' tests."""
+    place = "tests/kernels/test_kernel_gpu.py" if trial.device == "cuda" else "tests/kernels"
+    chosen = ["-k", "test_kernel_ops and mistakes"] if trial.dry else []
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", place, *chosen]
+    status = trial.run("correct", command, limit)
+    last = (trial.out / "correct.log").read_text("utf-8").strip().rsplit("\n", 1)[-1]
+    require(status, last)
+    if " passed" not in last:
+        raise RuntimeError(f"no check ran: {last}")
+    return {"pytest": last}
+
+
+def bench_step(trial: Trial, limit: float) -> dict[str, Any]:
+    """The benchmark, which checks every case before it times it."""
+    command = [sys.executable, "scripts/bench_kernels.py", "--device", trial.device]
+    command += ["--out", str(trial.out), "--budget", str(0.75 * limit)]
+    require(trial.run("bench", command + (["--tiny"] if trial.dry else []), limit))
+    return {"table": "bench_kernels.md"}
+
+
+def train_step(trial: Trial, limit: float) -> dict[str, Any]:
+    """Train until the time is nearly over, then ask the run to save and leave."""
+    trial.simulated(limit / 2)
+    process = trial.start("train", trial.training("train", SHORT if trial.dry else ["log.every=5"]))
+    status = leave_when(process, lambda: False, 0.85 * limit)
+    require(status not in (0, SAVED), f"status {status}")
+    steps = losses(trial.out / "train")
+    if len(steps) < 4:
+        raise RuntimeError(f"{len(steps)} records of a loss: see train.log")
+    first, last = steps[0], steps[-1]
+    quarter = max(1, len(steps) // 4)
+    early = sum(loss for _, loss in steps[:quarter]) / quarter
+    late = sum(loss for _, loss in steps[-quarter:]) / quarter
+    same_phase = [phase for phase, _ in steps]
+    found = {"records": len(steps), "first loss": first[1], "last loss": last[1]}
+    if len(set(same_phase)) == 1 and not late < early:
+        raise RuntimeError(f"the loss did not fall: {early:.4f}, then {late:.4f}")
+    return found
+
+
+def resume_step(trial: Trial, limit: float) -> dict[str, Any]:
+    """One run left alone, one stopped by SIGTERM and gone on: largest difference at the end."""
+    trial.simulated(limit / 2)
+    require(trial.run("resume", trial.training("alone", SHORT), limit))
+    process = trial.start("resume", trial.training("stopped", SHORT))
+    status = leave_when(process, lambda: len(losses(trial.out / "stopped")) >= 3, limit)
+    require(status != SAVED, f"stopped with status {status}, expected {SAVED}")
+    require(trial.run("resume", trial.training("stopped", SHORT), limit))
+    return differences(trial.out / "alone", trial.out / "stopped")
+
+
+def leave_when(process: subprocess.Popen, ready: Callable[[], bool], limit: float) -> int:
+    """Exit status of a run that is asked to leave once it is ``ready``, or at its limit."""
+    deadline = time.monotonic() + limit
+    while process.poll() is None and time.monotonic() < deadline and not ready():
+        time.sleep(0.05)
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    try:
+        return process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def losses(run: Path) -> list[tuple[str, float]]:
+    """(phase, total loss) of every log step so far."""
+    file = run / "metrics.jsonl"
+    lines = file.read_text("utf-8").splitlines() if file.exists() else []
+    found = []
+    for line in lines:
+        record = json.loads(line)
+        if "loss/total" in record.get("metrics", record):
+            metrics = record.get("metrics", record)
+            found.append((str(record.get("phase")), float(metrics["loss/total"])))
+    return found
+
+
+def differences(alone: Path, stopped: Path) -> dict[str, Any]:
+    """How far the last checkpoints of two runs are apart.
+
+    Raises:
+        RuntimeError: one has tensors that the other has not, or they differ beyond fp16 rounding.
+    """
+    from safetensors.torch import load_file
+
+    last = sorted(path.name for path in (alone / "checkpoints").glob("step-*"))[-1]
+    ours, theirs = (
+        load_file(run / "checkpoints" / last / "weights.safetensors") for run in (alone, stopped)
+    )
+    if ours.keys() != theirs.keys():
+        raise RuntimeError(f"{last}: other tensors: {sorted(ours.keys() ^ theirs.keys())}")
+    equal, greatest = 0, 0.0
+    for name, value in ours.items():
+        equal += int(value.equal(theirs[name]))
+        if value.numel():
+            distance = (value.double() - theirs[name].double()).norm()
+            greatest = max(greatest, float(distance / value.double().norm().clamp(min=1e-12)))
+    found = {"tensors": len(ours), "bitwise equal": equal, "greatest relative difference": greatest}
+    if greatest > 0.05:
+        raise RuntimeError(f"the runs went apart: {found}")
+    return found
+
+
+def require(failed: int | bool, why: str = "") -> None:
+    """Refuse a status other than 0."""
+    if failed:
+        raise RuntimeError(why or f"status {int(failed)}")
+
+
+STEPS: dict[str, tuple[Callable[[Trial, float], dict[str, Any]], float]] = {
+    "device": (device_step, 30),
+    "correct": (correct_step, 120),
+    "bench": (bench_step, 120),
+    "train": (train_step, 140),
+    "resume": (resume_step, 70),
+}
+
+
+def attempt(name: str, trial: Trial, limit: float) -> Outcome:
+    """Do one step; whatever it meets becomes its outcome."""
+    began = time.monotonic()
+    try:
+        status, found = "passed", STEPS[name][0](trial, limit)
+    except subprocess.TimeoutExpired as error:
+        status, found = "cut off", {"limit": error.timeout}
+    except Exception as error:
+        status, found = "failed", {"why": f"{type(error).__name__}: {error}"}
+    return Outcome(name, status, round(time.monotonic() - began, 1), found)
+
+
+def summary(outcomes: list[Outcome]) -> str:
+    """The outcomes as Markdown."""
+    rows = ["| step | outcome | seconds | found |", "|---|---|---|---|"]
+    for each in outcomes:
+        found = ", ".join(f"{key} {value}" for key, value in each.found.items())
+        rows.append(f"| {each.step} | {each.status} | {each.seconds} | {found} |")
+    return "\n".join(rows) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--dry", action="store_true", help="small everything")
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), help="steps")
+    parser.add_argument("--patience", type=float, default=1.0, help="factor on all limits")
+    options = parser.parse_args(argv)
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    trial = Trial(out, options.device, options.dry)
+    outcomes = []
+    for name in options.only:
+        for old in (out / f"{name}.log", out / "train" if name == "train" else out / "none"):
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        if name == "resume":
+            for run in ("alone", "stopped"):
+                shutil.rmtree(out / run, ignore_errors=True)
+        outcomes.append(attempt(name, trial, STEPS[name][1] * options.patience))
+        print(summary(outcomes[-1:]).splitlines()[-1], flush=True)
+        (out / "summary.md").write_text(summary(outcomes), "utf-8")
+        (out / "summary.json").write_text(
+            json.dumps([asdict(o) for o in outcomes], indent=1), "utf-8"
+        )
+    return 1 if any(each.status != "passed" for each in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
