@@ -58,7 +58,7 @@ def scan_space(family: int, padded_D: int) -> Space:
     if padded_D > WIDEST_WHOLE:
         return _tiles(64, *{
             80: ((128, 128, 8, 4), (64, 64, 4, 4)),
-            86: ((128, 128, 8, 3), (64, 64, 4, 3)),
+            86: ((64, 128, 8, 3), (64, 64, 4, 3)),
             90: ((128, 128, 8, 4), (64, 128, 4, 3)),
         }[family])  # fmt: skip
     if padded_D > 128:
