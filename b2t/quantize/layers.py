@@ -170,20 +170,12 @@ class Layers:
         kept = None if keep is None else latents.new_zeros(Q, keep.shape[0], latents.shape[1])
         residual = latents.clone()
         errors = residual if layers == 1 else torch.zeros_like(latents)
-        soft = soft and given is None and hashes is None and self.backend == "kernels"
-        usages: list[b2t_kernels.SearchedUsage] = []
+        fused = soft and given is None and hashes is None and self.backend == "kernels"
+        usages: list[b2t_kernels.SearchedUsage] | None = [] if fused else None
         for q in range(layers):
             if kept is not None:
                 kept[q] = residual[keep]
-            if soft:
-                usages.append(self.searched_usage(residual, q))
-                index, counts[q] = usages[q].indices, usages[q].counts
-            elif given is None:
-                prepared = self.prepared[self.index(q)]
-                index, counts[q] = self.assign(residual, q, hashes, prepared)
-            else:
-                index = given[:, q]
-                counts[q] = torch.bincount(index, minlength=K)
+            index, counts[q] = self._codes_of(residual, q, given, hashes, usages)
             codes[:, q] = index
             if totals is not None and not self.joint:
                 seen = self.seen(residual)
@@ -202,8 +194,27 @@ class Layers:
             self._add_joint_sums(totals, residual, codes[:, :layers], counts)
         return Walk(
             codes, errors, counts, squared, code_error, projection, totals, kept, layers,
-            usages if soft else None,
+            usages,
         )  # fmt: skip
+
+    def _codes_of(
+        self,
+        residual: Tensor,
+        q: int,
+        given: Tensor | None,
+        hashes: Tensor | None,
+        usages: list[b2t_kernels.SearchedUsage] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Codes [N] and counts [K] of layer ``q``: given, drawn, or the nearest.
+
+        The soft assignments found with the nearest are appended to ``usages``, if that is a list.
+        """
+        if given is not None:
+            return given[:, q], torch.bincount(given[:, q], minlength=self.books.shape[1])
+        if usages is None:
+            return self.assign(residual, q, hashes, self.prepared[self.index(q)])
+        usages.append(self.searched_usage(residual, q))
+        return usages[q].indices, usages[q].counts
 
     def _add_joint_sums(self, totals: Tensor, left: Tensor, codes: Tensor, counts: Tensor) -> None:
         """Add Σ (code + what is ``left`` [N, D] of its frame) of each code to ``totals``."""
