@@ -218,10 +218,7 @@ class ResidualVQ(FrameSpace):
         training = self.training
         layers = self._layers(self.codebooks.value(self.options.codebook_gradient_scale))
         hashes, keep = self._draw(latents, frames_of, ids)
-        walk = self._walk(
-            layers, latents.detach(), hashes, training, keep,
-            training=training, soft=needs_usage(losses),
-        )  # fmt: skip
+        walk = self._walk(layers, latents.detach(), hashes, training, keep, needs_usage(losses))
         stats = QuantizerStats.of(walk, nonfinite, hashes, keep, pool_size(self.options))
         # Backward goes the other way round: commitment frees its errors before usage takes memory.
         usage_terms = usage_losses(
@@ -258,15 +255,14 @@ class ResidualVQ(FrameSpace):
         hashes: Tensor | None = None,
         sums: bool = False,
         keep: Tensor | None = None,
-        *,
-        training: bool,
         soft: bool = False,
+        *,
+        evaluates: bool = False,
     ) -> Walk:
         """Walk the layers of this step, by beam, nearest code or draw."""
+        training = self.training and not evaluates
         active = self._active_layers() if training else self.num_quantizers
-        width = self.options.beam_size
-        if not training:
-            width = self.options.eval_beam_size or width
+        width = (not training and self.options.eval_beam_size) or self.options.beam_size
         codes = beam_search(layers, latents, active, width) if width > 1 else None
         draws = training and self.options.stochastic_sample_codes
         return layers.walk(latents, active, hashes if draws else None, sums, keep, codes, soft)
@@ -318,7 +314,7 @@ class ResidualVQ(FrameSpace):
         layers = self._layers(self.codebooks.value())
         draws = self.options.stochastic_sample_codes
         hashes = self._draw(latents, frames, ids)[0] if draws else None
-        walk = self._walk(layers, latents, hashes, training=self.training, soft=True)
+        walk = self._walk(layers, latents, hashes, soft=True)
         entered[: walk.layers] = latents.shape[0]
         return SoftUsage(layers.soft_sums(latents, walk), entered)
 
@@ -329,7 +325,7 @@ class ResidualVQ(FrameSpace):
         """Codes [B, P, Q] int64 of latents ``x`` [B, P, dim], as in evaluation, all layers."""
         self._require_start("encode")
         frames, latents, _ = self.valid_latents(x, mask)
-        walk = self._walk(self._layers(self.codebooks.value()), latents, training=False)
+        walk = self._walk(self._layers(self.codebooks.value()), latents, evaluates=True)
         return frames.scattered(walk.codes, -1)
 
     @torch.no_grad()
