@@ -77,11 +77,7 @@ def evaluate_model(
         for batch in tqdm(batches, desc=f"evaluate {split}", disable=hidden, leave=False):
             batch = to_model(batch, model)
             found, output = _predict(speaker, batch, share)
-            speaks = any(p.phonemes is not None or p.prediction is not None for p in found)
-            if noise_control and speaks:
-                _predict_noise(speaker, noise_batch(batch, seed), found)
-            for name in controls if speaks else ():
-                _predict_control(speaker, name, batch, output, found, seed)
+            _control(speaker, batch, output, found, seed, noise_control, controls)
             share.predictions += found
     finally:
         model.train(training)
@@ -193,6 +189,24 @@ def _predict(speaker: _Speaker, batch: Batch, share: _Share) -> tuple[list[Predi
         )
         for row, (name, target) in enumerate(zip(batch.rows, batch.texts, strict=True))
     ], output
+
+
+def _control(
+    speaker: _Speaker,
+    batch: Batch,
+    output: Any,
+    found: list[Prediction],
+    seed: int,
+    noise_control: bool,
+    controls: Sequence[str],
+) -> None:
+    """Add what is said without a brain to what was said of a batch, where anything was."""
+    if not any(p.phonemes is not None or p.prediction is not None for p in found):
+        return
+    if noise_control:
+        _predict_noise(speaker, noise_batch(batch, seed), found)
+    for name in controls:
+        _predict_control(speaker, name, batch, output, found, seed)
 
 
 @torch.no_grad()
