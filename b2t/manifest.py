@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -10,9 +10,14 @@ MANIFEST = "manifest.json"
 
 def write_manifest(folder: Path, names: Iterable[str]) -> None:
     """Describe files of ``folder``, replacing an earlier manifest."""
+    found = {name: ((folder / name).stat().st_size, sha256(folder / name)) for name in names}
+    write_entries(folder, found)
+
+
+def write_entries(folder: Path, found: Mapping[str, tuple[int, str]]) -> None:
+    """Write the manifest of files whose bytes and SHA-256 are known."""
     entries = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-        for name in sorted(names)
+        name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(found.items())
     }
     (folder / MANIFEST).write_text(json.dumps(entries, indent=1), "utf-8")
 

@@ -79,6 +79,9 @@ class Run(Protocol):
     def evaluated(self) -> AbstractContextManager[None]:
         """Whole weights inside, the averaged ones where there are any. Collective."""
 
+    def gather_averages(self) -> Mapping[str, Tensor]:
+        """Return the averages of this moment on rank 0; anything elsewhere. Collective."""
+
     def collect_averages(self) -> Mapping[str, Tensor]:
         """Bring `averages` up to date and return it. Collective."""
 

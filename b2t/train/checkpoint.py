@@ -12,6 +12,7 @@ format is not used: it is a set of pickles tied to the number of ranks, not atom
 conversion for another number of ranks drops buffers.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from b2t import manifest
@@ -33,10 +34,11 @@ from b2t.train.replacing import (
     WRITING,
     recover_folder,
     replace_folder,
-    sync_files,
     sync_folder,
+    write_synced,
     writing,
 )
+from b2t.train.safetensors_file import write_safetensors
 
 LATEST = "latest"
 KEEP = "keep"
@@ -99,7 +101,7 @@ class CheckpointStore:
             _write(partial, checkpoint)
             replace_folder(target)
             _replace_text(self.folder / LATEST, target.name + "\n")
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             kept = self.steps()
             logger(__name__).error(
@@ -175,11 +177,20 @@ def is_whole(model: Path) -> bool:
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
-    save_file(_contiguous(checkpoint.weights), folder / "weights.safetensors")
-    save_file(_contiguous(checkpoint.moments), folder / "moments.safetensors")
-    (folder / "state.json").write_text(json.dumps(checkpoint.state, indent=1), "utf-8")
-    manifest.write_manifest(folder, _FILES)
-    sync_files(folder)
+    state = json.dumps(checkpoint.state, indent=1).encode()
+    write_synced(folder / "state.json", state)
+    weights, moments = _on_the_cpu(checkpoint.weights), _on_the_cpu(checkpoint.moments)
+    manifest.write_entries(
+        folder,
+        {
+            "weights.safetensors": write_safetensors(folder / "weights.safetensors", weights),
+            "moments.safetensors": write_safetensors(folder / "moments.safetensors", moments),
+            "state.json": (len(state), hashlib.sha256(state).hexdigest()),
+        },
+    )
+    with (folder / manifest.MANIFEST).open("rb") as handle:
+        os.fsync(handle.fileno())
+    sync_folder(folder)
 
 
 def _read(path: Path) -> Checkpoint:
@@ -193,15 +204,12 @@ def _read(path: Path) -> Checkpoint:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+def _on_the_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
 def _replace_text(path: Path, text: str) -> None:
     partial = path.with_name(f"{WRITING}{path.name}")
-    with partial.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
+    write_synced(partial, text.encode())
     partial.replace(path)
     sync_folder(path.parent)

@@ -9,7 +9,7 @@ the float32 masters: a 16-bit engine keeps only rounded weights in the module.
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from b2t.config import OptimConfig, PhaseConfig
 from b2t.train.ds_config import DeepSpeedFile
+from b2t.train.gather import Gatherer, Part
 from b2t.train.gradient_norms import GradientNorms
 from b2t.train.schedule import lr_factor
 
@@ -105,6 +106,7 @@ class PhaseEngine:
         self.overflowed: list[str] = []
         self._norm_before: float | None = None
         self._watch_overflows([name.split("/")[0] for name in names])
+        self._gatherer: Gatherer | None = None
         self.write_masters(masters)
 
     def _optimizer(self, groups: list[dict], optim: OptimConfig) -> torch.optim.Optimizer:
@@ -173,6 +175,34 @@ class PhaseEngine:
             found[name] = full.detach().to("cpu", torch.float32, copy=True)
         return found
 
+    def gather_masters(self) -> dict[str, Tensor]:
+        """Return what `read_masters` does on rank 0 alone, nothing elsewhere. Collective.
+
+        In memory that the next call uses again.
+        """
+        return self.gather(self.flat_masters(), "masters")
+
+    def gather(self, flats: Sequence[Tensor], kind: str) -> dict[str, Tensor]:
+        """Bring tensors that are laid out as `flat_masters` to rank 0, whole, by name. Collective.
+
+        Args:
+            flats: of this rank.
+            kind: names the memory that receives them, which the next call uses again.
+        """
+        if self._gatherer is None:
+            shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in self._trained()}
+            self._gatherer = Gatherer(list(self._parts()), shapes, self._engine.device)
+        return self._gatherer.gather(flats, kind)
+
+    def _parts(self) -> Iterator[Part]:
+        """What of each trained parameter lies where in this rank's `flat_masters`."""
+        for name, parameter in self._trained():
+            found: Any = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
+            if found is not None:
+                here, there = found.hp_fragment_address, found.lp_fragment_address
+                group = found.param_group_index
+                yield Part(name, group, here.start, there.start, here.numel)
+
     def trained_names(self) -> list[str]:
         """Names of the parameters that this engine trains."""
         return [name for name, _ in self._trained()]
@@ -180,20 +210,18 @@ class PhaseEngine:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors, numbers) that continue this engine exactly, at any number of ranks.
 
-        Collective. Tensors are Adam's moments by `name/moment`, whole, float32, on the CPU;
-        numbers are counters, the loss scaler and the scheduler.
+        Collective. Tensors are Adam's moments by `name/moment`, whole, float32, on the CPU, on
+        rank 0 alone, in memory that the next call uses again; numbers are counters, the loss
+        scaler and the scheduler.
         """
-        from deepspeed.utils import safe_get_full_optimizer_state
-
         tensors: dict[str, Tensor] = {}
         stepped = self._adam_step()
         if stepped > 0:
-            self._link_moments()
-            for name, parameter in self._trained():
-                for moment in _MOMENTS:
-                    full = safe_get_full_optimizer_state(parameter, moment)
-                    assert full is not None, f"{name} has no {moment}"
-                    tensors[f"{name}/{moment}"] = full.detach().to("cpu", copy=True)
+            states = self._engine.optimizer.optimizer.state
+            for moment in _MOMENTS:
+                flats = [states[flat][moment] for flat in self.flat_masters()]
+                whole = self.gather(flats, moment)
+                tensors |= {f"{name}/{moment}": value for name, value in whole.items()}
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         norm = self.grad_norm()
         numbers = {

@@ -83,6 +83,10 @@ class TrainedPhase:
         """Return the averages of the trained weights, whole; None without. Collective."""
         return None if self._ema is None else self._ema.collect()
 
+    def gather_averages(self) -> dict[str, Tensor] | None:
+        """Return the same on rank 0 alone, nothing elsewhere; None without. Collective."""
+        return None if self._ema is None else self._ema.gather()
+
     @contextmanager
     def evaluated(self) -> Iterator[None]:
         """Whole weights inside, the averaged ones where there are any. Collective."""

@@ -55,6 +55,14 @@ def sync_files(folder: Path) -> None:
     sync_folder(folder)
 
 
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file that survives a power cut, once its folder is synced too."""
+    with path.open("wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
 def sync_folder(path: Path) -> None:
     """Make renames in a folder survive a power cut."""
     handle = os.open(path, os.O_RDONLY)

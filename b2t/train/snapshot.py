@@ -130,7 +130,7 @@ def _callback_states(callbacks: Sequence[Callback]) -> tuple[dict[str, Any], dic
         key = _key(callback)
         for name, value in _state(callback).items():
             if isinstance(value, Tensor):
-                tensors[f"{key}:{name}"] = value
+                tensors[f"{key}:{name}"] = value.detach().to("cpu", copy=True)
             else:
                 numbers.setdefault(key, {})[name] = value
     return numbers, tensors

@@ -137,6 +137,7 @@ class Trainer:
             self.outcome = f"crashed: {type(error).__name__}: {error}"
             raise
         finally:
+            self.wait_for_checkpoint()
             self.hook("on_end")
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -155,8 +156,12 @@ class Trainer:
             )  # fmt: skip
 
     def save(self) -> None:
-        """Write a checkpoint of this moment. Collective."""
+        """Copy this moment, and let it be written while training goes on. Collective."""
         self._saving.save(self)
+
+    def wait_for_checkpoint(self) -> None:
+        """Return when the last checkpoint is on the disk, or its failure logged."""
+        self._saving.wait()
 
     def seconds_left(self, step_s: float) -> float:
         """Estimate of the training time left, in seconds, at this pace."""
@@ -175,6 +180,11 @@ class Trainer:
         if averages is not None:
             self.averages = averages
         return self.averages
+
+    def gather_averages(self) -> Mapping[str, Tensor]:
+        """Return the averages of this moment on rank 0; anything elsewhere. Collective."""
+        averages = self._trained.gather_averages()
+        return self.averages if averages is None else averages
 
     def _enter_phase(self, number: int) -> None:
         phase = self.config.phases[number]
@@ -219,6 +229,7 @@ class Trainer:
         if rule is None or not rule.should_stop or progress.restorable in (-1, progress.step):
             return
         self.ranks.place = f"going back to the weights of step {rule.best_step}"
+        self._saving.settle(self)
         best = self.store.read(rule.best_step)
         there = all(self.ranks.gather(best is not None))
         if best is None or not there:
@@ -402,6 +413,7 @@ class Trainer:
         if self.progress.finished:
             self.save()
             self.engine.close()
+            self._saving.settle(self)
             self.ranks.place = "finishing"
             return
         self.engine.close()
@@ -416,12 +428,14 @@ class Trainer:
 
     def _save_and_leave(self) -> None:
         self.save()
+        self._saving.settle(self)
         raise Stopped(self.progress.step)
 
     def _leave_if_critical(self) -> None:
         """Save and end the run after a critical alert."""
         if self._critical is not None:
             self.save()
+            self._saving.settle(self)
             raise TrainingFailed(self._critical.text())
 
     def hook(self, name: str, *arguments: Any) -> None:

@@ -54,6 +54,14 @@ class WeightEma:
                 flat.copy_(master)
         return {n: value for n, value in averages.items() if not n.startswith(_CODEBOOKS)}
 
+    def gather(self) -> dict[str, Tensor]:
+        """Return what `collect` does on rank 0 alone, nothing elsewhere. Collective.
+
+        In memory that the next call uses again.
+        """
+        averages = self.engine.gather(self._shards, "averages")
+        return {n: value for n, value in averages.items() if not n.startswith(_CODEBOOKS)}
+
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Lend the averages to the model, for evaluation. Collective."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from b2t.train.engine import PhaseEngine
+from b2t.train.gather import Part
 
 _MODULE_STATE = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "all_parameters",
                  "_external_params", "_original_parameters")  # fmt: skip
@@ -85,6 +86,17 @@ class Zero3Engine(PhaseEngine):
 
     def _link_moments(self) -> None:
         """Do nothing: DeepSpeed looks moments up by the masters that they belong to."""
+
+    def _parts(self) -> Iterator[Part]:
+        """What of each trained parameter lies where in this rank's `flat_masters`."""
+        zero = self._engine.optimizer
+        parameter: Any
+        for name, parameter in self._trained():
+            group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
+            start = parameter.partition_numel() * parameter.ds_zero_partition_rank
+            numel = min(length, parameter.ds_numel - start)
+            if numel > 0:
+                yield Part(name, group, offset, start, numel)
 
     def _flat_groups(self) -> list[int]:
         zero = self._engine.optimizer

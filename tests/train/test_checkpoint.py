@@ -225,19 +225,19 @@ def test_an_error_while_writing_leaves_the_older_one(tmp_path, errors, monkeypat
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    real = module.save_file
+    real = module.write_safetensors
     if stage == "rename":
         monkeypatch.setattr(Path, "rename", full)
     elif stage == "manifest":
-        monkeypatch.setattr(manifest, "sha256", full)
+        monkeypatch.setattr(manifest, "write_entries", full)
     else:
 
-        def save_file(tensors, path):
+        def write(path, tensors):
             if path.name.startswith(stage):
                 full()
-            real(tensors, path)
+            return real(path, tensors)
 
-        monkeypatch.setattr(module, "save_file", save_file)
+        monkeypatch.setattr(module, "write_safetensors", write)
     assert store.save(2, make(2)) is None
     monkeypatch.undo()
     assert store.steps() == [1] and store.load().state["seed"] == 1

@@ -346,15 +346,17 @@ def test_a_hook_that_fails(start, ds_file, collective, fail):
 
 def test_a_disk_that_is_full_for_a_while(start, ds_file, orders, monkeypatch, log_lines):
     trainer = start("run", ds_file(), "log.every=1", "checkpoint.every=2", "checkpoint.keep=3")
-    write, save = JsonlSink.write, checkpoints.save_file
+    write, save = JsonlSink.write, checkpoints.write_safetensors
 
     def fill(_):
+        trainer.wait_for_checkpoint()
         monkeypatch.setattr(JsonlSink, "write", full)
-        monkeypatch.setattr(checkpoints, "save_file", full)
+        monkeypatch.setattr(checkpoints, "write_safetensors", full)
 
     def free(_):
+        trainer.wait_for_checkpoint()
         monkeypatch.setattr(JsonlSink, "write", write)
-        monkeypatch.setattr(checkpoints, "save_file", save)
+        monkeypatch.setattr(checkpoints, "write_safetensors", save)
 
     orders.update({3: fill, 6: free})
     trainer.fit()
@@ -373,11 +375,16 @@ def test_a_small_disk(start, ds_file, orders, tmp_path, mounted):
     trainer = start("run", ds_file(), f"run.dir={run}", "log.every=1", "checkpoint.every=2")
 
     def fill(_):
+        trainer.wait_for_checkpoint()
         with (run / "ballast").open("wb", buffering=0) as file, pytest.raises(OSError):
             while True:
                 file.write(bytes(1 << 12))
 
-    orders.update({3: fill, 6: lambda _: (run / "ballast").unlink()})
+    def free(_):
+        trainer.wait_for_checkpoint()
+        (run / "ballast").unlink()
+
+    orders.update({3: fill, 6: free})
     trainer.fit()
     records = read_jsonl(run / "metrics.jsonl")
     steps = [r["step"] for r in records.records if "loss/total" in r]
@@ -394,6 +401,7 @@ def test_a_run_folder_that_turns_read_only(start, ds_file, orders, monkeypatch):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     def lock(_):
+        trainer.wait_for_checkpoint()
         monkeypatch.setattr(JsonlSink, "write", read_only)
         monkeypatch.setattr(type(trainer.store.folder), "mkdir", read_only)
 
