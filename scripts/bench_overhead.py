@@ -286,7 +286,10 @@ class Turns:
     Attributes:
         ours, theirs: (wall, processor) seconds of the segments of the trainer, without its log
             steps' logging, and of the bare loop.
-        logs, saves: wall seconds of each logging and each checkpoint.
+        logs: wall seconds of each logging.
+        saves: of each checkpoint until it is on the disk; all of it counts against the trainer,
+            though it is written beside the next steps.
+        stalls: of each checkpoint until training goes on.
     """
 
     trainer: Trainer
@@ -298,6 +301,7 @@ class Turns:
     theirs: list[np.ndarray] = field(default_factory=list)
     logs: list[float] = field(default_factory=list)
     saves: list[float] = field(default_factory=list)
+    stalls: list[float] = field(default_factory=list)
     checkpoint_bytes: int = 0
     taken: int = 0
     started: np.ndarray = field(default_factory=lambda: np.zeros(2))
@@ -351,8 +355,11 @@ class Turns:
         self.logs.append(float(self.logged[0]))
 
     def _save(self) -> None:
+        """Time how long training stands still, and until the checkpoint is on the disk."""
         started = self._now()
         self.trainer.save()
+        self.stalls.append(float((self._now() - started)[0]))
+        self.trainer.wait_for_checkpoint()
         self.saves.append(float((self._now() - started)[0]))
         store = self.trainer.store
         newest = store.folder / f"step-{store.steps()[-1]:08d}"
@@ -385,6 +392,9 @@ class Turns:
             "ratio_of_totals": float(theirs.sum() / (ours + save / checkpoint_every).sum()),
             "ratio_of_processor_time": float(np.median(their_cpu / our_cpu)),
             "save_s": save,
+            "stall_s": float(np.median(self.stalls)),
+            "stall_range_s": [min(self.stalls), max(self.stalls)],
+            "stall_share": float(np.median(np.array(self.stalls) / np.array(self.saves))),
             "save_range_s": [min(self.saves), max(self.saves)],
             "checkpoint_bytes": self.checkpoint_bytes,
             "checkpoint_share": save / (CHECKPOINT_EVERY * step),
@@ -397,6 +407,7 @@ def describe(found: dict[str, Any]) -> str:
     bare = {"torch": "bare PyTorch", "deepspeed": "bare DeepSpeed"}[found["against"]]
     low, high = found["ratio_quartiles"]
     fastest, slowest = found["save_range_s"]
+    least, most = found["stall_range_s"]
     return "\n".join(
         [
             f"{found['ranks']} rank(s) on {found['device']}, {found['threads']} thread(s) each, "
@@ -414,6 +425,8 @@ def describe(found: dict[str, Any]) -> str:
             f"ms (median; {1e3 * fastest:.0f} – {1e3 * slowest:.0f}), every {CHECKPOINT_EVERY} "
             f"steps {100 * share:.2f} % of the time, target ≤ {100 * CHECKPOINT_TARGET:g} %: "
             f"{_verdict(share <= CHECKPOINT_TARGET)}",
+            f"  training stands still for {1e3 * found['stall_s']:.0f} ms of it (median; "
+            f"{1e3 * least:.0f} – {1e3 * most:.0f}), {100 * found['stall_share']:.1f} %",
         ]
     )
 

@@ -77,6 +77,7 @@ def test_the_sums(bench):
         theirs=[np.array([1.0, 1.0]), np.array([1.8, 0.9]), np.array([4.0, 2.0])],
         logs=[0.2, 0.4, 0.3],
         saves=[3.0, 1.0, 2.0],
+        stalls=[1.5, 0.2, 0.6],
     )
     found = clock.summary(warmup=1, log_every=10, checkpoint_every=100)
     # Steps of 1 and 2 s, 0.03 s of logging and 0.02 s of saving in each; 0.9 and 2 s bare.
@@ -90,6 +91,7 @@ def test_the_sums(bench):
         {"against": "torch", "ranks": 1, "device": "cpu", "threads": 1, "parameters": 10,
          "log_every": 10, "checkpoint_every": 100, **found}
     )  # fmt: skip
+    assert "stands still for 600 ms of it (median; 200 – 1500), 30.0 %" in text
     assert "target ≥ 0.95: MISSED" in text and "target ≤ 2 %: reached" in text
 
 
@@ -101,7 +103,7 @@ def test_turns_go_a_b_b_a(bench, monkeypatch):
     )
     clock = bare_clock(
         bench, trainer=trainer, bare=bare, pairs=4, wanted_saves=0, taken=0, ours=[], theirs=[],
-        saves=[], logged=np.zeros(2), started=np.zeros(2),
+        saves=[], stalls=[], logged=np.zeros(2), started=np.zeros(2),
     )  # fmt: skip
     clock.inner = SimpleNamespace(__next__=None, close=lambda: None)
     monkeypatch.setattr(bench.Turns, "_now", lambda _: np.zeros(2))
