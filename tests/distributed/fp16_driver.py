@@ -40,6 +40,7 @@ def snapshot(trainer):
     """Digests of all that a skipped step must leave alone, and the clocks. Collective."""
     # Each step begins so: temperature and progress follow the applied steps.
     trainer._stepping.set_clocks()
+    trainer.wait_for_checkpoint()  # which is written from the memory that is used here
     moments, numbers = trainer.engine.state()
     clocks = asdict(trainer.progress)
     with trainer.engine.whole():
