@@ -67,7 +67,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, s
             if flat.numel():
                 if flat.stride(0) != 1:  # one element of a row, which passes for contiguous
                     flat = flat.clone(memory_format=torch.contiguous_format)
-                put(memoryview(flat.view(torch.uint8).numpy()))
+                put(flat.view(torch.uint8).numpy().data)
         os.fsync(file.fileno())
     return size, digest.hexdigest()
 
