@@ -221,9 +221,6 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
         )
         labelled = batch if reads_labels else None
         losses, outputs, metrics = self._score(batch, encoded, counts, weights, labelled)
-        if "masked" in weights:
-            losses["masked"] = sums.normalise(self._predict_hidden(batch)[0], counts["hidden"])
-        losses |= encoded.losses
         zero = torch.zeros((), device=batch.signal.device)
         return BrainToTextOutput(
             loss=sum((weights.get(name, 1.0) * loss for name, loss in losses.items()), zero),
@@ -264,7 +261,9 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
                 outputs[field], total, found = decode(batch, encoded)
                 losses[name] = sums.normalise(total, counts[per])
                 metrics |= found
-        return losses, outputs, metrics
+        if "masked" in weights:
+            losses["masked"] = sums.normalise(self._predict_hidden(batch)[0], counts["hidden"])
+        return {**losses, **encoded.losses}, outputs, metrics
 
     def _active_weights(self, weights: Mapping[str, float] | None) -> dict[str, float]:
         """Positive weights of losses whose components exist."""
