@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from b2t.errors import UserError
-from tests.quantize.test_residual_vq import latents, started
+from tests.quantize.small_quantizer import latents, started
 
 
 def squared_error(quantizer, x, codes):
