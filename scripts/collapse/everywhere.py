@@ -80,12 +80,19 @@ def verdicts(places: Places, condition: str) -> str:
         cells = [f"{data}, {model}"]
         for key in SNRS:
             lead = leads(own, peer, key)
-            apart = len(lead) > 1 and lead.mean() > lead.std(ddof=1)
-            word = "ahead" if apart else "ahead, within the spread" if lead.mean() > 0 else "behind"
-            cells.append(f"{spread(lead, sign=True)} {word}")
+            cells.append(f"{spread(lead, sign=True)} {_word(lead)}")
         ms = [np.mean([run["ms_step"] for run in runs.values()]) for runs in (own, peer)]
         rows.append("| " + " | ".join([*cells, f"× {ms[0] / ms[1]:.2f}"]) + " |")
     return "\n".join(rows)
+
+
+def _word(lead: np.ndarray) -> str:
+    """A verdict on leads of several seeds; of one seed alone none but that it is one."""
+    if len(lead) < 2:
+        return "(one seed)"
+    if lead.mean() > lead.std(ddof=1):
+        return "ahead"
+    return "ahead, within the spread" if lead.mean() > 0 else "behind"
 
 
 def tried(places: Places) -> str:
