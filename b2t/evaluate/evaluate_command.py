@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=positive, help="longest text (default: the run's)")
     parser.add_argument("--lm", type=Path, help="language model of `b2t lm`: words from phonemes")
     add_no_rescoring(parser)
+    parser.add_argument(
+        "--phoneme-beam",
+        type=positive,
+        metavar="N",
+        help="read phonemes by a CTC prefix beam of width N (default: each frame alone)",
+    )
     parser.add_argument("--limit", type=positive, help="at most LIMIT trials, from all sessions")
     parser.add_argument("--no-noise", action="store_true", help="leave out the noise control")
     parser.add_argument(
@@ -102,6 +108,7 @@ def evaluate(args: argparse.Namespace, run: Path, out: Path | None) -> "Evaluati
     from b2t.evaluate.provenance import note_language_model, note_provenance
     from b2t.evaluate.table import print_evaluation
     from b2t.evaluate.verdict import verdict
+    from b2t.evaluate.words import PhonemeBeam
     from b2t.records import read_jsonl
 
     opened = run_folder.open_run(run, args.checkpoint)
@@ -132,6 +139,7 @@ def evaluate(args: argparse.Namespace, run: Path, out: Path | None) -> "Evaluati
         progress=True,
         words=words,
         controls=_controls(args),
+        phonemes=None if args.phoneme_beam is None else PhonemeBeam(args.phoneme_beam),
         **generation_options(opened, model, args.beams, args.max_new_tokens),
     )
     note_provenance(result, opened, model, path, args.split, args.seed)

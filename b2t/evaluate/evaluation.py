@@ -24,6 +24,13 @@ CONTROLS = ("spectrum", "codes", "lm_alone")
 model without phonemes."""
 
 
+class ReadsPhonemes(Protocol):
+    """What reads phonemes from their logits, as `b2t.evaluate.words.PhonemeBeam` does."""
+
+    def decode(self, logits: Tensor, mask: Tensor) -> list[list[int]]:
+        """Read logits [B, P, K] under a mask [B, P] → B lists of class ids."""
+
+
 class ReadsWords(Protocol):
     """What reads sentences from phonemes, as `b2t.evaluate.rescoring.WordReader` does."""
 
@@ -45,6 +52,7 @@ def evaluate_model(
     progress: bool = False,
     words: ReadsWords | None = None,
     controls: Sequence[str] = (),
+    phonemes: ReadsPhonemes | None = None,
     **generation: Any,
 ) -> Evaluation:
     """Evaluate a model on batches of a split, decoding freely.
@@ -65,11 +73,12 @@ def evaluate_model(
         progress: show a bar, on a terminal.
         words: reads words from the phoneme logits; None leaves `wer_lm` and the like out.
         controls: names of `CONTROLS`; each takes about as long as decoding does.
+        phonemes: reads phonemes from their logits; None takes the best class of each frame.
         generation: `num_beams`, `max_new_tokens` and other arguments of transformers' generate.
     """
     share = _Share(codebook_size(model))
     with_text = decode and tokenizer is not None and _part(model, "text_decoder") is not None
-    speaker = _Speaker(model, tokenizer if with_text else None, words, generation)
+    speaker = _Speaker(model, tokenizer if with_text else None, words, generation, phonemes)
     training = model.training
     hidden = None if progress else True  # None: shown on a terminal only
     model.eval()
@@ -127,6 +136,7 @@ class _Speaker:
     tokenizer: Any | None
     words: ReadsWords | None
     generation: dict[str, Any]
+    reads: ReadsPhonemes | None = None
 
     def hear(self, output: Any, batch: Batch | None = None) -> list["_Heard"]:
         """Read everything that can be read.
@@ -139,7 +149,8 @@ class _Speaker:
         phonemes: list[Any] = [None] * rows
         first = joint = texts = phonemes
         if output.phoneme_logits is not None:
-            phonemes = collapse_ctc(output.phoneme_logits, output.frame_mask)
+            read = collapse_ctc if self.reads is None else self.reads.decode
+            phonemes = read(output.phoneme_logits, output.frame_mask)
             if self.words is not None:
                 found = self.words.read(output)
                 first, joint = found.first, joint if found.joint is None else found.joint

@@ -2,14 +2,16 @@ import csv
 import json
 
 import pytest
+import torch
 
 from b2t.data.dataset import load_trials
 from b2t.data.trials import row_ids
 from b2t.errors import UserError
-from b2t.evaluate import decode_command, evaluate_command, lm_command
+from b2t.evaluate import decode_command, evaluate_command, lm_command, run_folder
 from b2t.evaluate.comparison import compare_evaluations
 from b2t.evaluate.metrics import normalise_text
 from b2t.evaluate.results import Evaluation, Prediction
+from b2t.evaluate.words import PhonemeBeam
 from tests.evaluate.saved_runs import call, save_dataset, save_run
 
 
@@ -69,6 +71,24 @@ def test_controls_stand_beside_the_scores_and_the_first_line_judges(run, tmp_pat
     call(evaluate_command, run, "--out", tmp_path, "--controls", "codes", "--no-noise")
     record = json.loads((tmp_path / "evaluation.json").read_text())
     assert set(record["controls"]) == {"codes"} and record["wer_noise"] is None
+
+
+def test_phonemes_by_a_beam_of_prefixes(run, tmp_path):
+    """Those of the beam itself on the model's own logits."""
+    pytest.importorskip("flashlight.lib.text.decoder", reason="flashlight-text has no wheel here")
+    call(evaluate_command, run, "--phoneme-beam", 5, "--no-noise", "--out", tmp_path)
+    said = [json.loads(line)["phonemes"] for line in (tmp_path / "predictions.jsonl").open()]
+    opened = run_folder.open_run(run)
+    model, tokenizer = run_folder.load_model(opened, "cpu")
+    data = str(run.parent / "data")
+    found = {}
+    for batch in run_folder.load_batches(opened, model, data, "test", tokenizer, 2):
+        with torch.no_grad():
+            output = model(batch, weights={"phoneme": 1.0})
+        phonemes = PhonemeBeam(5).decode(output.phoneme_logits, output.frame_mask)
+        found |= dict(zip(batch.rows, phonemes, strict=True))
+    rows = [json.loads(line)["row"] for line in (tmp_path / "predictions.jsonl").open()]
+    assert said == [found[row] for row in rows]
 
 
 def test_outputs_as_the_competition_and_with_their_hypotheses(run, tmp_path, capsys):
