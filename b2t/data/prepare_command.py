@@ -28,7 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command."""
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="a recording, or a folder")
+    parser.add_argument(
+        "sources",
+        metavar="SOURCE",
+        type=Path,
+        nargs="+",
+        help="a recording or a folder; several become one dataset, channels aligned by name",
+    )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the new dataset")
     parser.add_argument(
         "--source",
@@ -65,6 +71,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out trials that are empty, hold NaN or occur twice, instead of stopping at the "
         "first",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="how signals are stored; float16 takes half the disk, and its rounding is printed "
+        "(default: float32)",
+    )
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=int,
+        help="processes that read (default: as many as there are cores, up to 8)",
+    )
+    parser.add_argument("--licence", metavar="TEXT", help="of the recordings, for the data card")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier dataset at OUT"
     )
@@ -143,8 +163,8 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_libraries()
     require_writable(args.out.parent, "OUT")
-    from b2t.data.prepare import PrepareOptions, prepare, source_options
-    from b2t.data.sources import detect
+    from b2t.data.prepare import PrepareOptions, Reopen, prepare, source_options
+    from b2t.data.sources.joined import JoinedSource
 
     options = PrepareOptions(
         normalize=args.normalize,
@@ -153,7 +173,10 @@ def run(args: argparse.Namespace) -> int:
         skip_bad_trials=args.skip_bad_trials,
         seed=args.seed,
         overwrite=args.overwrite,
+        dtype=args.dtype,
     )
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers}: expected 1 or more")
     reading = source_options(
         options,
         window=args.window,
@@ -168,9 +191,22 @@ def run(args: argparse.Namespace) -> int:
         bin_ms=args.bin_ms,
         level=args.level,
     )
-    source = detect(args.source, reading, args.format)
-    record = {"source": args.source.name, "reading": vars(reading)}
-    content = prepare(source, args.out, options, record=record)
+    reopen = Reopen(tuple(args.sources), reading, args.format)
+    source = reopen.open()
+    record = {
+        "source": ", ".join(path.name for path in args.sources),
+        "reading": vars(reading),
+        **({"missing_channels": source.missing} if isinstance(source, JoinedSource) else {}),
+    }
+    content = prepare(
+        source,
+        args.out,
+        options,
+        record=record,
+        reopen=reopen,
+        workers=args.workers,
+        licence=args.licence,
+    )
     print(summary(content, args.out))
     return 0
 
@@ -202,6 +238,16 @@ def summary(content: dict[str, Any], out: Path) -> str:
     lines = [
         f"{out}: {rows} trials ({kind})",
         f"  {len(content['channels'])} channels at {content['sampling_rate']:g} Hz, {scale}",
+    ]
+    if content["dtype"] != "float32":
+        lines.append(
+            f"  stored as {content['dtype']}: {content['rounding_snr_db']:g} dB over rounding"
+        )
+    lines += [
+        f"  {name} lacks {len(lacking)} channels, which are 0 there ({', '.join(lacking[:5])}"
+        f"{' …' if len(lacking) > 5 else ''})"
+        for name, lacking in content.get("missing_channels", {}).items()
+        if lacking
     ]
     if content["skipped"]:
         lines.append(f"  {content['skipped']} bad trials left out")

@@ -36,3 +36,15 @@ class Remarks:
                     level, "%d %ss, the first %s: %s", len(places), unit, first, what
                 )
         self._places.clear()
+
+    def take(self) -> list[tuple[str, str, int, list[str]]]:
+        """Return what was added, and forget it: what `merge` takes."""
+        taken = [(*kind, list(places)) for kind, places in self._places.items()]
+        self._places.clear()
+        return taken
+
+    def merge(self, taken: list[tuple[str, str, int, list[str]]]) -> None:
+        """Add what another process found."""
+        for what, unit, level, places in taken:
+            for place in places:
+                self.add(what, place, unit, level)

@@ -16,8 +16,37 @@ class _Seen(NamedTuple):
     split: str
 
 
+class Looked(NamedTuple):
+    """What one trial's signal shows, without any other.
+
+    Attributes:
+        remarks: what may be a mistake.
+        digest: of its content; None where it never moves, which many trials may share.
+    """
+
+    remarks: list[str]
+    digest: str | None
+
+
+def look_at(signal: np.ndarray, *, z_scored: bool = False) -> Looked:
+    """Look at one trial's signal [T, C], finite and not empty.
+
+    Args:
+        signal: as recorded.
+        z_scored: it is in standard deviations of its channels.
+    """
+    remarks = ["lasts one time bin"] if len(signal) == 1 else []
+    if (signal == signal[0]).all():
+        return Looked([*remarks, "never moves: every channel is constant"], None)
+    if z_scored and np.abs(signal).max() > _FAR:
+        remarks.append(f"lies more than {_FAR:g} standard deviations from the mean")
+    content = np.ascontiguousarray(signal)
+    digest = hashlib.blake2b(content.data, digest_size=16, key=str(signal.shape).encode())
+    return Looked(remarks, digest.hexdigest())
+
+
 class TrialChecks:
-    """Looks at trials one after another.
+    """Compares trials with those before them.
 
     Trials of one split need different names (session/block/trial): results are filed under them. A
     signal that occurs in two splits would be trained on and scored.
@@ -35,13 +64,17 @@ class TrialChecks:
         self.refuse_shared = refuse_shared
         self.z_scored = z_scored
         self._ids: dict[tuple[str, str], str] = {}
-        self._signals: dict[bytes, _Seen] = {}
+        self._signals: dict[str, _Seen] = {}
 
     def look(self, signal: np.ndarray, row_id: str, name: str, split: str) -> None:
-        """Look at one trial's signal [T, C], finite and not empty.
+        """Look at one trial's signal [T, C] and compare it. Errors as in `compare`."""
+        self.compare(look_at(signal, z_scored=self.z_scored), row_id, name, split)
+
+    def compare(self, looked: Looked, row_id: str, name: str, split: str) -> None:
+        """Compare one trial with those before it.
 
         Args:
-            signal: as recorded.
+            looked: what its signal shows.
             row_id: session/block/trial.
             name: where it lies, for messages.
             split: that it belongs to.
@@ -55,19 +88,13 @@ class TrialChecks:
                 f"{name} and {other} are both trial {row_id} of {split}: were files copied? "
                 "Remove or renumber one; `b2t prepare --skip-bad-trials` keeps the first of each"
             )
-        if len(signal) == 1:
-            self.remarks.add("lasts one time bin", name)
-        if (signal == signal[0]).all():
-            self.remarks.add("never moves: every channel is constant", name)
-            return
-        if self.z_scored and np.abs(signal).max() > _FAR:
-            self.remarks.add(f"lies more than {_FAR:g} standard deviations from the mean", name)
-        self._look_for_double(signal, _Seen(name, split))
+        for what in looked.remarks:
+            self.remarks.add(what, name)
+        if looked.digest is not None:
+            self._look_for_double(looked.digest, _Seen(name, split))
 
-    def _look_for_double(self, signal: np.ndarray, seen: _Seen) -> None:
-        content = np.ascontiguousarray(signal)
-        digest = hashlib.blake2b(content.data, digest_size=16, key=str(signal.shape).encode())
-        other = self._signals.setdefault(digest.digest(), seen)
+    def _look_for_double(self, digest: str, seen: _Seen) -> None:
+        other = self._signals.setdefault(digest, seen)
         if other.split != seen.split and not self.refuse_shared:
             self.remarks.add("has the signal of a trial of another split", seen.name)
         elif other.split != seen.split:

@@ -26,11 +26,16 @@ COLUMNS = (
 _LARGEST = 1e18
 
 
-def trial_features(channels: int) -> Features:
-    """Return the column types of a prepared dataset with ``channels`` channels."""
+def trial_features(channels: int, dtype: str = "float32") -> Features:
+    """Return the column types of a prepared dataset.
+
+    Args:
+        channels: C.
+        dtype: of the stored signals; they are read as float32.
+    """
     return Features(
         {
-            "signal": Array2D((None, channels), "float32"),
+            "signal": Array2D((None, channels), dtype),
             "text": Value("string"),
             "phonemes": List(Value("int32")),
             "session": Value("string"),

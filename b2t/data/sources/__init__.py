@@ -20,6 +20,7 @@ from b2t.data.sources import (
     zuco,
 )
 from b2t.data.sources.base import Source, SourceFormat, SourceOptions, TrialInfo
+from b2t.data.sources.joined import join
 from b2t.errors import UserError
 
 ENTRY_POINTS = "b2t.sources"
@@ -42,7 +43,7 @@ FORMATS: tuple[SourceFormat, ...] = (
 
 __all__ = [
     "ENTRY_POINTS", "FORMATS", "Source", "SourceFormat", "SourceOptions", "TrialInfo", "detect",
-    "formats",
+    "formats", "join",
 ]  # fmt: skip
 
 _ALWAYS = {"resample", "fractions"}

@@ -1,0 +1,37 @@
+"""How to prepare trials."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from b2t.data.sources import SourceOptions
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How to prepare trials.
+
+    Attributes:
+        normalize: ``block`` z-scores each channel over its session and block (recording), by
+            statistics of the whole block, held-out trials included, as T15 was; ``none`` keeps
+            the source's unit; ``auto`` is ``block`` unless the source is z-scored already.
+        fractions: shares of train, val and test, where the source has no splits of its own.
+        disjoint_text: no text of one split occurs in another.
+        skip_bad_trials: leave out trials that are empty, hold NaN or occur twice, instead of
+            stopping.
+        seed: of the random split.
+        overwrite: replace an earlier prepared dataset.
+        dtype: of the stored signals, ``float32`` or ``float16`` (half the disk, rounded).
+    """
+
+    normalize: str = "auto"
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    disjoint_text: bool = False
+    skip_bad_trials: bool = False
+    seed: int = 0
+    overwrite: bool = False
+    dtype: str = "float32"
+
+
+def source_options(options: PrepareOptions, **fields: Any) -> SourceOptions:
+    """Return the options of a source that go with ``options``."""
+    return SourceOptions(fractions=options.fractions, **fields)

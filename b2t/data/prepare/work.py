@@ -1,0 +1,276 @@
+"""What is done with one chunk of trials, in this process or in others."""
+
+import json
+import logging
+import os
+import signal as signals
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets.arrow_writer import ArrowWriter
+
+from b2t.data.prepare.blocks import Scale, TrialMoments, block_of
+from b2t.data.sources import Source, SourceOptions, detect, join
+from b2t.data.trial_checks import Looked, look_at
+from b2t.data.trials import require_finite, trial_features
+from b2t.errors import UserError
+
+CHUNK = 64
+"""Trials that one task reads, and that one file of the unfinished dataset holds."""
+
+
+@dataclass(frozen=True)
+class Reopen:
+    """How another process, or a later call, opens the same source.
+
+    Attributes:
+        paths: files or folders that the user named.
+        options: as given on the command line.
+        format: name of the format, None finds it by looking.
+    """
+
+    paths: tuple[Path, ...]
+    options: SourceOptions
+    format: str | None = None
+
+    def open(self) -> Source:
+        """Open the source: several paths become one."""
+        opened = [detect(path, self.options, self.format) for path in self.paths]
+        return opened[0] if len(opened) == 1 else join(list(self.paths), opened)
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Return what changes when a file of the source does."""
+        files = [
+            file
+            for path in self.paths
+            for file in ([path] if path.is_file() else sorted(path.rglob("*")))
+            if file.is_file()
+        ]
+        return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What workers need beside the source.
+
+    Attributes:
+        folder: of the unfinished dataset.
+        splits: split of every trial.
+        dtype: of the stored signals.
+        skip: leave out bad trials instead of stopping.
+    """
+
+    folder: Path
+    splits: list[str]
+    dtype: str
+    skip: bool
+
+
+class Seen(NamedTuple):
+    """One trial, looked at: ``problem`` says why it is bad."""
+
+    trial: int
+    looked: Looked | None
+    problem: str | None
+    moments: TrialMoments | None = None
+
+
+class Written(NamedTuple):
+    """One chunk, written.
+
+    Attributes:
+        seen: its trials, where they were looked at.
+        rows: which trials the rows of its files are, by split.
+        squared_error: of rounding, summed.
+        power: of the signals before rounding, summed.
+    """
+
+    seen: list[Seen]
+    rows: dict[str, list[int]]
+    squared_error: float
+    power: float
+
+
+def measure(source: Source, plan: Plan, indices: Sequence[int]) -> list[Seen]:
+    """Look at trials and measure each for the statistics of its block."""
+    return [
+        seen._replace(moments=TrialMoments.of(signal)) if signal is not None else seen
+        for seen, signal in _looked(source, plan, indices)
+    ]
+
+
+def write(
+    source: Source, plan: Plan, indices: Sequence[int], number: int, scale: Scale | None
+) -> Written:
+    """Write a chunk's trials, z-scored by ``scale``, into one Arrow file for each split.
+
+    Without a scale the trials are looked at as they are read; with one they have been. A file is
+    whole: it is renamed into place when it is finished.
+    """
+    seen: list[Seen] = []
+    rows: dict[str, list[int]] = {}
+    error = power = 0.0
+    writers: dict[str, ArrowWriter] = {}
+    for index, stored, look in _prepared(source, plan, indices, scale):
+        if look is not None:
+            seen.append(look)
+        if stored is None:
+            continue
+        if plan.dtype != "float32":
+            rounded = _rounded(stored, plan.dtype, source.trials[index].name)
+            error += float(np.square(stored - rounded.astype(np.float32), dtype=np.float64).sum())
+            power += float(np.square(stored, dtype=np.float64).sum())
+            stored = rounded
+        split = plan.splits[index]
+        if split not in writers:
+            writers[split] = ArrowWriter(
+                features=trial_features(len(source.channels), plan.dtype),
+                path=f"{shard(plan.folder, number, split)}.tmp",
+                writer_batch_size=16,
+            )
+        writers[split].write({"signal": stored, **row_of(source, index, split)})
+        rows.setdefault(split, []).append(index)
+    for split, writer in writers.items():
+        writer.finalize()
+        place = shard(plan.folder, number, split)
+        os.replace(f"{place}.tmp", place)
+    return Written(seen, rows, error, power)
+
+
+def row_of(source: Source, index: int, split: str) -> dict[str, Any]:
+    """Return the columns of one trial, less its signal."""
+    info = source.trials[index]
+    return {
+        "text": info.text,
+        "phonemes": None if info.phonemes is None else list(info.phonemes),
+        "session": info.session,
+        "subject": info.subject,
+        "block": info.block,
+        "trial": info.trial,
+        "sampling_rate": source.sampling_rate,
+        "split": split,
+    }
+
+
+def shard(folder: Path, number: int, split: str) -> Path:
+    """Return the file of one split of a chunk."""
+    return folder / f"chunk-{number:06d}-{split}.arrow"
+
+
+def _prepared(
+    source: Source, plan: Plan, indices: Sequence[int], scale: Scale | None
+) -> Iterator[tuple[int, np.ndarray | None, Seen | None]]:
+    if scale is None:
+        for seen, signal in _looked(source, plan, indices):
+            stored = None if signal is None else np.ascontiguousarray(signal, dtype=np.float32)
+            yield seen.trial, stored, seen
+        return
+    for index in indices:
+        mean, deviation = scale[block_of(source.trials[index])]
+        signal = (source.read(index) - mean) / deviation
+        yield index, np.ascontiguousarray(signal, dtype=np.float32), None
+
+
+def _looked(
+    source: Source, plan: Plan, indices: Sequence[int]
+) -> Iterator[tuple[Seen, np.ndarray | None]]:
+    for index in indices:
+        signal = source.read(index)
+        try:
+            require_finite(signal, source.trials[index].name)
+        except UserError as error:
+            yield Seen(index, None, str(error)), None
+            if not plan.skip:
+                return
+            continue
+        yield Seen(index, look_at(signal, z_scored=source.standardized), None), signal
+
+
+def _rounded(signal: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        rounded = signal.astype(dtype)
+    if not np.isfinite(rounded).all():
+        raise UserError(
+            f"trial {name} reaches {np.abs(signal).max():g}, more than {dtype} holds "
+            f"({np.finfo(dtype).max:g}): leave --dtype at float32, or z-score by --normalize block"
+        )
+    return rounded
+
+
+# ---- several processes
+
+_here: tuple[Source, Plan] | None = None
+"""What a worker process opened when it started."""
+
+Task = Callable[..., Any]
+
+
+@contextmanager
+def pool(
+    source: Source, plan: Plan, reopen: Reopen | None, workers: int
+) -> Iterator[Callable[[Task, list[tuple[Any, ...]]], Iterator[Any]]]:
+    """Yield a function that does tasks and returns their results in order.
+
+    Args:
+        source: opened here.
+        plan: what goes with it.
+        reopen: how other processes open it; without it all is done here.
+        workers: processes; 1 is this one.
+    """
+    if reopen is None or workers <= 1:
+        yield lambda task, calls: (task(source, plan, *call) for call in calls)
+        return
+    executor = ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=_start, initargs=(reopen, plan)
+    )
+    try:
+        yield lambda task, calls: _in_order(executor, task, calls, 2 * workers, source)
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _in_order(
+    executor: ProcessPoolExecutor,
+    task: Task,
+    calls: list[tuple[Any, ...]],
+    ahead: int,
+    source: Source,
+) -> Iterator[Any]:
+    """Submit a few calls ahead: what they return must not pile up."""
+    waiting: deque[Any] = deque()
+    for call in [*calls, *[None] * ahead]:
+        if call is not None:
+            waiting.append(executor.submit(_do, task, *call))
+        if waiting and (call is None or len(waiting) > ahead):
+            result, remarks = waiting.popleft().result()
+            source.remarks.merge(remarks)
+            yield result
+
+
+def _start(reopen: Reopen, plan: Plan) -> None:
+    """Open the source in a worker, silently: the first process has said what there is to say."""
+    global _here
+    signals.signal(signals.SIGINT, signals.SIG_IGN)  # the first process answers Ctrl-C
+    logging.disable(logging.WARNING)
+    os.environ["TQDM_DISABLE"] = "1"
+    _here = (reopen.open(), plan)
+
+
+def _do(task: Task, *call: Any) -> tuple[Any, Any]:
+    assert _here is not None
+    result = task(*_here, *call)
+    return result, _here[0].remarks.take()
+
+
+def saved(path: Path, content: Any) -> None:
+    """Write JSON so that it is whole or not there."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content), "utf-8")
+    os.replace(temporary, path)
