@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="trials per step (16)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the runs (0)")
     parser.add_argument("--order", type=int, default=3, help="of the language model (3)")
+    parser.add_argument("--tune-trials", type=int, help="tune decoders on so many trials (all)")
     parser.add_argument("--every", type=int, default=200, help="steps between validations (200)")
     parser.add_argument(
         "--only", type=int, nargs="+", help="numbers of the settings to train now, from 0 (all)"
@@ -127,6 +128,8 @@ def compare_one(args: argparse.Namespace, setting: str, folder: Path) -> dict:
     found = {}
     for name, options in {"lexicon": ["--lexicon-only"], "lm": ["--order", args.order]}.items():
         model, out = folder / name, folder / f"by_{name}"
+        if args.tune_trials is not None:
+            options = [*options, "--limit", args.tune_trials]
         command("b2t.cli", "lm", args.dataset, "--out", model, *options, "--tune", run)
         command("b2t.cli", "evaluate", run, "--lm", model, "--split", "test", "--out", out)
         one = json.loads((out / "evaluation.json").read_text())
@@ -318,7 +321,7 @@ def draw_curves(results: list[list[dict]], path: Path) -> None:
                 )  # fmt: skip
         place.set_ylabel(f"{name.removeprefix('val/').upper()} on validation trials (%)")
         place.set_xlabel("processor minutes")
-        place.set_ylim(0, 100)
+        place.set_ylim(bottom=0)
         place.spines[["top", "right"]].set_visible(False)
         place.grid(axis="y", lw=0.5, alpha=0.6)
         place.legend(frameon=False)
