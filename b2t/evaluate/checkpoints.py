@@ -10,8 +10,9 @@ from b2t.errors import UserError
 from b2t.log import logger
 from b2t.manifest import find_problem
 from b2t.model.trained import trained_components
+from b2t.run_files import CHECKPOINTS
 
-BEST = Path("checkpoints") / "best"
+BEST = Path(CHECKPOINTS) / "best"
 MODEL_FILE = "config.json"
 STEP_PREFIX = "step-"
 STATE_FILE = "state.json"

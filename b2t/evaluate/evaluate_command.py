@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from b2t.arguments import seed
 from b2t.records import require_writable, write_atomically
+from b2t.run_files import METRICS_FILE
 
 if TYPE_CHECKING:
     from b2t.evaluate.results import Evaluation
@@ -149,7 +150,7 @@ def evaluate(args: argparse.Namespace, run: Path, out: Path | None) -> "Evaluati
     folder = out or opened.folder
     result.save(folder)
     print_evaluation(result, str(run))
-    records = read_jsonl(opened.folder / run_folder.METRICS_FILE).records
+    records = read_jsonl(opened.folder / METRICS_FILE).records
     draw_evaluation(result, folder / "evaluation.png", str(run), records)
     print(f"written: {folder / 'evaluation.json'}, predictions.jsonl, evaluation.png")
     return result

@@ -7,11 +7,7 @@ from typing import Any
 
 from b2t.evaluate import metrics
 from b2t.records import finite, write_atomically
-
-EVALUATION_FILE = "evaluation.json"
-PREDICTIONS_FILE = "predictions.jsonl"
-USAGE_FILE = "codebook_usage.json"
-TRACES_FILE = "reconstruction.json"
+from b2t.run_files import EVALUATION_FILE, PREDICTIONS_FILE, TRACES_FILE, USAGE_FILE
 
 
 @dataclass

@@ -17,13 +17,11 @@ from b2t.evaluate.checkpoints import (
     load_training_checkpoint,
 )
 from b2t.log import log_once
+from b2t.run_files import CONFIG_FILE
 from b2t.signal_spec import SignalSpec, compare, require_fit
 
 if TYPE_CHECKING:
     from b2t.data.batches import Batch
-
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)

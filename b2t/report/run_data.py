@@ -13,6 +13,16 @@ import yaml
 from b2t.errors import UserError
 from b2t.records import read_jsonl
 from b2t.report.sound import is_number, sound_evaluation, sound_traces
+from b2t.run_files import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    EVALUATION_FILE,
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+    STATUS_FILE,
+    TRACES_FILE,
+    USAGE_FILE,
+)
 
 _PATIENCE_S = 300.0
 """Shortest silence that is worth a remark: validation and decoding write nothing meanwhile."""
@@ -155,36 +165,36 @@ def load_run(folder: str | Path) -> RunData:
             f"{folder}: no such run folder; expected the run.dir of a training, which holds "
             "config.yaml and metrics.jsonl"
         )
-    if not any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl")):
+    if not any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE)):
         raise UserError(
             f"{folder}: not a run folder: it has neither config.yaml nor metrics.jsonl, which "
             "training writes when it starts"
         )
     run = RunData(folder)
     _read_metrics(run)
-    run.config = _config(run, _mapping(_read(run, "config.yaml", yaml.safe_load)))
-    run.evaluation, lost = sound_evaluation(_mapping(_read(run, "evaluation.json", json.loads)))
+    run.config = _config(run, _mapping(_read(run, CONFIG_FILE, yaml.safe_load)))
+    run.evaluation, lost = sound_evaluation(_mapping(_read(run, EVALUATION_FILE, json.loads)))
     run.problems += lost
     run.model = _mapping(_read(run, "checkpoints/best/config.json", json.loads))
-    run.environment = _mapping(_read(run, "environment.json", json.loads))
-    run.status = _mapping(_read(run, "status.json", json.loads))
-    run.traces, lost = sound_traces(_mapping(_read(run, "reconstruction.json", json.loads)))
+    run.environment = _mapping(_read(run, ENVIRONMENT_FILE, json.loads))
+    run.status = _mapping(_read(run, STATUS_FILE, json.loads))
+    run.traces, lost = sound_traces(_mapping(_read(run, TRACES_FILE, json.loads)))
     run.problems += lost
-    run.usage = _table(_mapping(_read(run, "codebook_usage.json", json.loads)).get("counts"))
-    written = [folder / name for name in ("metrics.jsonl", "config.yaml")]
+    run.usage = _table(_mapping(_read(run, USAGE_FILE, json.loads)).get("counts"))
+    written = [folder / name for name in (METRICS_FILE, CONFIG_FILE)]
     newest = next(path for path in written if path.exists())
     run.silent_s = max(0.0, time.time() - newest.stat().st_mtime)
-    predictions = read_jsonl(folder / "predictions.jsonl")
+    predictions = read_jsonl(folder / PREDICTIONS_FILE)
     run.predictions = predictions.records
     if predictions.malformed:
-        run.problems.append(_malformed("predictions.jsonl", predictions.malformed))
+        run.problems.append(_malformed(PREDICTIONS_FILE, predictions.malformed))
     return run
 
 
 def _read_metrics(run: RunData) -> None:
-    found = read_jsonl(run.folder / "metrics.jsonl")
+    found = read_jsonl(run.folder / METRICS_FILE)
     if found.malformed:
-        run.problems.append(_malformed("metrics.jsonl", found.malformed))
+        run.problems.append(_malformed(METRICS_FILE, found.malformed))
     for record in found.records:
         if not is_number(record.get("step")):
             continue

@@ -12,6 +12,7 @@ from b2t.config import Config, completed
 from b2t.errors import UserError
 from b2t.log import logger
 from b2t.records import write_atomically
+from b2t.run_files import CONFIG_FILE
 from b2t.train.checkpoint import Checkpoint
 from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.ranks import Ranks
@@ -73,7 +74,7 @@ def _claim_folder(trainer: Trainer) -> None:
     if ranks.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "config.yaml", config.to_yaml())
+            write_atomically(folder / CONFIG_FILE, config.to_yaml())
             keep_start(config, trainer.model)
             trainer.store.folder.mkdir(exist_ok=True)
         except OSError as problem:

@@ -20,6 +20,7 @@ from b2t.monitor.context import StepContext
 from b2t.monitor.sinks import ConsoleSink, WebhookSink
 from b2t.records import JsonlSink, rewind, write_atomically
 from b2t.report.summary import try_write_report
+from b2t.run_files import ENVIRONMENT_FILE, METRICS_FILE, STATUS_FILE
 from b2t.train.callback import Callback, Run
 from b2t.train.environment import environment
 
@@ -96,7 +97,7 @@ class MetricsFile(Callback):
     """`metrics.jsonl`: one object per log step and evaluation."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS_FILE
         self._sink: JsonlSink | None = None
         self._started = time.time()
         self._lost = 0
@@ -170,7 +171,7 @@ class RunFiles(Callback):
             "precision": trainer.ds_file.precision,
             "simulated_data": trainer.materials.info.simulated,
         }
-        self._write("environment.json", environment(trainer.ranks.device, facts))
+        self._write(ENVIRONMENT_FILE, environment(trainer.ranks.device, facts))
         self._status(trainer)
 
     def on_end(self, trainer: Run) -> None:
@@ -179,7 +180,7 @@ class RunFiles(Callback):
 
     def _status(self, trainer: Run) -> None:
         step = trainer.progress.step
-        self._write("status.json", {"state": trainer.outcome, "step": step, "time": time.time()})
+        self._write(STATUS_FILE, {"state": trainer.outcome, "step": step, "time": time.time()})
 
     def _write(self, name: str, values: dict[str, Any]) -> None:
         try:

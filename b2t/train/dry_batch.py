@@ -13,6 +13,7 @@ from b2t.errors import UserError
 from b2t.log import logger
 from b2t.train.build import Materials
 from b2t.train.ds_config import DeepSpeedFile
+from b2t.train.engine import DTYPES
 from b2t.train.memory import GIB, estimate_memory
 from b2t.train.phase import components
 from b2t.train.ranks import Ranks
@@ -91,9 +92,7 @@ class DryBatch:
     def _as_trained(self, phase: PhaseConfig) -> Iterator[None]:
         """Lend the model as a phase trains it: frozen, cast, codebooks in use; put all back."""
         model, device = self.model, self.ranks.device
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[
-            self.ds_file.precision
-        ]
+        dtype = DTYPES[self.ds_file.precision]
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         before = {name: (p.data, p.requires_grad) for name, p in model.named_parameters()}
         training = model.training

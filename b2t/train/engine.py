@@ -57,6 +57,10 @@ def parameter_groups(model: nn.Module, phase: PhaseConfig, optim: OptimConfig) -
     return groups
 
 
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+"""What a precision of the DeepSpeed file makes of weights and activations."""
+
+
 class PhaseEngine:
     """A DeepSpeed engine over the components that one phase trains.
 
@@ -133,9 +137,7 @@ class PhaseEngine:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of weights and activations."""
-        return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[
-            self.ds_file.precision
-        ]
+        return DTYPES[self.ds_file.precision]
 
     @property
     def loss_scale(self) -> float:

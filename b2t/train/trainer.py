@@ -19,6 +19,7 @@ from b2t.monitor.alerts import Alert
 from b2t.monitor.context import StepContext
 from b2t.quantize import UpdateReport
 from b2t.quantize.start import NoFiniteFrames
+from b2t.run_files import CHECKPOINTS
 from b2t.train import snapshot
 from b2t.train.best_model import BestModel
 from b2t.train.budget import PhaseBudget
@@ -89,7 +90,7 @@ class Trainer:
         self.masters = initial_masters(self.model)
         self.averages: dict[str, Tensor] = {}
         self.progress = Progress()
-        self.store = CheckpointStore(config.run.dir / "checkpoints", config.checkpoint.keep)
+        self.store = CheckpointStore(config.run.dir / CHECKPOINTS, config.checkpoint.keep)
         self.plan = BatchPlan(
             signal_lengths(materials.train),
             ds_file.global_batch(ranks.world),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -12,6 +11,7 @@ from b2t.data.batches import Batch, eval_batches
 from b2t.data.trials import spread_over_sessions
 from b2t.evaluate import usage
 from b2t.evaluate.evaluation import Evaluation, evaluate_model
+from b2t.evaluate.signal import decibels
 from b2t.log import logger
 from b2t.model.brain_to_text import BrainToText
 from b2t.model.objectives import COUNTS, WEIGHTED
@@ -114,8 +114,7 @@ def _metrics(total: dict[str, float], weights: dict[str, float]) -> dict[str, fl
             metrics[f"val/{name}"] = total[name] / total[counted]
             metrics["val/loss"] += weights[name] * metrics[f"val/{name}"]
     if total["squared_error"] > 0 and total["signal_power"] > 0:
-        ratio = total["signal_power"] / total["squared_error"]
-        metrics["val/snr_db"] = 10 * math.log10(ratio)
+        metrics["val/snr_db"] = decibels(total["signal_power"], total["squared_error"])
     if weights.get("generation") and total["tokens"] > 0:
         metrics["val/token_accuracy"] = total["tokens_correct"] / total["tokens"]
     metrics.update({f"val/{name}": value for name, value in left_out(total).items()})

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from b2t.evaluate.signal import decibels
 from b2t.train.ranks import Ranks
 
 _COUNTERS = ("steps", "frames", "bins", "padded", "seconds", "data_s", "revived", "nonfinite")
@@ -135,8 +136,8 @@ class Window:
         world, steps = self.ranks.world, max(1, self._steps)
         record = {name: total[name] / world / steps for name in names if name.startswith("loss/")}
         if total.get("squared_error", 0) > 0 and total["signal_power"] > 0:
-            record["reconstruction/snr_db"] = 10 * math.log10(
-                total["signal_power"] / total["squared_error"]
+            record["reconstruction/snr_db"] = decibels(
+                total["signal_power"], total["squared_error"]
             )
         if total.get("tokens", 0) > 0:
             record["text/token_accuracy"] = total["tokens_correct"] / total["tokens"]

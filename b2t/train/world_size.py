@@ -7,6 +7,7 @@ from typing import Any
 
 from b2t.errors import UserError
 from b2t.log import logger
+from b2t.run_files import CHECKPOINTS
 from b2t.train.checkpoint import CheckpointStore
 from b2t.train.ds_config import DeepSpeedFile
 
@@ -19,7 +20,7 @@ def keep_global_batch(ds_file: DeepSpeedFile, run_dir: Path, world: int) -> Deep
     Raises:
         UserError: the global batch does not divide by `world`.
     """
-    state = newest_state(run_dir / "checkpoints")
+    state = newest_state(run_dir / CHECKPOINTS)
     if state is None:
         return ds_file
     wanted = global_batch_of(state)
