@@ -5,10 +5,9 @@ import pytest
 from b2t.config import load_config
 from b2t.errors import UserError
 from b2t.train import trainer as trainer_module
-from b2t.train.admission import refuse_other_run
+from b2t.train.admission import prepare_run, refuse_other_run
 from b2t.train.best import Best
 from b2t.train.build import build
-from b2t.train.main import prepare_run
 from b2t.train.trainer import Trainer
 from tests.train.small_runs import SMALL, zero2
 
@@ -34,7 +33,7 @@ def saved(start):
     trainer._enter_phase(0)
     trainer.progress.step = trainer.progress.phase_step = 4
     trainer.progress.best.update(0.5, 3)
-    trainer.save_between_phases()
+    trainer._saving.save_between_phases(trainer)
 
 
 @pytest.fixture
