@@ -41,7 +41,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 _SETTINGS: dict[str, dict[str, Any]] = {
     # Half the calibrated information of an electrode and twice its noise: the field's GRU, trained
-    # for 12 minutes on one thread, has a phoneme error rate of about 15 % (docs/RESULTS.md).
+    # for 12 minutes on one thread, had phoneme error rates of 15 to 20 % (docs/RESULTS.md).
     "hard": {
         "trials": (1500, 150, 150),
         "electrodes": 64,
