@@ -6,9 +6,10 @@
 **Speed.** Forward in training mode plus codebook update, one layer, N frames = K codes = 8192,
 width 256, of `b2t.quantize.ResidualVQ` and of vector-quantize-pytorch's `VectorQuantize`, whose
 forward in training updates. Both start from the same codes, see the same frames without a mask,
-and compute their commitment loss; turn by turn in one process, ratio of the medians of wall time.
-Ours is timed again with the diversity and perplexity losses, which the peer has not. Ours revives
-every fifth update, which the means include and the medians do not. No backward pass.
+and compute their commitment loss; turn by turn in one process, ratio of the medians of processor
+time, which other programs on the machine change less than wall time. Ours is timed again with the
+diversity and perplexity losses, which the peer has not. Ours revives every fifth update, which the
+means include and the medians do not. No backward pass.
 
 **Memory.** Greatest anonymous resident memory over that held before, in a fresh process
 (`--memory`), for N = 65,536: forward, backward of all three losses, update. A thread reads it every
@@ -37,7 +38,8 @@ from torch import Tensor
 from b2t.quantize import ResidualVQ
 
 MEMORY_TARGET = 250e6
-SPEED_TARGET = 5.0
+SPEED_TARGET = 6.0
+ALL_LOSSES_TARGET = 3.5
 LABELS = {
     "ours": "b2t, commitment loss",
     "peer": "vector-quantize-pytorch",
@@ -119,10 +121,10 @@ def speed(frames: int, codes: int, dim: int, repeats: int) -> dict[str, Any]:
     for turn in range(repeats + 2):
         x = torch.randn(1, frames, dim, generator=generator).requires_grad_()
         for name, run in runs.items():
-            started = time.perf_counter()
+            started = time.process_time()
             run(x)
             if turn >= 2:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(time.process_time() - started)
     found: dict[str, Any] = {"repeats": repeats}
     for name, values in seconds.items():
         found[f"{name}_s"] = float(np.median(values))
@@ -183,6 +185,7 @@ def describe(found: dict[str, Any]) -> str:
     """Put the numbers in words, with the targets."""
     low, high = found["ratio_quartiles"]
     extra = found["memory_extra"]
+    reached = found["ratio"] >= SPEED_TARGET and found["ratio_all_losses"] >= ALL_LOSSES_TARGET
     return "\n".join(
         [
             f"N = {found['frames']}, K = {found['codes']}, D = {found['dim']}, one layer, training,"
@@ -193,8 +196,8 @@ def describe(found: dict[str, Any]) -> str:
                 for name, label in LABELS.items()
             ),
             f"peer over ours {found['ratio']:.2f} × (quartiles of pairs {low:.2f} – {high:.2f}), "
-            f"with both regularisers {found['ratio_all_losses']:.2f} ×; target ≥ "
-            f"{SPEED_TARGET:g} ×: {'reached' if found['ratio'] >= SPEED_TARGET else 'MISSED'}",
+            f"with both regularisers {found['ratio_all_losses']:.2f} ×; targets ≥ "
+            f"{SPEED_TARGET:g} and {ALL_LOSSES_TARGET:g} ×: {'reached' if reached else 'MISSED'}",
             f"N = {found['memory_frames']}: forward, backward and update take {extra / 1e6:.0f} MB "
             f"more than the {found['memory_before'] / 1e6:.0f} MB held before; target < "
             f"{MEMORY_TARGET / 1e6:g} MB: {'reached' if extra < MEMORY_TARGET else 'MISSED'}",
