@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from b2t.quantize import UpdateReport
 
 
 @dataclass
@@ -23,15 +25,9 @@ class StepContext:
         counts: [Q, K] frames per code, summed over micro-batches and ranks; None without a
             quantizer or before the codebooks are initialized.
         update_report: what `ResidualVQ.update` returned, None where it was not called.
-        quantizer: the `ResidualVQ` itself, to look at its codebooks.
         grad_norms: norms before clipping, unscaled and global, by component and as `global`.
-        lr: learning rate of this step by parameter group.
-        loss_scale: of the fp16 engine, None in other precisions.
-        skipped_steps: optimizer steps skipped so far.
         step_time_s: wall time since the previous applied step.
-        data_time_s: the part of it spent waiting for data.
         frames: valid latent frames of the global batch.
-        bins, padded_bins: valid and padded time bins of the global batch.
         reconstruction, target: [B, T, C] of this rank's last micro-batch, detached.
         signal_mask: [B, T] bool of the same.
     """
@@ -41,17 +37,10 @@ class StepContext:
     losses: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     counts: Tensor | None = None
-    update_report: Any | None = None
-    quantizer: nn.Module | None = None
+    update_report: UpdateReport | None = None
     grad_norms: Mapping[str, Tensor | float] = field(default_factory=dict)
-    lr: dict[str, float] = field(default_factory=dict)
-    loss_scale: float | None = None
-    skipped_steps: int = 0
     step_time_s: float | None = None
-    data_time_s: float | None = None
     frames: Tensor | float | None = None
-    bins: Tensor | float | None = None
-    padded_bins: Tensor | float | None = None
     reconstruction: Tensor | None = None
     target: Tensor | None = None
     signal_mask: Tensor | None = None

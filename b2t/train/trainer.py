@@ -302,7 +302,7 @@ class Trainer:
         step_s = self.clock.lap()
         progress.seconds += step_s
         self.window.close_step(result.totals, step_s, data_s, report)
-        self.hook("on_step", self._context(result, report, step_s, data_s))
+        self.hook("on_step", self._context(result, report, step_s))
         last = self._budget.done() >= 1
         if progress.step % self.config.log.every == 0 or last:
             self._log()
@@ -310,7 +310,7 @@ class Trainer:
         self.hook("after_step", last)
 
     def _context(
-        self, result: StepResult, report: UpdateReport | None, step_s: float, data_s: float
+        self, result: StepResult, report: UpdateReport | None, step_s: float
     ) -> StepContext:
         totals, last = result.totals, result.batches[-1]
         return StepContext(
@@ -318,18 +318,11 @@ class Trainer:
             phase=self.phase.name,
             losses=self.window.last_losses,
             weights=result.weights,
-            counts=getattr(report, "counts", None),
+            counts=None if report is None else report.counts,
             update_report=report,
-            quantizer=self.model.quantizer,
             grad_norms=self.engine.grad_norms(),
-            lr=self.engine.learning_rates(),
-            loss_scale=self.engine.loss_scale if self.ds_file.precision == "fp16" else None,
-            skipped_steps=self.progress.skipped,
             step_time_s=step_s,
-            data_time_s=data_s,
             frames=totals["frames"],
-            bins=totals["bins"],
-            padded_bins=totals["padded"],
             reconstruction=result.output.reconstruction,
             target=last.target,
             signal_mask=last.signal_mask,

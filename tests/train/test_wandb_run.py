@@ -116,8 +116,8 @@ def test_a_run_and_its_resume(tmp_path, monitors):
     first.on_decode(
         trainer,
         [
-            Prediction("s/0/1", "s", "yes we can", "yes I can", "no"),
-            Prediction("s/0/2", "s", None, None, None),
+            Prediction("s/0/1", "s", 1.5, "yes we can", "yes I can", "no"),
+            Prediction("s/0/2", "s"),
         ],
     )
     first.on_alert(trainer, Alert("warning", "too low", "raise it", {"x": 1.0}))
@@ -173,8 +173,8 @@ def test_pictures_and_tables_are_files(tmp_path, monitors):
     run = Wandb(trainer.config.log, tmp_path, monitors)
     run.on_start(trainer)
     run.on_eval(trainer, {"val/loss": 1.0})
-    run.on_decode(trainer, [Prediction("s/0/1", "s", "yes we can", "yes I can", "no")])
-    run.on_decode(trainer, [Prediction("s/0/1", "s", None, None, None)])
+    run.on_decode(trainer, [Prediction("s/0/1", "s", 1.5, "yes we can", "yes I can", "no")])
+    run.on_decode(trainer, [Prediction("s/0/1", "s")])
     run.on_end(trainer)
     (media,) = tmp_path.glob("wandb/offline-run-*/files/media")
     pictures = list(media.glob("images/**/*.png"))
