@@ -1,7 +1,7 @@
 """What the model returns."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 from transformers.utils import ModelOutput
@@ -67,5 +67,5 @@ class BrainToTextOutput(ModelOutput):
     frame_mask: Tensor | None = None
     phoneme_logits: Tensor | None = None
     text_logits: Tensor | None = None
-    stats: Any = None
+    stats: QuantizerStats | None = None
     metrics: dict[str, Tensor] | None = None

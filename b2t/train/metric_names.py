@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from b2t.config import Config, PhaseConfig
 from b2t.config.alert_rules import AlertRule
@@ -11,6 +11,11 @@ from b2t.errors import UserError
 from b2t.log import logger
 from b2t.model.objectives import OBJECTIVES
 from b2t.monitor.reconstruction import BANDS_HZ
+
+if TYPE_CHECKING:
+    from b2t.model import BrainToText
+    from b2t.quantize import ResidualVQ
+    from b2t.train.build import Materials
 
 log = logger(__name__)
 
@@ -21,7 +26,7 @@ _ON_SOME_MACHINES = {"memory/peak_gib", "throughput/mfu", "throughput/hfu"}
 """Where the device is a GPU, and a known one: a configuration may serve several machines."""
 
 
-def active_losses(model: Any, phase: PhaseConfig) -> dict[str, float]:
+def active_losses(model: "BrainToText", phase: PhaseConfig) -> dict[str, float]:
     """Weights of the losses that a phase computes: above 0, of components that the model has."""
     weights = phase.losses.model_dump()
     return {
@@ -36,7 +41,7 @@ def decode_trials(config: Config, phase: PhaseConfig) -> int:
     return config.evaluation.decode_trials if phase.decode_trials is None else phase.decode_trials
 
 
-def validation_names(config: Config, materials: Any, phase: PhaseConfig) -> set[str]:
+def validation_names(config: Config, materials: "Materials", phase: PhaseConfig) -> set[str]:
     """Names of what validations within a phase can say; decoding counts where it is repeated."""
     model, losses = materials.model, active_losses(materials.model, phase)
     spoken, phonemes = _labels(materials)
@@ -61,14 +66,14 @@ def validation_names(config: Config, materials: Any, phase: PhaseConfig) -> set[
     return names
 
 
-def _labels(materials: Any) -> tuple[bool, bool]:
+def _labels(materials: "Materials") -> tuple[bool, bool]:
     """Whether validation trials have text, and whether they have phonemes."""
     rows, columns = materials.validation, materials.validation.column_names
     spoken = materials.tokenizer is not None and any(rows["text"]) if "text" in columns else False
     return spoken, "phonemes" in columns and any(len(said or ()) for said in rows["phonemes"])
 
 
-def best_rules(config: Config, materials: Any) -> list[tuple[str, Literal["min", "max"]]]:
+def best_rules(config: Config, materials: "Materials") -> list[tuple[str, Literal["min", "max"]]]:
     """Metric and direction that choose the best model of each phase.
 
     A phase that cannot log `checkpoint.best_metric`, where another can, goes by its `val/loss`.
@@ -101,7 +106,7 @@ def _refuse(
     name: str,
     by_phase: Sequence[set[str]],
     config: Config,
-    materials: Any,
+    materials: "Materials",
     phases: Sequence[PhaseConfig],
 ) -> None:
     known = sorted(set().union(*by_phase))
@@ -112,7 +117,9 @@ def _refuse(
     )
 
 
-def _reason(name: str, config: Config, materials: Any, phases: Sequence[PhaseConfig]) -> str:
+def _reason(
+    name: str, config: Config, materials: "Materials", phases: Sequence[PhaseConfig]
+) -> str:
     """Say what a known metric would need, nothing of an unknown one."""
     spoken, phonemes = _labels(materials)
     of_text = name in ("val/wer", "val/cer", "val/distinct_ratio", "val/generation")
@@ -139,7 +146,7 @@ def _near(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}? " if close else ""
 
 
-def record_names(config: Config, materials: Any, phase: PhaseConfig) -> set[str]:
+def record_names(config: Config, materials: "Materials", phase: PhaseConfig) -> set[str]:
     """Names of what the log steps of a phase record, with monitors: what alert rules see."""
     model, losses = materials.model, active_losses(materials.model, phase)
     said = {*losses, "total"}
@@ -177,7 +184,7 @@ def _of_reconstruction(sampling_rate: float) -> set[str]:
     return names | {f"reconstruction/spectral_distance_db/{band}" for band in bands}
 
 
-def _of_codebooks(quantizer: Any) -> set[str]:
+def _of_codebooks(quantizer: "ResidualVQ") -> set[str]:
     by_layer = ("utilization", "perplexity", "entropy_nats", "dead")
     names = {f"codebook/{kind}/{q}" for kind in by_layer for q in range(quantizer.num_quantizers)}
     kinds = """utilization utilization_worst worst_layer perplexity perplexity_fraction dead health
@@ -200,7 +207,7 @@ def _of_codebooks(quantizer: Any) -> set[str]:
 
 
 def fitting_rules(
-    rules: Sequence[AlertRule], config: Config, materials: Any, own: Iterable[str]
+    rules: Sequence[AlertRule], config: Config, materials: "Materials", own: Iterable[str]
 ) -> list[AlertRule]:
     """Return the rules that this run can check.
 

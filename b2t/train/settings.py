@@ -1,12 +1,15 @@
 """Settings that no step could follow: refused, or adapted with a warning, at the start."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from b2t.config import Config
 from b2t.errors import UserError
 from b2t.log import logger
 from b2t.model.objectives import OBJECTIVES
 from b2t.train.schedule import shortened_warmup
+
+if TYPE_CHECKING:
+    from b2t.model import BrainToText
 
 log = logger(__name__)
 
@@ -46,7 +49,7 @@ def check_lengths(config: Config) -> None:
                 )  # fmt: skip
 
 
-def check_losses(config: Config, model: Any) -> None:
+def check_losses(config: Config, model: "BrainToText") -> None:
     """Refuse a phase whose losses reach nothing that it trains.
 
     Raises:

@@ -65,8 +65,7 @@ def prepare(
             twice.
     """
     out = Path(out)
-    if options.dtype not in DTYPES:
-        raise UserError(f"--dtype {options.dtype}: expected {' or '.join(DTYPES)}")
+    _require_known(options.dtype)
     _require_free(out, options.overwrite)
     splits = assign_splits(source, options)
     require_filled(source, splits, options)
@@ -78,9 +77,7 @@ def prepare(
             job = _Job(source, plan, options, each)
             content = job.content(record or {})
         write_card(partial / "dataset", out.name, content, licence)
-        if out.exists():
-            shutil.rmtree(out)
-        (partial / "dataset").rename(out)
+        _replace(partial / "dataset", out)
     except KeyboardInterrupt:
         if reopen is None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -93,9 +90,19 @@ def prepare(
     finally:
         source.remarks.say()
     shutil.rmtree(partial, ignore_errors=True)
-    if job.skipped:
-        log.warning("left out %d bad trials, the first: %s", len(job.skipped), job.skipped[0])
+    job.say_skipped()
     return content
+
+
+def _require_known(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: expected {' or '.join(DTYPES)}")
+
+
+def _replace(new: Path, out: Path) -> None:
+    if out.exists():
+        shutil.rmtree(out)
+    new.rename(out)
 
 
 class _Job:
@@ -133,6 +140,11 @@ class _Job:
             **record,
         }
         return assemble(self.source, self.plan, self.kept, self.rows, more)
+
+    def say_skipped(self) -> None:
+        """Warn of trials that were left out."""
+        if self.skipped:
+            log.warning("left out %d bad trials, the first: %s", len(self.skipped), self.skipped[0])
 
     def _chunks(self) -> list[list[int]]:
         """Return the trials that are kept, in chunks that do not depend on which those are."""
