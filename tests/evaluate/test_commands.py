@@ -156,7 +156,7 @@ def test_checkpoints_that_are_not_there_or_damaged_are_named(run, steps, tmp_pat
     data = run.parent / "data"
     for which, told in (
         ("8", r"none of that step; found 7, 12"),
-        ("newest", r"expected best, last, the number of a step \(7, 12\) or a folder"),
+        ("newest", r"expected best, best-PHASE, last, the number of a step \(7, 12\) or a folder"),
         (str(tmp_path), "neither a checkpoint"),
     ):
         with pytest.raises(UserError, match=told):
