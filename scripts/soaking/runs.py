@@ -221,6 +221,7 @@ def place_of(visited: list[str]) -> str:
         ("decoding", "decoding"),
         ("ending phase", "phase change"),
         ("saving before phase", "phase change"),
+        ("going back to the weights", "phase change"),
         ("finishing", "save"),
     ):
         if place.startswith(words):

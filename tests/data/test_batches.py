@@ -177,6 +177,7 @@ def test_counts_are_those_of_the_rows_and_survive_a_move():
         "tokens": float(sum(2 * (index % 4) + 2 for index in range(24))),
         "phonemes": float(sum(index % 5 for index in range(24))),
         "rows": 24.0,
+        "hidden": 0.0,
     }
     moved = batch.to("meta", torch.float16)
     assert moved.counts() == batch.counts()
