@@ -57,7 +57,7 @@ def scan_space(family: int, padded_D: int) -> Space:
     """Configurations of the scan: (BLOCK_N, BLOCK_K, warps, stages), the preferred one first."""
     if padded_D > WIDEST_WHOLE:
         return _tiles(64, *{
-            80: ((128, 128, 8, 4), (64, 64, 4, 4)),
+            80: ((64, 64, 4, 4),),
             86: ((64, 128, 8, 3), (64, 64, 4, 3)),
             90: ((128, 128, 8, 4), (64, 128, 4, 3)),
         }[family])  # fmt: skip

@@ -138,7 +138,8 @@ def parquet_content(generator: np.random.Generator, path: Path) -> None:
 def read_recording(folder: Path, work: Path) -> Any:
     """Prepare it, as `b2t prepare` does."""
     out = work / "out"
-    source = detect(folder, SourceOptions(window=1.0))
+    release = any(folder.rglob("*.hdf5"))  # whose trials are not cut
+    source = detect(folder, SourceOptions() if release else SourceOptions(window=1.0))
     content = prepare(source, out, PrepareOptions(overwrite=True))
     trials = [(info.session, info.text, info.phonemes, info.split) for info in source.trials]
     return [content["fingerprint"], content["channels"], content["sampling_rate"], trials]

@@ -33,7 +33,15 @@ TINY: dict[str, Any] = {
             "heads": 2,
             "dropout": 0.0,
         },
-        "quantizer": {"num_quantizers": 2, "codebook_size": 16, "decay": 0.9, "revival_every": 4},
+        # Eager revival, so that twenty steps have some of it.
+        "quantizer": {
+            "num_quantizers": 2,
+            "codebook_size": 16,
+            "decay": 0.9,
+            "revival_every": 4,
+            "revival_threshold": 0.3,
+            "rotation_trick": True,
+        },
         "signal_decoder": {"depth": 1, "heads": 2},
         "phoneme_head": {"dropout": 0.0},
         "text_decoder": {"dim": 16, "depth": 1, "heads": 2, "ffn_dim": 32, "dropout": 0.0},

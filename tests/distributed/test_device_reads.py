@@ -10,6 +10,7 @@ ON_THE_CPU = {
     "b2t/train/ranks.py:sum": "sums of the CPU group",
     "b2t/train/step.py:totals": "counts of a batch before it is moved to the device",
     "b2t/quantize/update.py:revives_next": "clocks of the quantizer, which stay on the CPU",
+    "b2t/quantize/layers.py:prepared": "centres of the codes for the CPU's search alone",
     "b2t/quantize/residual_vq.py:initialized": "the same",
     "b2t/quantize/residual_vq.py:temperature": "the same",
     "b2t/quantize/residual_vq.py:_draw": "the same",

@@ -10,6 +10,8 @@ import json
 import os
 import sys
 
+import torch.distributed as dist
+
 from b2t.config import load_config
 from b2t.log import configure
 from b2t.train import launch, ranks
@@ -26,7 +28,9 @@ def main():
     launch.leave = lambda: None
     configure(joined.rank)
     applied = Trainer._after_applied
-    for run in json.loads(os.environ["B2T_PLAN"]):
+    store = joined.board
+    for number, run in enumerate(json.loads(os.environ["B2T_PLAN"])):
+        joined.board = dist.PrefixStore(f"run-{number}", store)  # as of a start of its own
         folder, file, status, stop = (
             run.pop("folder"), run.pop("deepspeed_config"), run.pop("status"), run.pop("stop", None)
         )  # fmt: skip
