@@ -75,7 +75,7 @@ def _rates(result: Evaluation) -> Table:
     }
     controls = {name: control_rates(result, field) for name, field in rows.items()}
     shown = [c for c in _COLUMNS if any(c in rates for rates in controls.values())]
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for heading in ("model", "95 % interval", *(_COLUMNS[c] for c in shown)):
         table.add_column(heading, justify="right")
     for name, field in rows.items():
