@@ -34,6 +34,7 @@ def saved(start):
     trainer.progress.step = trainer.progress.phase_step = 4
     trainer.progress.best.update(0.5, 3)
     trainer._saving.save_between_phases(trainer)
+    trainer.wait_for_checkpoint()
 
 
 @pytest.fixture
