@@ -7,9 +7,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import b2t
+import b2t_kernels
 from b2t.config import load_config
 from b2t.train import main as entry
 from b2t.train.trainer import Trainer
@@ -26,10 +30,12 @@ found: dict[str, int] = {}
 def note(kind: str) -> None:
     """Count one read for the innermost caller in this package, or in DeepSpeed."""
     frames = traceback.extract_stack()
-    for part in ("/b2t/", "/b2t_kernels/", "/deepspeed/", "/torch/", "/transformers/"):
+    for package in (b2t, b2t_kernels, deepspeed, torch, transformers):
+        # By the package's own place: a checkout may be named like one.
+        part = f"{Path(package.__file__).parent}/"
         for frame in reversed(frames):
-            if part in frame.filename and "_driver" not in frame.filename:
-                place = part.strip("/") + "/" + frame.filename.rpartition(part)[2]
+            if frame.filename.startswith(part):
+                place = f"{package.__name__}/{frame.filename.removeprefix(part)}"
                 key = f"{place}:{frame.name}"
                 found[key] = found.get(key, 0) + 1
                 return
