@@ -48,6 +48,8 @@ class DataConfig(Options):
     """Longest text in tokens, end token included; a longer one is an error."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes per rank; batches do not depend on it."""
+    audit_seconds: NonNegative = 2.0
+    """Time that looking for what is wrong with the data may take when a run starts (0 = none)."""
     augment: AugmentOptions = AugmentOptions()
     """Augmentation of training signals."""
 

@@ -102,6 +102,48 @@ def opened(path: str | Path) -> Opened:
     return _open(place, _stamp(Path(place)))
 
 
+@dataclass(frozen=True)
+class Unexamined:
+    """Splits whose columns are right and whose values nobody has looked at.
+
+    Attributes:
+        splits: rows by split.
+        record: what `b2t prepare` wrote beside them, empty where it did not or is out of date.
+        channels: C.
+        sampling_rate: in Hz.
+    """
+
+    splits: dict[str, Dataset]
+    record: dict[str, Any]
+    channels: int
+    sampling_rate: float
+
+
+def unexamined(path: str | Path) -> Unexamined:
+    """Open a dataset whose trials may be bad, to find out which.
+
+    Raises:
+        UserError: as in `load_trials`, but for what single trials hold.
+    """
+    place = os.path.expanduser(path)
+    splits = _checked(place)
+    first = next(iter(splits.values()))
+    return Unexamined(
+        splits,
+        trusted_record(Path(place), splits),
+        channels=read_signal(first.with_format("arrow")[0]).shape[1],
+        sampling_rate=_sampling_rate(splits, place),
+    )
+
+
+def _checked(path: str) -> dict[str, Dataset]:
+    splits = _load(path)
+    _require_columns(splits, path)
+    _require_valid(splits, path)
+    _require_rows(splits, path)
+    return splits
+
+
 def _stamp(path: Path) -> tuple[float, ...]:
     """Return what changes when a folder or file is written again, so that no stale copy is used."""
     patterns = ("*.json", "*.npz", "*/state.json", "*/*.arrow")
@@ -116,10 +158,7 @@ def _stamp(path: Path) -> tuple[float, ...]:
 
 @lru_cache(maxsize=8)
 def _open(path: str, stamp: tuple[float, ...]) -> Opened:
-    splits = _load(path)
-    _require_columns(splits, path)
-    _require_valid(splits, path)
-    _require_rows(splits, path)
+    splits = _checked(path)
     record = trusted_record(Path(path), splits)
     fingerprint = record["fingerprint"] if record else examine(splits, path)
     if record:

@@ -29,7 +29,7 @@ def examine(splits: dict[str, Dataset], path: str) -> str:
         mark = Fingerprint()
         rows = dataset.with_format("arrow")
         for index in tqdm(range(len(rows)), desc=f"checking {split}", unit="trial", disable=None):
-            row, signal = _checked_row(rows[index], f"{path}, {split}, row {index}")
+            row, signal = checked_row(rows[index], f"{path}, {split}, row {index}")
             name = f"{row_id(row)} ({path}, {split}, row {index})"
             require_finite(signal, name)
             checks.look(signal, row_id(row), name, split)
@@ -59,7 +59,16 @@ def remark_on_doubles(splits: dict[str, Dataset], path: str) -> None:
     remarks.say()
 
 
-def _checked_row(table: pa.Table, place: str) -> tuple[dict[str, Any], np.ndarray]:
+def checked_row(table: pa.Table, place: str) -> tuple[dict[str, Any], np.ndarray]:
+    """Read a row: its columns, and its signal [T, C], whose values may be anything.
+
+    Args:
+        table: the row.
+        place: for messages.
+
+    Raises:
+        UserError: a value that no trial can have.
+    """
     row = {name: table[name][0].as_py() for name in COLUMNS[1:-1]}
     for name in ("session", "block", "trial", "sampling_rate"):
         if row[name] is None:

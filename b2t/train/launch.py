@@ -14,6 +14,7 @@ from b2t.train.admission import prepare_run
 from b2t.train.build import Materials, build
 from b2t.train.callback import Callback, Run
 from b2t.train.callbacks import Console, MetricsFile, ProgressBar, Report, RunFiles, Webhook
+from b2t.train.data_audit import look_at_data
 from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.flops import flops_of_phases
 from b2t.train.monitoring import Watch, build_monitors
@@ -101,6 +102,8 @@ class Launch:
             log.info("already trained: %s holds a finished run", self.config.run.dir)
             return
         introduce(trainer)
+        if self.ranks.is_main and not trainer.progress.step:
+            look_at_data(self.config, trainer.materials)
         self.training = True
         phase = trainer.progress.phase
         check_start(self.config, phase, trainer.materials, trainer.ds_file, self.ranks)

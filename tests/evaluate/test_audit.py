@@ -1,11 +1,14 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 
+from b2t.errors import UserError
 from b2t.evaluate import audit_command
 from b2t.evaluate.audit import CRITICAL, NOTE, WARNING, shared_sentences
 from b2t.evaluate.audit.sentences import nearest_sentences
+from tests.evaluate.audit_data import row, save, sound_rows
 from tests.evaluate.saved_runs import call, save_dataset
 from tests.evaluate.test_text_metrics import brute_force_distance
 
@@ -44,9 +47,46 @@ def test_every_pair_of_splits_is_compared_and_written(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "3 of 4 trials of val (75.0 %) say a sentence of train" in printed
     record = json.loads((tmp_path / "a.json").read_text())
-    pairs = [tuple(finding["numbers"]["splits"]) for finding in record["findings"]]
+    sentences = [each for each in record["findings"] if each["check"] == "sentences"]
+    pairs = [tuple(finding["numbers"]["splits"]) for finding in sentences]
     assert pairs == [("train", "val"), ("train", "test"), ("val", "test")]
     assert call(audit_command, data, "--strict") == 1
     bare = save_dataset(tmp_path / "bare", text=False)
     assert call(audit_command, bare, "--strict") == 0
     assert "has no text to compare" in capsys.readouterr().out
+
+
+def test_a_bad_dataset_is_read_to_the_end_and_strict_says_so(tmp_path, capsys):
+    rows = sound_rows()
+    data = save(tmp_path / "sound", rows)
+    assert call(audit_command, data, "--strict", "--plot", tmp_path / "a.png") == 0
+    assert "verdict: no findings" in capsys.readouterr().out
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    row(rows, "day1", "val", 1)["signal"][17, 4] = np.nan
+    bad = save(tmp_path / "bad", rows)
+    assert call(audit_command, bad, "--strict") == 1
+    printed = capsys.readouterr().out
+    assert "day1/2/1 (val): 1 values, first channel 4, bin 17" in printed
+    assert "→ repair them" in printed and "verdict: critical: numbers" in printed
+    assert call(audit_command, bad) == 0
+
+
+def test_the_model_that_is_meant_decides_frames_and_tokens(tmp_path, capsys):
+    rows = sound_rows()
+    row(rows, "day0", trial=1)["phonemes"] = [1, 2] * 20
+    data = save(tmp_path / "data", rows)
+    model = [
+        "--config",
+        "demo",
+        "model.text_decoder.tokenizer=byte",
+        "model.encoder.patch_size=10",
+        "model.encoder.patch_stride=10",
+    ]
+    assert call(audit_command, data, "--strict") == 0
+    assert call(audit_command, data, "--strict", *model, "data.max_text_tokens=5") == 1
+    printed = capsys.readouterr().out
+    assert "verdict: warning: texts, CTC frames" in printed
+    assert "takes 8 tokens, and data.max_text_tokens is 5" in printed
+    assert "shorten model.encoder.patch_stride: 100 % of trials fit up to 8" in printed
+    with pytest.raises(UserError, match=r"expected a name ending in \.png"):
+        call(audit_command, data, "--plot", tmp_path / "a.txt")

@@ -66,11 +66,10 @@ def _compare(
         f"{len(exact):,} of {len(asked):,} trials of {second} ({100 * len(exact) / len(asked):.1f} "
         f"%) say a sentence of {first}, {len(near):,} more one like it"
     )
-    if share:
-        text += ": read their scores apart, or split by sentence"
     examples = list(dict.fromkeys(exact))[:_EXAMPLES]
     examples += [f"{other} ~ {nearest[other][0]}" for other in dict.fromkeys(near)][:_EXAMPLES]
-    return Finding(SENTENCES, level, text, numbers, examples)
+    remedy = "read their scores apart, or split by sentence (`b2t prepare --split-by sentence`)"
+    return Finding(SENTENCES, level, text, numbers, examples, remedy if share else "")
 
 
 def nearest_sentences(
@@ -87,6 +86,9 @@ def nearest_sentences(
         The sentence and its nearness, ("", 0.0) where none is near.
     """
     distinct = sorted({*known})
+    if nearness >= 1:
+        there = {*known}
+        return {text: (text, 1.0) if text in there else ("", 0.0) for text in asked}
     words = [text.split() for text in distinct]
     found = {}
     for start in range(0, len(asked), _CHUNK):
