@@ -7,6 +7,7 @@ RUN    ?= runs/demo
 KILLS  ?= 60
 LOCK   := requirements.lock
 LATEST := .envs/latest
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help install demo test test-latest test-tritons lock soak lint format clean-demo
 
@@ -34,15 +35,16 @@ $(VENV)/.installed: pyproject.toml $(LOCK)
 demo: install
 	BIN=$(BIN) RUN=$(RUN) scripts/demo.sh
 
-# One thread per process: the tests start many small ones.
+# One thread per process: the tests start many small ones. Tests of one file stay together, they
+# share what is costly to make; those that start ranks need the cores for themselves.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not distributed"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not distributed" $(SIDE_BY_SIDE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed
 
 test-latest:
 	$(PYTHON) -m venv $(LATEST)
 	$(LATEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev,eeg,bids,nwb,lm,lora,peers]'
-	PATH="$(CURDIR)/$(LATEST)/bin:$$PATH" OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -m "not distributed"
+	PATH="$(CURDIR)/$(LATEST)/bin:$$PATH" OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -m "not distributed" $(SIDE_BY_SIDE)
 
 test-tritons: install
 	$(BIN)/python scripts/kernel_tritons.py

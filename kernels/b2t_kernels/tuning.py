@@ -22,12 +22,13 @@ from triton.runtime.errors import OutOfResources
 SHARED_MEMORY_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448}
 WIDEST_WHOLE = 256
 WIDEST_USAGE = 256
-REFINE_WARPS = 4
-REFINE_WIDTH = 128
 MOST_PARTS = 128
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # Triton 3.4 (torch 2.8) keeps more alive at D = 256 than its registers hold: it gets smaller tiles.
-SHORT_OF_REGISTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 5)
+SHORT_OF_REGISTERS = TRITON < (3, 5)
+# No other pair spills nowhere: the compilers give one program different shares of the registers.
+REFINE_WIDTH, REFINE_WARPS = (128, 8) if TRITON < (3, 8) else (64, 2)
 
 Space = tuple[triton.Config, ...]
 
