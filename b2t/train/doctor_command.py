@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from b2t.errors import UserError
+from b2t.train.interfaces import ENV_FILE, interfaces, write_env
 
 SUMMARY = "check this machine, and optionally a configuration, before training on it"
 EPILOG = """\
 examples:
   b2t doctor
   b2t doctor --deepspeed_config ds_configs/zero2_fp16.json --config a5500x2 data.path=prepared/t15
+  b2t doctor --write-env --hostfile hostfile     # several hosts: for DeepSpeed's launcher
 
 Run it on every host, in the environment that trains. Each line is ok, note, WARN or FAIL, the last
 two with what to do. Exit status: 0 nothing would fail, 1 something would."""
@@ -63,11 +65,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="ranks of the run (default: the GPUs, or 1)"
     )
+    parser.add_argument(
+        "--write-env",
+        action="store_true",
+        help=f"write into {ENV_FILE} here which network interface leads to the other hosts",
+    )
+    parser.add_argument(
+        "--hostfile",
+        type=Path,
+        default=Path("hostfile"),
+        metavar="FILE",
+        help="hosts for --write-env (default: hostfile)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print all findings; 1 where one of them is a failure."""
+    if args.write_env:
+        print(f"{ENV_FILE}: {', '.join(write_env(args.hostfile))}", flush=True)
     failed = 0
     for finding in examine(args.config, args.overrides, args.deepspeed_config, args.ranks):
         print(finding.line(), flush=True)
@@ -207,17 +223,6 @@ def deepspeed_ops() -> dict[str, bool]:
     return {name: ALL_OPS[name].is_compatible() for name in wanted if name in ALL_OPS}
 
 
-def interfaces() -> dict[str, tuple[bool, list[str]]]:
-    """Network interfaces by name: up or not, and IPv4 addresses."""
-    import psutil
-
-    up = {name: stats.isup for name, stats in psutil.net_if_stats().items()}
-    return {
-        name: (up.get(name, False), [a.address for a in found if a.family == socket.AF_INET])
-        for name, found in psutil.net_if_addrs().items()
-    }
-
-
 def check_network() -> Iterator[Finding]:
     """Interfaces, those that gloo and NCCL are told to use, and the address of this host."""
     known = interfaces()
@@ -242,13 +247,12 @@ def check_network() -> Iterator[Finding]:
         )
         return
     if address.startswith("127.") and "GLOO_SOCKET_IFNAME" not in os.environ:
-        others = [name for name, (up, found) in known.items() if up and found and name != "lo"]
         yield Finding(
             "note",
             "host name",
-            f"{host} is {address}: one host trains; several would not find each other",
-            f"for several hosts put GLOO_SOCKET_IFNAME={others[0] if others else '<interface>'} "
-            "into .deepspeed_env",
+            f"{host} is {address}, which other hosts cannot reach: fine for one host",
+            "for several hosts list them in a hostfile and run b2t doctor --write-env, which finds "
+            "the interface to them",
         )
 
 

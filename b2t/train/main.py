@@ -140,6 +140,8 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
         ranks = launch.join_ranks(config.stability.collective_timeout_s)
     except launch.WaitedTooLong as error:
         _leave_at_once(EXIT_WAITED, str(error))
+    except UserError as error:  # of one rank, which need not be the first
+        _leave_at_once(EXIT_USER_ERROR, str(error))
     stop = StopSignals()
     run = launch.Launch(config, ds_file, ranks, stop)
     try:

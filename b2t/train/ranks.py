@@ -17,8 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from b2t.errors import UserError
 from b2t.log import quiet_libraries
 from b2t.train.build_lock import lock_builds
+from b2t.train.interfaces import choose_for_gloo
 
 _COMMUNICATION = re.compile(r"(torch[/\\]distributed|deepspeed[/\\]comm)[/\\][^/\\]+$")
 """Files whose functions are called on the way to a collective."""
@@ -157,6 +159,9 @@ def join(timeout_s: float = 1800.0) -> Ranks:
 
     `deepspeed`, `torchrun` and `accelerate launch` set RANK, WORLD_SIZE and LOCAL_RANK; a plain
     `python` becomes a world of one.
+
+    Raises:
+        UserError: more ranks than GPUs on this host.
     """
     quiet_libraries()
     if "RANK" not in os.environ:
@@ -166,13 +171,14 @@ def join(timeout_s: float = 1800.0) -> Ranks:
     cache = os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_operator_cache()))
     lock_builds(Path(cache))
     _prefer_own_tools()
+    choose_for_gloo()
     import deepspeed
 
     quiet_libraries()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     timeout = timedelta(seconds=timeout_s)
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(_own_gpu(local_rank, torch.cuda.device_count()))
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
@@ -186,6 +192,16 @@ def join(timeout_s: float = 1800.0) -> Ranks:
     ranks.barrier()  # the others have opened this rank's buffer
     _remove_shared_buffer()
     return ranks
+
+
+def _own_gpu(local_rank: int, gpus: int) -> int:
+    if local_rank >= gpus:
+        raise UserError(
+            f"rank {os.environ['RANK']} is number {local_rank} of {socket.gethostname()}, counted "
+            f"from 0, and sees {gpus} GPU{'' if gpus == 1 else 's'}: start one rank per GPU, and "
+            "let all ranks of a host see all its GPUs (Slurm: --gpus-per-node, no --gpus-per-task)"
+        )
+    return local_rank
 
 
 def _open_board(ranks: Ranks, timeout: timedelta) -> dist.Store:
