@@ -64,6 +64,14 @@ class JsonlSink:
             self._torn = True
 
 
+def existing_place(folder: Path) -> Path:
+    """Return the folder itself, or the nearest one above it that exists."""
+    place = folder
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    return place
+
+
 def require_writable(folder: Path, option: str = "run.dir") -> None:
     """Refuse a folder that cannot be made or written; nothing is left behind.
 
@@ -74,9 +82,7 @@ def require_writable(folder: Path, option: str = "run.dir") -> None:
     Raises:
         UserError: a read-only disk, missing rights, a file in its place.
     """
-    place = folder
-    while not os.path.lexists(place) and place != place.parent:
-        place = place.parent
+    place = existing_place(folder)
     try:
         tempfile.TemporaryDirectory(prefix=".b2t-", dir=place).cleanup()
     except OSError as error:

@@ -76,9 +76,10 @@ case $launcher in
     ;;
   torchrun) launch=(torchrun --standalone --nproc_per_node "$ranks") ;;
   accelerate)
-    # --multi_gpu starts one process per rank, with GPUs or without; --cpu would start one in all.
-    launch=(accelerate launch --multi_gpu --mixed_precision no --dynamo_backend no --num_machines 1)
+    launch=(accelerate launch --mixed_precision no --dynamo_backend no --num_machines 1)
     launch+=(--num_processes "$ranks")
+    # This starts one process per rank, with GPUs or without; --cpu would start one in all.
+    [ "$ranks" = 1 ] || launch+=(--multi_gpu)
     ;;
   *) give_up "LAUNCHER=$launcher: expected deepspeed, torchrun or accelerate" ;;
 esac

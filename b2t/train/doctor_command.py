@@ -82,7 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print all findings; 1 where one of them is a failure."""
+    from b2t.train.main import name_accelerator
+
     if args.write_env:
+        name_accelerator()
         print(f"{ENV_FILE}: {', '.join(write_env(args.hostfile))}", flush=True)
     failed = 0
     for finding in examine(args.config, args.overrides, args.deepspeed_config, args.ranks):

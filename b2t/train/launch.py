@@ -18,10 +18,17 @@ from b2t.train.data_audit import look_at_data
 from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.flops import flops_of_phases
 from b2t.train.monitoring import Watch, build_monitors
+from b2t.train.pace import Pace
 from b2t.train.ranks import Ranks, WaitedTooLong, join, leave, timed_out
 from b2t.train.settings import check_lengths, check_losses
 from b2t.train.signals import StopSignals
-from b2t.train.startup import check_data, check_start, require_folder, require_same_everywhere
+from b2t.train.startup import (
+    check_data,
+    check_start,
+    require_folder,
+    require_same_everywhere,
+    require_shared_folder,
+)
 from b2t.train.trainer import Trainer
 from b2t.train.world_size import keep_global_batch
 
@@ -114,6 +121,7 @@ class Launch:
         config, ranks = self.config, self.ranks
         require_same_everywhere(ranks, config, self.ds_file)
         require_folder(ranks, config.run.dir)
+        require_shared_folder(ranks, config.run.dir)
         ds_file = keep_global_batch(self.ds_file, config.run.dir, ranks.world)
         materials = build(config)
         check_losses(config, materials.model)
@@ -126,8 +134,8 @@ class Launch:
         known = peak_flops(ranks.device) is not None and ds_file.precision != "fp32"
         flops = flops_of_phases(config, materials, ds_file.accumulation) if known else None
         monitors = build_monitors(config, materials, ranks, flops)
-        watch = Watch(monitors)
-        return [watch, *main_callbacks(config, monitors)] if ranks.is_main else [watch]
+        shared: list[Callback] = [Pace(), Watch(monitors)] if ranks.world > 1 else [Watch(monitors)]
+        return [*shared, *main_callbacks(config, monitors)] if ranks.is_main else shared
 
 
 def main_callbacks(config: Config, monitors: Monitors) -> list[Callback]:

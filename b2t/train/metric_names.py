@@ -11,6 +11,7 @@ from b2t.errors import UserError
 from b2t.log import logger
 from b2t.model.objectives import OBJECTIVES
 from b2t.monitor.reconstruction import BANDS_HZ
+from b2t.train.pace import RANK_METRIC, WAIT_METRIC
 
 if TYPE_CHECKING:
     from b2t.model import BrainToText
@@ -22,8 +23,11 @@ log = logger(__name__)
 DECODED = ("val/wer", "val/cer", "val/per", "val/distinct_ratio")
 """What only decoding says."""
 
-_ON_SOME_MACHINES = {"memory/peak_gib", "throughput/mfu", "throughput/hfu"}
-"""Where the device is a GPU, and a known one: a configuration may serve several machines."""
+_ON_SOME_MACHINES = {
+    "memory/peak_gib", "throughput/mfu", "throughput/hfu", WAIT_METRIC, RANK_METRIC,
+}  # fmt: skip
+"""Where the device is a GPU, and a known one, or there are several ranks: a configuration may serve
+several machines."""
 
 
 def active_losses(model: "BrainToText", phase: PhaseConfig) -> dict[str, float]:

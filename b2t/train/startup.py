@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from b2t.config import Config
 from b2t.data.verification import verify_sample
 from b2t.errors import UserError
 from b2t.log import logger
-from b2t.records import require_writable
+from b2t.records import existing_place, require_writable
 from b2t.train.build import Materials
 from b2t.train.dry_batch import DryBatch
 from b2t.train.ds_config import DeepSpeedFile
@@ -64,6 +66,42 @@ def require_folder(ranks: Ranks, folder: Path) -> None:
         UserError: on all ranks alike.
     """
     _on_main(ranks, lambda: require_writable(folder))
+
+
+def require_shared_folder(ranks: Ranks, folder: Path, patience_s: float = 10.0) -> None:
+    """Refuse a run folder that not all hosts see: all ranks read what rank 0 writes there.
+
+    Rank 0 leaves a file where the folder is, or will be, and the others look for it. Collective.
+
+    Args:
+        ranks: this process among all.
+        folder: the run folder, which need not exist yet; rank 0 can write it.
+        patience_s: how long a shared disk may take to show a new file.
+
+    Raises:
+        UserError: on all ranks; names those that do not see it, and their hosts.
+    """
+    if ranks.world == 1:
+        return
+    ranks.place = "looking for the run folder"
+    left = existing_place(folder) / f".b2t-shared-{os.urandom(8).hex()}"
+    left = ranks.from_main(left)
+    if ranks.is_main:
+        left.touch()
+    ranks.barrier()
+    until = time.monotonic() + patience_s
+    while not left.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    seen = ranks.gather((socket.gethostname(), left.exists()))
+    if ranks.is_main:
+        left.unlink()
+    blind = [f"rank {n} on {host}" for n, (host, sees) in enumerate(seen) if not sees]
+    if blind:
+        raise UserError(
+            f"run.dir={folder}: rank 0 on {seen[0][0]} has left a file in {left.parent}, and "
+            f"{', '.join(blind)} did not see it within {patience_s:g} s: the run folder must be on "
+            "a disk that all hosts share, mounted at the same path; choose such a run.dir"
+        )
 
 
 def check_data(ranks: Ranks, path: str, seed: int) -> None:

@@ -4,7 +4,9 @@ import errno
 import os
 import re
 import shutil
+import threading
 from collections import namedtuple
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -291,3 +293,67 @@ def test_ranks_that_find_different_checkpoints_are_refused():
     ]:
         with pytest.raises(UserError, match=f"{says}.*all hosts share"):
             require_same_checkpoint(Others([("b", other)]), mine, "runs/x")
+
+
+class Meeting:
+    """Two ranks as threads, that hand each other objects as ranks do."""
+
+    def __init__(self):
+        self.barrier = threading.Barrier(2)
+        self.box = [None, None]
+
+    def rank(self, number):
+        meeting = self
+
+        class Member(Ranks):
+            def barrier(self):
+                meeting.barrier.wait(10)
+
+            def gather(self, value):
+                meeting.box[number] = value
+                meeting.barrier.wait(10)
+                values = list(meeting.box)
+                meeting.barrier.wait(10)
+                return values
+
+            def from_main(self, value):
+                return self.gather(value)[0]
+
+        return Member(number, 2, 0, torch.device("cpu"))
+
+
+def shared_by_two(folder):
+    """What two ranks say of a run folder, by rank."""
+    meeting, said = Meeting(), {}
+
+    def look(number):
+        try:
+            startup.require_shared_folder(meeting.rank(number), folder, patience_s=0.3)
+        except UserError as error:
+            said[number] = str(error)
+
+    threads = [threading.Thread(target=look, args=(n,), name=f"rank {n}") for n in (0, 1)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(20)
+    return said
+
+
+def test_a_shared_run_folder_is_left_as_it_was(tmp_path):
+    assert shared_by_two(tmp_path / "deep" / "run") == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_folder_that_one_host_does_not_see_is_refused(tmp_path, monkeypatch):
+    exists = Path.exists
+
+    def seen(path):
+        hidden = path.name.startswith(".b2t-shared") and threading.current_thread().name == "rank 1"
+        return exists(path) and not hidden
+
+    monkeypatch.setattr(Path, "exists", seen)
+    said = shared_by_two(tmp_path / "run")
+    assert said.keys() == {0, 1} and said[0] == said[1]
+    assert "rank 1 on" in said[0] and "did not see it within 0.3 s" in said[0]
+    assert list(tmp_path.iterdir()) == []
