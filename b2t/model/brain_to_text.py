@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ from b2t.model.outputs import BrainToTextOutput, Encoded, Scored
 from b2t.model.phoneme_head import PhonemeHead
 from b2t.model.pretrained import Pretrained
 from b2t.model.text_side import TextSide
-from b2t.quantize import SoftUsage
+from b2t.quantize import StepNorms
 from b2t.quantize.frame_hash import frame_ids
 from b2t.quantize.objectives import LOSSES as QUANTIZER_LOSSES
 
@@ -94,15 +95,24 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
         """Real latent frames [B, P] bool for real bins [B, T] bool."""
         return self.encoder.frame_mask(signal_mask)
 
-    def counts(self, batch: "Batch") -> dict[str, Any]:
+    def counts(self, batch: "Batch") -> dict[str, sums.Number]:
         """Elements that normalise the losses.
 
         Those of `Batch.counts`, but of `phonemes` only those of rows that have enough frames for
         them, which the loss leaves out too; and `frames`, the real frames.
         """
-        frames, lengths = self.frame_mask(batch.signal_mask), batch.phoneme_lengths
+        return self._counts(batch, self.frame_mask(batch.signal_mask))
+
+    def _counts(self, batch: "Batch", frames: Tensor) -> dict[str, sums.Number]:
+        lengths = batch.phoneme_lengths
         used, _ = sums.fitting_rows(frames, batch.phonemes, lengths)
         return {**batch.counts(), "frames": frames.sum(), "phonemes": (lengths * used).sum()}
+
+    def _counted(self, norms: StepNorms, batch: "Batch", frames: Tensor) -> StepNorms:
+        """Normalisers whose counts are the batch's own where the step has none."""
+        if norms.counts is not None:
+            return norms
+        return replace(norms, counts=self._counts(batch, frames))
 
     def latents(
         self,
@@ -132,19 +142,14 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
             signal = self.adapter(signal, session)
         if hidden is not None:
             signal = signal.masked_fill(hidden[..., None], 0.0)
-        return self.encoder(signal, signal_mask), self.frame_mask(signal_mask)
+        latents, frames = self.encoder(signal, signal_mask)
+        return latents, frames
 
     def encode_batch(
         self,
         signal: Tensor,
         signal_mask: Tensor | None = None,
         session: Tensor | None = None,
-        *,
-        frames: sums.Number | None = None,
-        losses: Collection[str] = (),
-        usage: SoftUsage | None = None,
-        micro_batches: int = 1,
-        row_ids: Tensor | None = None,
     ) -> Encoded:
         """Encode and quantize signals as batches hold them; `encode` takes a user's own.
 
@@ -152,22 +157,33 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
             signal: [B, T, C], smoothed.
             signal_mask: [B, T] bool, True = real; None is all real.
             session: [B] int64, −1 = unseen; None is all unseen.
-            frames: normaliser of the commitment loss; None is the batch's own real frames.
-            losses: losses of the quantizer to compute.
-            usage: see `forward`.
-            micro_batches: see `forward`.
+        """
+        return self._quantize(*self.latents(signal, signal_mask, session))
+
+    def _quantize(
+        self,
+        latents: Tensor,
+        mask: Tensor,
+        norms: StepNorms | None = None,
+        losses: Collection[str] = (),
+        row_ids: Tensor | None = None,
+    ) -> Encoded:
+        """Quantize latents [B, P, D] of real frames ``mask`` [B, P].
+
+        Args:
+            latents: of `latents`.
+            mask: likewise.
+            norms: of the step.
+            losses: those of the quantizer to compute, of all in `OBJECTIVES`.
             row_ids: [B] int64, what the rows are; the quantizer draws frames by them.
         """
-        latents, mask = self.latents(signal, signal_mask, session)
         if self.quantizer is None:
             return Encoded(latents, latents, None, mask, {}, None)
         out = self.quantizer(
             latents,
             mask,
-            frames=frames,
-            losses=tuple(losses),
-            usage=usage,
-            micro_batches=micro_batches,
+            norms=norms,
+            losses=[name for name in QUANTIZER_LOSSES if name in losses],
             ids=None if row_ids is None else frame_ids(row_ids, latents.shape[1]),
             across_ranks=self.training,
         )
@@ -176,25 +192,21 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
     def forward(
         self,
         batch: "Batch",
-        counts: Mapping[str, sums.Number] | None = None,
+        norms: StepNorms | None = None,
         weights: Mapping[str, float] | None = None,
         *,
-        usage: SoftUsage | None = None,
-        micro_batches: int = 1,
         text_from_labels: bool = False,
     ) -> BrainToTextOutput:
         """Compute the losses of a batch.
 
         Args:
             batch: signals and labels.
-            counts: `bins`, `frames`, `tokens` and `phonemes` that normalise the sums; None is the
-                batch's own. With the mean over the micro-batches and ranks of a step the mean of
-                the losses is the mean over the step's elements.
+            norms: of the optimizer step that the batch is a part of: the mean of its losses over
+                micro-batches and ranks is then that over all its elements. None takes the batch
+                for the whole step.
             weights: weight per loss; a loss of weight 0, or not named, is not computed. None is
                 `DEFAULT_WEIGHTS`. A loss whose component the model lacks is left out. The
                 quantizer's gradient rule brings a loss `codebook`, of weight 1 unless named.
-            usage: soft usage of the whole step, see `ResidualVQ.soft_usage`.
-            micro_batches: forwards of this step on each rank; needed with `usage`.
             text_from_labels: a text decoder that reads phonemes reads those of the labels; signals
                 are not encoded where text is all that is learnt.
 
@@ -203,24 +215,17 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
             ValueError: an unknown name among the weights.
         """
         weights = self._active_weights(weights)
-        counts = self.counts(batch) if counts is None else counts
+        norms = norms or StepNorms()
         reads_labels = text_from_labels and self.reads_phonemes
         if reads_labels and set(weights) == {"generation"}:
-            return self._spell(batch, counts, weights)
+            return self._spell(batch, norms, weights)
         if set(weights) == {"masked"}:
-            return self._pretrain(batch, counts, weights)
-        encoded = self.encode_batch(
-            batch.signal,
-            batch.signal_mask,
-            batch.session,
-            frames=counts["frames"],
-            losses=[name for name in QUANTIZER_LOSSES if name in weights],
-            usage=usage,
-            micro_batches=micro_batches,
-            row_ids=batch.row_ids,
-        )
+            return self._pretrain(batch, norms, weights)
+        latents, frames = self.latents(batch.signal, batch.signal_mask, batch.session)
+        norms = self._counted(norms, batch, frames)
+        encoded = self._quantize(latents, frames, norms, weights, batch.row_ids)
         labelled = batch if reads_labels else None
-        losses, outputs, metrics = self._score(batch, encoded, counts, weights, labelled)
+        losses, outputs, metrics = self._score(batch, encoded, norms, weights, labelled)
         zero = torch.zeros((), device=batch.signal.device)
         return BrainToTextOutput(
             loss=sum((weights.get(name, 1.0) * loss for name, loss in losses.items()), zero),
@@ -238,7 +243,7 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
         self,
         batch: "Batch",
         encoded: Encoded,
-        counts: Mapping[str, sums.Number],
+        norms: StepNorms,
         weights: Mapping[str, float],
         labelled: "Batch | None",
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -259,10 +264,11 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
             per = OBJECTIVES[name].per
             if name in weights and per is not None:
                 outputs[field], total, found = decode(batch, encoded)
-                losses[name] = sums.normalise(total, counts[per])
+                losses[name] = sums.normalise(total, norms.count(per))
                 metrics |= found
         if "masked" in weights:
-            losses["masked"] = sums.normalise(self._predict_hidden(batch)[0], counts["hidden"])
+            total = self._predict_hidden(batch)[0]
+            losses["masked"] = sums.normalise(total, norms.count("hidden"))
         return {**losses, **encoded.losses}, outputs, metrics
 
     def _active_weights(self, weights: Mapping[str, float] | None) -> dict[str, float]:

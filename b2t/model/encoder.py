@@ -50,7 +50,7 @@ class Encoder(nn.Module):
         """Real latent frames [B, P] bool for real bins [B, T] bool."""
         return patch_mask(signal_mask, self.patch_size, self.patch_stride)
 
-    def forward(self, signal: Tensor, signal_mask: Tensor) -> Tensor:
+    def forward(self, signal: Tensor, signal_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Encode a batch.
 
         What masked bins hold, and how many follow a trial, changes nothing.
@@ -60,9 +60,10 @@ class Encoder(nn.Module):
             signal_mask: [B, T] bool, True = real.
 
         Returns:
-            Latents [B, P, D], zero under the frame mask.
+            Latents [B, P, D], zero under the mask of real frames, and this mask [B, P] bool.
         """
+        frames = self.frame_mask(signal_mask)
         signal = signal.masked_fill(~signal_mask[..., None], 0.0)
         patches = to_patches(signal, self.patch_size, self.patch_stride)
         x = self.dropout(self.embed(patches))
-        return self.body(x, self.frame_mask(signal_mask))
+        return self.body(x, frames), frames

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from b2t.labels import IGNORE
-
-Number = Tensor | float
+from b2t.quantize.norms import Number
 
 
 class ReconstructionSums(NamedTuple):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from b2t.model import losses as sums
 from b2t.model.outputs import BrainToTextOutput
+from b2t.quantize import StepNorms
 
 if TYPE_CHECKING:
     from b2t.data.batches import Batch
@@ -18,6 +19,7 @@ class MaskedPrediction:
 
     latents: Any
     signal_decoder: Any
+    _counted: Any
 
     def _predict_hidden(self, batch: "Batch") -> tuple[Tensor, Tensor, Tensor]:
         """Squared error over the hidden bins of signals that were encoded without them.
@@ -36,11 +38,11 @@ class MaskedPrediction:
         return found.squared_error, latents, frames
 
     def _pretrain(
-        self, batch: "Batch", counts: Mapping[str, sums.Number], weights: Mapping[str, float]
+        self, batch: "Batch", norms: StepNorms, weights: Mapping[str, float]
     ) -> BrainToTextOutput:
         """Losses of hidden bins alone: nothing is quantized, and no label is looked at."""
         total, latents, frames = self._predict_hidden(batch)
-        loss = sums.normalise(total, counts["hidden"])
+        loss = sums.normalise(total, self._counted(norms, batch, frames).count("hidden"))
         return BrainToTextOutput(
             loss=weights["masked"] * loss,
             losses={"masked": loss},

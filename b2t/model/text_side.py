@@ -11,6 +11,7 @@ from b2t.labels import IGNORE
 from b2t.model import losses as sums
 from b2t.model.outputs import BrainToTextOutput, Encoded, Scored
 from b2t.model.phoneme_memory import labelled_phonemes, soft_phonemes
+from b2t.quantize import StepNorms
 
 if TYPE_CHECKING:
     from b2t.data.batches import Batch
@@ -23,6 +24,7 @@ class TextSide:
     phoneme_head: Any
     config: Any
     frame_mask: Any
+    _counted: Any
 
     @property
     def reads_phonemes(self) -> bool:
@@ -53,12 +55,12 @@ class TextSide:
         return memory(*soft_phonemes(logits, encoded.frame_mask))
 
     def _spell(
-        self, batch: "Batch", counts: Mapping[str, sums.Number], weights: Mapping[str, float]
+        self, batch: "Batch", norms: StepNorms, weights: Mapping[str, float]
     ) -> BrainToTextOutput:
         """Losses of text alone, from the phonemes of the labels."""
         mask = self.frame_mask(batch.signal_mask)
         logits, total, found = self._predict_text(batch, *self.text_memory(None, batch))
-        loss = sums.normalise(total, counts["tokens"])
+        loss = sums.normalise(total, self._counted(norms, batch, mask).count("tokens"))
         return BrainToTextOutput(
             loss=weights["generation"] * loss,
             losses={"generation": loss},

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from b2t.quantize.distributed import all_reduce_sum, world_size
 from b2t.quantize.gradients import squared_codebook, squared_commitment
 from b2t.quantize.layers import Layers, Walk
+from b2t.quantize.norms import Number, StepNorms
 from b2t.quantize.statistics import QuantizerStats, SoftUsage
 
 LOSSES = ("commitment", "diversity", "perplexity")
@@ -33,16 +34,14 @@ def needs_usage(names: Collection[str]) -> bool:
     return any(name in _USAGE_LOSSES for name in names)
 
 
-def commitment_loss(
-    latents: Tensor, quantized: Tensor, walk: Walk, frames: Tensor | float | None
-) -> Tensor:
+def commitment_loss(latents: Tensor, quantized: Tensor, walk: Walk, frames: Number) -> Tensor:
     """Squared distance of latents [N, D] to their codes, mean over frames, layers and D: [].
 
     Args:
         latents: [N, D] with a gradient.
         quantized: [N, D], the sum of their codes.
         walk: how the layers were walked.
-        frames: divisor instead of N.
+        frames: N, or what the step divides by instead.
     """
     errors = walk.errors if walk.layers > 1 else None
     total = squared_commitment(latents, walk.squared_error.sum(), errors, quantized)
@@ -50,7 +49,7 @@ def commitment_loss(
 
 
 def codebook_loss(
-    books: Tensor, latents: Tensor, walk: Walk, stats: QuantizerStats, frames: Tensor | float | None
+    books: Tensor, latents: Tensor, walk: Walk, stats: QuantizerStats, frames: Number
 ) -> Tensor:
     """Squared distance of codes to their frames, mean over frames, layers and D: [].
 
@@ -59,7 +58,7 @@ def codebook_loss(
         latents: [N, D].
         walk: how the layers were walked.
         stats: counts and sums of the same walk; without sums (evaluation) the loss has no gradient.
-        frames: divisor instead of N.
+        frames: N, or what the step divides by instead.
     """
     total = walk.code_error.sum()
     if stats.sums is not None:
@@ -69,10 +68,8 @@ def codebook_loss(
     return total / _elements(latents, walk, frames)
 
 
-def _elements(latents: Tensor, walk: Walk, frames: Tensor | float | None) -> Tensor:
-    divisor = torch.as_tensor(
-        latents.shape[0] if frames is None else frames, dtype=torch.float32, device=latents.device
-    )
+def _elements(latents: Tensor, walk: Walk, frames: Number) -> Tensor:
+    divisor = torch.as_tensor(frames, dtype=torch.float32, device=latents.device)
     return divisor.clamp(min=1e-6) * (walk.layers * latents.shape[1])
 
 
@@ -81,10 +78,9 @@ def usage_losses(
     layers: Layers,
     walk: Walk,
     names: Collection[str],
+    norms: StepNorms,
     *,
     group: ProcessGroup | None = None,
-    usage: SoftUsage | None = None,
-    micro_batches: int = 1,
     reduce: bool = True,
 ) -> dict[str, Tensor]:
     """Those of ``diversity`` and ``perplexity`` that ``names`` holds, over the global batch.
@@ -94,9 +90,8 @@ def usage_losses(
         layers: the codebooks.
         walk: how they were walked.
         names: losses wanted.
+        norms: see `global_usage`.
         group: see `global_usage`.
-        usage: see `global_usage`.
-        micro_batches: see `global_usage`.
         reduce: see `global_usage`.
     """
     wanted = {name: loss for name, loss in _USAGE_LOSSES.items() if name in names}
@@ -105,16 +100,15 @@ def usage_losses(
     local = layers.soft_sums(latents, walk)
     frames = torch.zeros_like(walk.counts[:, 0])
     frames[: walk.layers] = latents.shape[0]
-    mean = global_usage(local, frames, group, usage, micro_batches, reduce)
+    mean = global_usage(local, frames, norms, group, reduce)
     return {name: loss(mean[: walk.layers]) for name, loss in wanted.items()}
 
 
 def global_usage(
     local: Tensor,
     frames: Tensor,
+    norms: StepNorms,
     group: ProcessGroup | None = None,
-    total: SoftUsage | None = None,
-    micro_batches: int = 1,
     reduce: bool = True,
 ) -> Tensor:
     """Mean soft assignment p̄ [L, K] of the global batch, differentiable in this rank's part.
@@ -126,13 +120,13 @@ def global_usage(
     Args:
         local: [L, K], this micro-batch's sum of soft assignments.
         frames: [L] int64, its frames.
+        norms: of the step. Without its ``usage`` the global batch is this micro-batch on all
+            ranks, summed here in one collective.
         group: ranks of the global batch.
-        total: sums of the whole step (all ranks, all micro-batches), where known; without it the
-            global batch is this micro-batch on all ranks, summed here in one collective.
-        micro_batches: forwards that share ``total``.
         reduce: False takes this rank's frames alone (evaluation: no collective).
     """
     ranks = world_size(group) if reduce else 1
+    total, micro_batches = norms.usage, norms.micro_batches
     if total is None:
         detached = [local.detach(), frames]
         sums, count = all_reduce_sum(detached, group) if reduce else detached

@@ -18,6 +18,7 @@ from b2t.quantize.files import read_quantizer, write_quantizer
 from b2t.quantize.frames import FrameSpace, ValidFrames, frame_numbers, require_codes
 from b2t.quantize.gradients import pass_gradient
 from b2t.quantize.layers import Layers, Walk
+from b2t.quantize.norms import StepNorms
 from b2t.quantize.objectives import (
     LOSSES,
     codebook_loss,
@@ -180,29 +181,25 @@ class ResidualVQ(FrameSpace):
         x: Tensor,
         mask: Tensor | None = None,
         *,
-        frames: Tensor | float | None = None,
+        norms: StepNorms | None = None,
         losses: Collection[str] = LOSSES,
         group: ProcessGroup | None = None,
-        usage: SoftUsage | None = None,
-        micro_batches: int = 1,
         ids: Tensor | None = None,
         across_ranks: bool | None = None,
     ) -> RVQOutput:
         """Quantize latents.
 
-        ``across_ranks`` with ``diversity`` or ``perplexity`` and without ``usage``, one all-reduce
-        runs over ``group``; every rank must call, also with no valid frame.
+        ``across_ranks`` with ``diversity`` or ``perplexity`` and without ``norms.usage``, one
+        all-reduce runs over ``group``; every rank must call, also with no valid frame.
 
         Args:
             x: [B, P, dim] (any leading axes).
             mask: [B, P] bool, True = real.
-            frames: divisor of commitment and codebook loss instead of this batch's own number of
-                valid frames: their mean per micro-batch and rank, for an exact global mean.
+            norms: of the step, for losses that are exactly those of the global batch. Its count
+                ``frames`` divides commitment and codebook loss, instead of this batch's own number
+                of valid frames; its ``usage`` is what the two regularisers depend on.
             losses: names wanted, of ``commitment``, ``diversity``, ``perplexity``.
             group: ranks of the global batch.
-            usage: soft usage of the whole step (see `soft_usage`); the two regularisers are then
-                exact over micro-batches too.
-            micro_batches: forwards of this step on each rank; needed with ``usage``.
             ids: [B, P] int64, what each frame is (`b2t.quantize.frame_hash.frame_ids`): what is
                 drawn at random then depends on no rounding. None draws by the frames' values.
             across_ranks: whether the two regularisers are those of all ranks' frames, as what
@@ -215,18 +212,17 @@ class ResidualVQ(FrameSpace):
             self.reminders.passed_through(self.training)
             return self._pass_through(x, frames_of, latents, nonfinite, losses)
         self.reminders.quantized(self.training)
-        training = self.training
+        training, norms = self.training, norms or StepNorms()
         layers = self._layers(self.codebooks.value(self.options.codebook_gradient_scale))
         hashes, keep = self._draw(latents, frames_of, ids)
         walk = self._walk(layers, latents.detach(), hashes, training, keep, needs_usage(losses))
         stats = QuantizerStats.of(walk, nonfinite, hashes, keep, pool_size(self.options))
         # Backward goes the other way round: commitment frees its errors before usage takes memory.
         usage_terms = usage_losses(
-            latents, layers, walk, losses,
-            group=group, usage=usage, micro_batches=micro_batches,
-            reduce=training if across_ranks is None else across_ranks,
+            latents, layers, walk, losses, norms,
+            group=group, reduce=training if across_ranks is None else across_ranks,
         )  # fmt: skip
-        z = layers.sum_codes(walk.codes)
+        z, frames = layers.sum_codes(walk.codes), norms.count("frames", latents.shape[0])
         terms: dict[str, Tensor] = {}
         if "commitment" in losses:
             terms["commitment"] = commitment_loss(latents, z, walk, frames)
@@ -303,9 +299,9 @@ class ResidualVQ(FrameSpace):
         """Soft assignments of one micro-batch, for regularisers exact over accumulation.
 
         Before the first backward of a step, sum this over the step's micro-batches, ``all_reduce``
-        the sum, and hand it to each forward as ``usage`` with ``micro_batches``. The latents must
-        be those of the forward: replay the encoder's dropout from the same random state. Before the
-        codebooks have started it is all zeros, and forward makes no use of it.
+        the sum, and hand it to each forward in `StepNorms`. The latents must be those of the
+        forward: replay the encoder's dropout from the same random state. Before the codebooks have
+        started it is all zeros, and forward makes no use of it.
         """
         frames, latents, _ = self.valid_latents(x, mask)
         entered = torch.zeros(self.num_quantizers, dtype=torch.int64, device=latents.device)

@@ -14,7 +14,7 @@ from b2t.model.brain_to_text import BrainToText
 from b2t.model.objectives import COUNTS
 from b2t.model.outputs import BrainToTextOutput
 from b2t.monitor.alerts import Alert
-from b2t.quantize import QuantizerStats, SoftUsage
+from b2t.quantize import QuantizerStats, SoftUsage, StepNorms
 from b2t.quantize.frame_hash import frame_ids
 from b2t.quantize.schedules import anneal
 from b2t.train.budget import PhaseBudget
@@ -118,16 +118,18 @@ class OptimizerStep:
     def take(self, micro_batches: list[Batch], totals: Totals) -> StepResult:
         """Forward and backward of all micro-batches, and the engine's step. Collective."""
         shares = self.ranks.world * self.ds_file.accumulation
-        counts = {name: totals[name] / shares for name in COUNTED}
         self.set_clocks()
         weights = self.phase.losses.model_dump()
         batches = [batch.to(self.ranks.device, self.engine.dtype) for batch in micro_batches]
-        forward = partial(
-            self._forward,
-            counts=counts,
-            weights=weights,
+        norms = StepNorms(
+            counts={name: totals[name] / shares for name in COUNTED},
             usage=self._usage_of_step(batches),
             micro_batches=len(batches),
+        )
+        forward = partial(
+            self._forward,
+            norms=norms,
+            weights=weights,
             text_from_labels=self.phase.text_from == "labels",
         )
         stats: QuantizerStats | None = None

@@ -15,6 +15,7 @@ from b2t.evaluate.signal import decibels
 from b2t.log import logger
 from b2t.model.brain_to_text import BrainToText
 from b2t.model.objectives import COUNTS, WEIGHTED
+from b2t.quantize import StepNorms
 from b2t.train.build import Materials, masking_of
 from b2t.train.metric_names import decode_trials
 from b2t.train.ranks import Ranks
@@ -72,15 +73,15 @@ def validate(
         ranks: whose shares are pooled. Collective.
     """
     weights = {name: weight for name, weight in losses.items() if name in _NORMALISER}
-    ones = dict.fromkeys((*COUNTS, "rows"), 1.0)
-    keys = (*_NORMALISER, *ones, *_POOLED)
+    ones = StepNorms(dict.fromkeys(COUNTS, 1.0))
+    keys = (*_NORMALISER, *COUNTS, "rows", *_POOLED)
     sums = dict.fromkeys(keys, 0.0)
     codes, quantizer = None, model.quantizer
     model.eval()
     for batch in batches:
         for name, value in model.counts(batch).items():
             sums[name] += float(value)
-        output = model(batch.to(ranks.device, dtype), counts=ones, weights=weights)
+        output = model(batch.to(ranks.device, dtype), ones, weights)
         for name in _NORMALISER.keys() & output.losses.keys():
             sums[name] += float(output.losses[name])
         for name in _POOLED:

@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 
 from b2t.data.batches import Batch
 from b2t.model import BrainToText, BrainToTextConfig
-from b2t.quantize import ResidualVQ
+from b2t.quantize import ResidualVQ, StepNorms
 
 pytestmark = pytest.mark.distributed
 
@@ -80,11 +80,12 @@ def losses_and_gradients(rank, world, micro_batches=1, **options):
     usage = None
     if micro_batches > 1:
         usage = sum(quantizer.soft_usage(*part) for part in parts).all_reduce()
+    norms = StepNorms({"frames": frames}, usage, micro_batches)
     losses = dict.fromkeys(("commitment", "diversity", "perplexity", "codebook"), 0.0)
     grads = []
     for part_x, part_mask in parts:
         part_x = part_x.clone().requires_grad_()
-        out = quantizer(part_x, part_mask, frames=frames, usage=usage, micro_batches=micro_batches)
+        out = quantizer(part_x, part_mask, norms=norms)
         loss = sum(out.losses.values()) / (micro_batches * world)
         loss.backward()
         grads.append(part_x.grad)
@@ -127,12 +128,8 @@ def frozen_quantizer(rank, world, micro_batches):
             usage = sum(model.quantizer.soft_usage(*pair) for pair in pairs).all_reduce()
     values = []
     for batch in batches:
-        out = model(
-            batch,
-            weights={"diversity": 1.0, "perplexity": 1.0},
-            usage=usage,
-            micro_batches=micro_batches,
-        )
+        norms = StepNorms(usage=usage, micro_batches=micro_batches)
+        out = model(batch, norms, {"diversity": 1.0, "perplexity": 1.0})
         (out.loss / micro_batches / world).backward()
         values.append([out.losses[name].detach() for name in ("diversity", "perplexity")])
     return torch.tensor(values), model.encoder.embed.weight.grad.clone()

@@ -8,6 +8,7 @@ import torch
 
 from b2t.errors import UserError
 from b2t.model import DEFAULT_WEIGHTS
+from b2t.quantize import StepNorms
 from tests.model.small_model import CHANNELS, batch_of, build, gradients, part
 
 
@@ -60,8 +61,8 @@ def test_mean_over_micro_batches_is_the_global_loss_and_gradient():
     expected, losses = gradients(model), {k: v.detach() for k, v in out.losses.items()}
     model.zero_grad()
     parts = [part(whole, 0, 1), part(whole, 1, 5, 31)]
-    counts = {k: float(v) / 2 for k, v in model.counts(whole).items()}
-    outs = [model(p, counts=counts, weights=weights) for p in parts]
+    norms = StepNorms({k: float(v) / 2 for k, v in model.counts(whole).items()})
+    outs = [model(p, norms, weights=weights) for p in parts]
     (sum(o.loss for o in outs) / 2).backward()
     for name, loss in losses.items():
         mean = sum(o.losses[name].detach() for o in outs) / 2

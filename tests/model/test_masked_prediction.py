@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from b2t.quantize import StepNorms
 from tests.model.test_brain_to_text import batch_of, build, part
 
 WEIGHTS = {"masked": 1.0}
@@ -32,8 +33,7 @@ def test_the_loss_is_the_error_of_hidden_bins_alone(model, batch):
     signal = batch.signal.clone()
     adapted = model.adapter(signal, batch.session)
     adapted[batch.hidden] = 0.0
-    latents = model.encoder(adapted, batch.signal_mask)
-    found = model.signal_decoder(latents, model.frame_mask(batch.signal_mask), 30)
+    found = model.signal_decoder(*model.encoder(adapted, batch.signal_mask), 30)
     expected = (found - batch.target)[batch.hidden].square().mean()
     torch.testing.assert_close(output.loss, expected)
     assert output.losses.keys() == {"masked"} and output.codes is None
@@ -62,7 +62,7 @@ def test_parts_of_a_step_add_up_to_the_step(model, batch):
     for row in range(2):
         each = part(batch, row, row + 1)
         each = replace(each, hidden=batch.hidden[row : row + 1], _counts=None)
-        (model(each, counts, WEIGHTS).loss / 2).backward()
+        (model(each, StepNorms(counts), WEIGHTS).loss / 2).backward()
     torch.testing.assert_close(model.encoder.embed.weight.grad, whole)
 
 

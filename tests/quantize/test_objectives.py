@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from b2t.quantize import ResidualVQ
+from b2t.quantize import ResidualVQ, StepNorms
 from b2t.quantize.objectives import diversity_loss, perplexity_loss
 
 
@@ -82,9 +82,9 @@ def test_both_losses_are_exact_over_micro_batches():
     whole = quantizer(x, mask).losses
     (whole["diversity"] + whole["perplexity"]).backward()
     parts = [(x.detach()[i : i + 2].requires_grad_(), mask[i : i + 2]) for i in (0, 2, 4)]
-    usage = sum(quantizer.soft_usage(*part) for part in parts)
+    norms = StepNorms(usage=sum(quantizer.soft_usage(*part) for part in parts), micro_batches=3)
     for part in parts:
-        losses = quantizer(*part, usage=usage, micro_batches=3).losses
+        losses = quantizer(*part, norms=norms).losses
         for name in ("diversity", "perplexity"):
             torch.testing.assert_close(losses[name], whole[name])
         ((losses["diversity"] + losses["perplexity"]) / 3).backward()
@@ -97,7 +97,7 @@ def test_micro_batches_with_sampled_codes_and_dropped_layers_are_exact_too():
     x = latents(4)
     whole = quantizer(x).losses
     usage = quantizer.soft_usage(x[:1]) + quantizer.soft_usage(x[1:])
-    losses = quantizer(x[1:], usage=usage, micro_batches=2).losses
+    losses = quantizer(x[1:], norms=StepNorms(usage=usage, micro_batches=2)).losses
     torch.testing.assert_close(losses["diversity"], whole["diversity"])
     torch.testing.assert_close(losses["perplexity"], whole["perplexity"])
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from b2t.errors import UserError
-from b2t.quantize import ResidualVQ
+from b2t.quantize import ResidualVQ, StepNorms
 from tests.quantize.small_quantizer import brute_force, latents, same_state, started, state_of
 
 
@@ -142,9 +142,9 @@ def test_commitment_with_a_given_number_of_frames_averages_to_the_whole():
     mask = torch.ones(4, 25, dtype=torch.bool)
     mask[1:, 3:] = False
     whole = quantizer(x, mask).losses["commitment"]
-    mean = mask.sum() / 2
+    mean = StepNorms({"frames": mask.sum() / 2})
     parts = [
-        quantizer(x[i : i + 2], mask[i : i + 2], frames=mean).losses["commitment"] for i in (0, 2)
+        quantizer(x[i : i + 2], mask[i : i + 2], norms=mean).losses["commitment"] for i in (0, 2)
     ]
     torch.testing.assert_close(sum(parts) / 2, whole)
 
