@@ -50,6 +50,8 @@ POINTER_TYPES = {
     "owners_ptr": "*i64",
     "chunks_ptr": "*i64",
     "bits_ptr": "*i32",
+    "row_keys_ptr": "*i64",
+    "code_keys_ptr": "*i64",
 }
 # Pointers whose type depends on the kernel.
 OTHER_TYPES = {

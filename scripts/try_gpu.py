@@ -1,18 +1,19 @@
 """A first quarter of an hour on a GPU, in one command of eight minutes: is it right, is it fast.
 
-    python scripts/try_gpu.py                     # everything, into results/gpu
+    python scripts/try_gpu.py --write             # everything, into results/gpu and RESULTS.md
     python scripts/try_gpu.py --only bench        # one step
     python scripts/try_gpu.py --device cpu --dry  # the same steps, small, where there is no GPU
 
 Each step is a process with a limit of its own; one that fails or is cut off does not stop the
 others. What they print lies in results/gpu/<step>.log; results/gpu/summary.md and .json say what
-passed, with the device, the versions, and figures of training. The steps, and their seconds:
+passed, with the device, the versions, and figures of training; --write puts that and the goals of
+the benchmark between the markers of kernels/RESULTS.md. The steps, and their seconds:
 
-    device       30  the GPU, its driver and the versions of what runs on it
-    correct     120  the kernels' checks on the device, and CUDA graphs
-    bench       120  scripts/bench_kernels.py, wall time and host time, from the flagship case on
+    device       20  the GPU, its driver and the versions of what runs on it
+    correct     100  the kernels' checks on the device, and CUDA graphs
+    bench       110  scripts/bench_kernels.py, wall time and host time, from the flagship case on
     train       140  the demo in fp16 on simulated recordings, stopped after two minutes: it saves
-    resume       70  a short run stopped by a signal and gone on, beside one left alone: the same?
+    resume      110  a short run stopped by a signal and gone on, beside one left alone: the same?
 
 The exit status is 1 when a step failed.
 """
@@ -28,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,12 @@ SHORT = [
     *("codebook_start.frames_per_code=4", "evaluation.every=1000", "checkpoint.every=1000"),
     "log.every=4",
 ]
+TINY = [
+    *("model.encoder.dim=32", "model.encoder.depth=1", "model.quantizer.codebook_size=32"),
+    *("model.text_decoder.dim=32", "model.text_decoder.depth=1", "model.text_decoder.ffn_dim=64"),
+]
+RESULTS = ROOT / "kernels" / "RESULTS.md"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 @dataclass
@@ -105,6 +113,7 @@ class Trial:
             *(sys.executable, "train_ds.py", "--config", "demo"),
             *("--deepspeed_config", str(ROOT / "ds_configs" / f"{file}.json")),
             *(f"run.dir={self.out / name}", f"data.path={self.data}", *overrides),
+            *(TINY if self.dry else []),
         ]
 
     def simulated(self, limit: float) -> None:
@@ -140,9 +149,15 @@ def device_step(trial: Trial, limit: float) -> dict[str, Any]:
 
 def correct_step(trial: Trial, limit: float) -> dict[str, Any]:
     """The kernels' tests."""
-    place = "tests/kernels/test_kernel_gpu.py" if trial.device == "cuda" else "tests/kernels"
-    chosen = ["-k", "test_kernel_ops and mistakes"] if trial.dry else []
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", place, *chosen]
+    tests = ROOT / "tests" / "kernels"
+    if trial.device == "cuda":
+        # Most of the time goes into compiling: several processes share it.
+        places = [tests / "kernel_checks.py", tests / "test_kernel_gpu.py"]
+        chosen = ["-k", "not test_kernels_on_the_gpu", "--numprocesses", "4"]
+    else:
+        places, chosen = [tests], ["-k", "test_kernel_ops and mistakes"] if trial.dry else []
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib"]
+    command += ["-p", "no:cacheprovider", *map(str, places), *chosen]
     status = trial.run("correct", command, limit)
     last = (trial.out / "correct.log").read_text("utf-8").strip().rsplit("\n", 1)[-1]
     require(status, last)
@@ -250,11 +265,11 @@ def require(failed: int | bool, why: str = "") -> None:
 
 
 STEPS: dict[str, tuple[Callable[[Trial, float], dict[str, Any]], float]] = {
-    "device": (device_step, 30),
-    "correct": (correct_step, 120),
-    "bench": (bench_step, 120),
+    "device": (device_step, 20),
+    "correct": (correct_step, 100),
+    "bench": (bench_step, 110),
     "train": (train_step, 140),
-    "resume": (resume_step, 70),
+    "resume": (resume_step, 110),
 }
 
 
@@ -279,6 +294,17 @@ def summary(outcomes: list[Outcome]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def measured(outcomes: list[Outcome], out: Path) -> str:
+    """What goes into kernels/RESULTS.md: device and versions, the outcomes, the benchmark."""
+    device = next((each.found for each in outcomes if each.step == "device"), {})
+    head = ", ".join(f"{name} {value}" for name, value in device.items())
+    lines = [f"{datetime.now(timezone.utc):%Y-%m-%d}: {head}.", "", summary(outcomes)]
+    table = out / "bench_kernels.md"
+    if any(each.step == "bench" and each.status == "passed" for each in outcomes):
+        lines.append(table.read_text("utf-8"))
+    return "\n".join(lines).rstrip()
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -287,8 +313,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--dry", action="store_true", help="small everything")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), help="steps")
+    parser.add_argument("--write", action="store_true", help="update kernels/RESULTS.md")
     parser.add_argument("--patience", type=float, default=1.0, help="factor on all limits")
     options = parser.parse_args(argv)
+    if options.write and (options.device == "cpu" or options.dry):
+        parser.error("--write is for what a GPU measured")
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     trial = Trial(out, options.device, options.dry)
@@ -305,6 +334,10 @@ def main(argv: list[str] | None = None) -> int:
         (out / "summary.json").write_text(
             json.dumps([asdict(o) for o in outcomes], indent=1), "utf-8"
         )
+    if options.write:
+        from kernel_resources import write_between_markers
+
+        write_between_markers(RESULTS, measured(outcomes, out), BEGIN, END)
     return 1 if any(each.status != "passed" for each in outcomes) else 0
 
 

@@ -9,25 +9,14 @@ ranks makes, draws other frames.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-_UNIFORM_BITS = 23
+from b2t_kernels.gumbel import mix
+
 _ODD = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
-_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's own repeats the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def mix(x: Tensor) -> Tensor:
-    """Finalizer of SplitMix64 (Steele, Lea and Flood 2014), elementwise on int64."""
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
 
 
 def signed64(value: int) -> int:
@@ -62,15 +51,8 @@ def _salt(seed: int, step: int) -> int:
     return signed64(seed * 0x9E3779B97F4A7C15 + step * 0xD1342543DE82EF95 + 1)
 
 
-def frame_gumbel(hashes: Tensor, codes: int, layer: int) -> Tensor:
-    """Standard Gumbel noise [N, K] for frames with ``hashes`` [N] against K codes of a layer."""
-    place = torch.arange(codes, device=hashes.device, dtype=torch.int64)
-    columns = mix(place * _ODD + signed64((layer + 1) * 0xD1342543DE82EF95))
-    return _gumbel(_shift_right(mix(hashes[:, None] ^ columns), 64 - _UNIFORM_BITS))
-
-
-def _gumbel(bits: Tensor) -> Tensor:
-    """Standard Gumbel noise from equally likely integers below 2 ** 23."""
-    # One bit more and the largest uniform number would round to 1, whose noise is infinite.
-    uniform = (bits.to(torch.float32) + 0.5) / (1 << _UNIFORM_BITS)
-    return -torch.log(-torch.log(uniform))
+@functools.cache
+def code_keys(codes: int, layer: int, device: torch.device) -> Tensor:
+    """Keys [K] int64 of the K codes of a layer: what draws of different layers differ by."""
+    place = torch.arange(codes, device=device, dtype=torch.int64)
+    return mix(place * _ODD + signed64((layer + 1) * 0xD1342543DE82EF95))

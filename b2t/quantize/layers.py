@@ -115,8 +115,9 @@ class Layers:
         book = self.books[self.index(q)].detach()
         if hashes is None:
             return search.nearest(self.seen(residual), book, self.backend, prepared)
-        codes = search.sample(self.seen(residual), book, self.width(q), hashes, q)
-        return codes, torch.bincount(codes, minlength=book.shape[0])
+        return search.sample(
+            self.seen(residual), book, self.width(q), hashes, q, self.backend, prepared
+        )
 
     def searched_usage(self, residual: Tensor, q: int) -> b2t_kernels.SearchedUsage:
         """Nearest codes of layer ``q`` and its soft assignments, from the same distances."""

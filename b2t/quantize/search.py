@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 import b2t_kernels
-from b2t.quantize.frame_hash import frame_gumbel
+from b2t.quantize.frame_hash import code_keys
 from b2t_kernels import reference
 
 BACKENDS = ("kernels", "reference")
-_BLOCK_SCORES = 1 << 21
 
 
 def nearest(
@@ -66,8 +64,16 @@ def soft_usage(
     return b2t_kernels.code_usage(x, codebook, temperature, reduction="sum", prepared=prepared)
 
 
-def sample(x: Tensor, codebook: Tensor, temperature: Tensor, hashes: Tensor, layer: int) -> Tensor:
-    """Codes [N] drawn with probability softmax(−‖x−c‖²/temperature) by the Gumbel-max trick.
+def sample(
+    x: Tensor,
+    codebook: Tensor,
+    temperature: Tensor,
+    hashes: Tensor,
+    layer: int,
+    backend: str = "kernels",
+    prepared: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor]:
+    """Codes [N] drawn with probability softmax(−‖x−c‖²/temperature), and counts [K] of them.
 
     Args:
         x: [N, D].
@@ -75,14 +81,10 @@ def sample(x: Tensor, codebook: Tensor, temperature: Tensor, hashes: Tensor, lay
         temperature: [] in units of squared distance.
         hashes: [N] int64, the frames' random numbers.
         layer: draws of different layers are independent.
+        backend: as in `nearest`.
+        prepared: the codebook's entry of `b2t_kernels.prepare_codes`.
     """
-    center = codebook.mean(0)
-    codes = codebook - center
-    bias = -0.5 * codes.square().sum(1)
-    result = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
-    step = max(1, _BLOCK_SCORES // codes.shape[0])
-    for start in range(0, x.shape[0], step):
-        rows = slice(start, start + step)
-        scores = torch.addmm(bias, x[rows] - center, codes.T).mul_(2.0 / temperature)
-        result[rows] = scores.add_(frame_gumbel(hashes[rows], codes.shape[0], layer)).argmax(1)
-    return result
+    keys = code_keys(codebook.shape[0], layer, x.device)
+    if backend == "reference":
+        return reference.sample_code(x, codebook, temperature, hashes, keys)
+    return b2t_kernels.sample_code(x, codebook, temperature, hashes, keys, prepared)

@@ -1,10 +1,17 @@
-"""Fused kernels for vector quantization: search, usage, code sums; tensors in, tensors out.
+"""Fused kernels for vector quantization: search, draws, usage, code sums; tensors in, tensors out.
 
 Triton on CUDA, blocked multi-threaded torch elsewhere. ``b2t_kernels.reference`` holds the naive
 versions that both are tested against.
 """
 
-from b2t_kernels.ops import code_sums, leave, nearest_code, prepare_codes, sum_codes
+from b2t_kernels.ops import (
+    code_sums,
+    leave,
+    nearest_code,
+    prepare_codes,
+    sample_code,
+    sum_codes,
+)
 from b2t_kernels.usage_ops import SearchedUsage, code_usage, known_usage, search_usage
 
 __all__ = [
@@ -15,6 +22,7 @@ __all__ = [
     "leave",
     "nearest_code",
     "prepare_codes",
+    "sample_code",
     "search_usage",
     "sum_codes",
 ]

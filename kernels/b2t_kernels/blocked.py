@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from b2t_kernels.gumbel import noise
+
 ROW_BLOCK, CODE_BLOCK, GROUP = 512, 1024, 64
 USAGE_ELEMENTS = 1 << 21
 RESCORE_ELEMENTS = 1 << 18
@@ -269,6 +271,29 @@ def nearest_code(
             best.fold(codes.scores(rows, part, buffer), first)
         search.take(block, rows, best)
     return search.settled()
+
+
+def sample_code(
+    x: Tensor,
+    codebook: Tensor,
+    temperature: Tensor,
+    row_keys: Tensor,
+    code_keys: Tensor,
+    codes: CentredCodes | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`b2t_kernels.sample_code`."""
+    codes = codes or centre_codes(codebook, working_dtype(x))
+    (N, _), K = x.shape, codebook.shape[0]
+    every, valid = slice(0, K), _usable(x, None)
+    step = max(1, USAGE_ELEMENTS // K)
+    buffer = codes.mean.new_empty(min(step, N) * K)
+    indices = torch.empty(N, dtype=torch.int64, device=x.device)
+    for start in range(0, N, step):
+        part = slice(start, start + step)
+        scores = codes.scores(codes.centre(x[part]), every, buffer).mul_(2.0 / temperature)
+        indices[part] = scores.add_(noise(row_keys[part], code_keys)).argmax(dim=1)
+    indices.masked_fill_(~valid | ~(codes.bias[every] > -torch.inf).any(), -1)
+    return indices, count_codes(indices, K)
 
 
 def count_codes(indices: Tensor, K: int) -> Tensor:

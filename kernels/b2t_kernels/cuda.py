@@ -13,7 +13,7 @@ from torch import Tensor
 from b2t_kernels import blocked
 
 try:
-    from b2t_kernels import nearest, prepare, residual, sums, tuning, usage
+    from b2t_kernels import draw, nearest, prepare, residual, sums, tuning, usage
 
     MISSING = ""
 except ImportError as error:
@@ -91,6 +91,25 @@ def nearest_code(
         x,
         lambda: nearest.nearest_code(x, codebook, mask, exact, _prepared(codebook, given)),
         lambda: blocked.nearest_code(x, codebook, mask, exact, blocked.centred(given, x)),
+    )
+
+
+def sample_code(
+    x: Tensor,
+    codebook: Tensor,
+    temperature: Tensor,
+    row_keys: Tensor,
+    code_keys: Tensor,
+    given: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor]:
+    """See :func:`b2t_kernels.sample_code`."""
+    keys = (temperature, row_keys, code_keys)
+    return _run(
+        "sample_code",
+        obstacle(x, codebook),
+        x,
+        lambda: draw.sample_code(x, codebook, *keys, _prepared(codebook, given)),
+        lambda: blocked.sample_code(x, codebook, *keys, blocked.centred(given, x)),
     )
 
 

@@ -93,6 +93,16 @@ def score_threshold(top, nearest, squares, error, scale, shrink, statistics_ptr,
     reach += own + shrink * largest * (1 + slack) + 2 * UNIT * (length + shrink * radius)
     trusted = (nearest > SMALLEST_SQUARE) & (nearest < float("inf"))
     reach = tl.where(trusted, tl.sqrt(nearest) * (1 + slack) * scale * shrink, reach)
+    return threshold_of_reach(reach, squares, error, shrink, statistics_ptr, D)
+
+
+@triton.jit
+def threshold_of_reach(reach, squares, error, shrink, statistics_ptr, D):
+    """The t of the module's docstring for codes within a scaled distance ``reach`` of a row."""
+    slack = 4 * UNIT * (D + 8)
+    radius = tl.load(statistics_ptr + RADIUS) * (1 + slack)
+    length = tl.sqrt(squares) * (1 + slack)
+    own = tl.sqrt(error) * (1 + slack)
     longest = (length + reach + own) * (1 + 0.001953125) / shrink + 1e-6 * D
     error_there = tl.load(statistics_ptr + ERRORS + length_bin(longest))
     longest = tl.minimum(longest, radius)

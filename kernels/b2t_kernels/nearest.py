@@ -31,7 +31,6 @@ from b2t_kernels.prepare import (
     PreparedCodes,
     code_scale,
     padded_codes,
-    padded_width,
     physical_row,
 )
 from b2t_kernels.rows import PreparedRows, parts, prepare_rows
@@ -39,11 +38,10 @@ from b2t_kernels.scan import LOWEST, logit_factor, scan_kernel, winning_run
 
 
 @triton.jit
-def recover(rows_ptr, shrink, rows, codes_ptr, bias_ptr, run, N, padded_D, STEP: tl.constexpr):
-    """Index inside the winning run of eight, from the rounded vectors; ties to the lowest."""
+def run_scores(rows_ptr, shrink, rows, codes_ptr, bias_ptr, run, N, padded_D, STEP: tl.constexpr):
+    """Scores of each row's run of eight codes from the rounded vectors: [n, 8]."""
     n: tl.constexpr = rows.shape[0]
-    offsets = tl.arange(0, GROUP)
-    places = physical_row(run[:, None] + offsets[None, :])
+    places = physical_row(run[:, None] + tl.arange(0, GROUP)[None, :])
     scores = shrink[:, None] * tl.load(bias_ptr + places)
     for first in range(0, padded_D, STEP):
         columns = first + tl.arange(0, STEP)
@@ -52,8 +50,16 @@ def recover(rows_ptr, shrink, rows, codes_ptr, bias_ptr, run, N, padded_D, STEP:
         address = places.to(tl.int64)[:, :, None] * padded_D + columns[None, None, :]
         codes = tl.load(codes_ptr + address).to(tl.float32)
         scores += tl.sum(tl.reshape(values, [n, 1, STEP]) * codes, axis=2)
+    return scores
+
+
+@triton.jit
+def recover(rows_ptr, shrink, rows, codes_ptr, bias_ptr, run, N, padded_D, STEP: tl.constexpr):
+    """Index inside the winning run of eight, from the rounded vectors; ties to the lowest."""
+    scores = run_scores(rows_ptr, shrink, rows, codes_ptr, bias_ptr, run, N, padded_D, STEP)
+    offsets = tl.arange(0, GROUP)[None, :]
     top = tl.max(scores, axis=1)
-    return run + tl.min(tl.where(scores == top[:, None], offsets[None, :], GROUP), axis=1)
+    return run + tl.min(tl.where(scores == top[:, None], offsets, GROUP), axis=1)
 
 
 @triton.jit
@@ -149,17 +155,26 @@ class Found(NamedTuple):
     frames: Tensor
 
 
-class _Wanted(NamedTuple):
+class Wanted(NamedTuple):
+    """What a scan is for: nearest codes, the soft assignment with its temperature, or a draw.
+
+    keys: those of the rows [N] and of the codes [K′] int64, where codes are drawn.
+    parts: partial results wanted for each row, where the codes suffice; 0: as few as fill a GPU.
+    """
+
     search: bool
     exact: bool
-    temperature: Tensor | None
+    temperature: Tensor | None = None
+    keys: tuple[Tensor, Tensor] | None = None
+    parts: int = 0
 
     @property
     def soft(self) -> bool:
-        return self.temperature is not None
+        """Whether each slot's mass is wanted beside its best."""
+        return self.temperature is not None and self.keys is None
 
 
-class _Scanned(NamedTuple):
+class Scanned(NamedTuple):
     """What a scan keeps of N rows, [N, splits · slots] each; unwanted ones stand for another."""
 
     best: Tensor
@@ -170,31 +185,45 @@ class _Scanned(NamedTuple):
     share: int
 
 
+def scan(rows: PreparedRows, codes: PreparedCodes, K: int, wanted: Wanted) -> Scanned:
+    """Scan all K codes for prepared rows, with the configuration chosen for the device."""
+    (N, width), device = rows.rows.shape, rows.rows.device
+    return tuning.launch(
+        scan_kernel,
+        tuning.scan_space(tuning.family(device), width),
+        (N, K, width, wanted.exact, wanted.soft, wanted.keys is not None),
+        partial(_scan, rows, codes, padded_codes(K), wanted),
+        device,
+    )
+
+
 def _scan(
-    rows: PreparedRows, codes: PreparedCodes, padded_K: int, wanted: _Wanted, config: triton.Config
-) -> _Scanned:
+    rows: PreparedRows, codes: PreparedCodes, padded_K: int, wanted: Wanted, config: triton.Config
+) -> Scanned:
     (N, width), device = rows.rows.shape, rows.rows.device
     block_N, block_K = config.kwargs["BLOCK_N"], config.kwargs["BLOCK_K"]
     slots = block_K // 8 if wanted.exact else 1
-    most = tuning.MOST_PARTS // slots
-    splits, share = tuning.code_splits(N, padded_K, block_N, block_K, most, device)
+    most = min(tuning.MOST_PARTS, wanted.parts or tuning.MOST_PARTS) // slots
+    least = most if wanted.parts else 1
+    splits, share = tuning.code_splits(N, padded_K, block_N, block_K, most, device, least)
     best = torch.empty(N, splits * slots, dtype=torch.float32, device=device)
     runs = torch.empty(N, splits * slots, dtype=torch.int32, device=device)
     second = torch.empty_like(best) if wanted.exact else best
     mass = torch.empty_like(best) if wanted.soft else best
+    row_keys, code_keys = wanted.keys or (runs, runs)
     scan_kernel[(triton.cdiv(N, block_N), splits)](
         rows.rows, rows.shrink, codes.codes, codes.bias, codes.statistics,
-        wanted.temperature if wanted.soft else best, best, runs, second, mass,
-        N, width, padded_K, share,
+        best if wanted.temperature is None else wanted.temperature, row_keys, code_keys,
+        best, runs, second, mass, N, width, padded_K, share,
         WHOLE=width <= tuning.WIDEST_WHOLE, EXACT=wanted.exact, SOFT=wanted.soft,
-        **tuning.options(config),
+        DRAW=wanted.keys is not None, **tuning.options(config),
     )  # fmt: skip
-    return _Scanned(best, runs, second, mass, slots, share)
+    return Scanned(best, runs, second, mass, slots, share)
 
 
 def _settle(
-    x: Tensor, codebook: Tensor, codes: PreparedCodes, rows: PreparedRows, kept: _Scanned,
-    found: Found, length: Tensor, wanted: _Wanted,
+    x: Tensor, codebook: Tensor, codes: PreparedCodes, rows: PreparedRows, kept: Scanned,
+    found: Found, length: Tensor, wanted: Wanted,
 ) -> None:  # fmt: skip
     """Merge what was scanned into ``found``; ``length`` [≥ 1] int64 starts at zero."""
     (N, D), K, device = x.shape, codebook.shape[0], x.device
@@ -249,17 +278,11 @@ def assign(
     state = torch.zeros(K + 1 + len(pieces), dtype=torch.int64, device=device)
     indices = torch.empty(N if search else 0, dtype=torch.int64, device=device)
     lse = torch.empty(0 if temperature is None else N, dtype=torch.float32, device=device)
-    wanted = _Wanted(search, exact, temperature)
+    wanted = Wanted(search, exact, temperature)
     for number, piece in enumerate(pieces):
         part = x[piece]
         rows = prepare_rows(part, codes, None if mask is None else mask[piece])
-        kept = tuning.launch(
-            scan_kernel,
-            tuning.scan_space(tuning.family(device), padded_width(D)),
-            (part.shape[0], K, D, exact, wanted.soft),
-            partial(_scan, rows, codes, padded_codes(K), wanted),
-            device,
-        )
+        kept = scan(rows, codes, K, wanted)
         found = Found(indices[piece], state[:K], lse[piece], state[K : K + 1])
         _settle(part, codebook, codes, rows, kept, found, state[K + 1 + number :], wanted)
         if each is not None:

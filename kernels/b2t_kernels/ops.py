@@ -94,6 +94,45 @@ def nearest_code(
     return _nearest_code(x, codebook, mask, exact, list(prepared))
 
 
+@torch.no_grad()
+def sample_code(
+    x: Tensor,
+    codebook: Tensor,
+    temperature: float | Tensor,
+    row_keys: Tensor,
+    code_keys: Tensor,
+    prepared: Prepared = (),
+) -> tuple[Tensor, Tensor]:
+    """Draw a code for each row with probability softmax_k(−|x_n − c_k|² / temperature).
+
+    By the Gumbel-max trick, with the noise of :func:`b2t_kernels.gumbel.noise`: a row's draw is a
+    function of the row, its key and the codebook alone, wherever and beside whatever it is drawn.
+
+    Args:
+        x: [N, D] rows.
+        codebook: [K, D] codes. A code that is not finite is never drawn.
+        temperature: positive, in units of squared distance.
+        row_keys: [N] int64, random numbers of the rows.
+        code_keys: [K] int64, others of the codes.
+        prepared: the codebook's entry of :func:`prepare_codes`.
+
+    Returns:
+        indices [N] int64, −1 where a row is not finite, and counts [K] int64 of the others.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    check_search(x, codebook, None)
+    check_rows("row_keys", row_keys, x, torch.int64)
+    check_rows("code_keys", code_keys, codebook, torch.int64)
+    scale = torch.as_tensor(temperature, dtype=torch.float32, device=x.device)
+    if x.is_cuda:
+        return cuda.sample_code(x, codebook, scale, row_keys, code_keys, prepared)
+    return blocked.sample_code(
+        x, codebook, scale, row_keys, code_keys, blocked.centred(prepared, x)
+    )
+
+
 @torch.library.custom_op("b2t_kernels::code_sums", mutates_args=(), device_types="cpu")
 def _code_sums(
     x: Tensor, indices: Tensor, K: int, mask: Tensor | None, atomic: bool

@@ -62,6 +62,14 @@ def physical_row(code):
 
 
 @triton.jit
+def logical_row(place):
+    """The code that lies at ``place``: the inverse of :func:`physical_row`."""
+    run = (place // 2) % 4 + (place // 8) % 2 * 4
+    within = place % 2 + (place // 16) % 4 * 2
+    return place - place % 64 + run * 8 + within
+
+
+@triton.jit
 def power_of_two(exponent):
     """2^exponent as float32, for exponents −126..127."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)

@@ -7,6 +7,8 @@ operator of the same name does; the tests compare the two, and a user who doubts
 import torch
 from torch import Tensor
 
+from b2t_kernels.gumbel import noise
+
 
 def valid_rows(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Rows that count: finite in every column and, where a mask is given, True in it. [N] bool."""
@@ -43,6 +45,21 @@ def code_usage(
     kept = x[valid]
     distances = (kept[:, None, :] - codebook[None, :, :]).square().sum(dim=2)
     return (-distances / temperature).softmax(dim=1).sum(dim=0) / valid.sum().clamp(min=1)
+
+
+def sample_code(
+    x: Tensor,
+    codebook: Tensor,
+    temperature: float | Tensor,
+    row_keys: Tensor,
+    code_keys: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Codes [N] drawn from softmax_k(−|x_n − c_k|² / temperature) with Gumbel noise, counts [K]."""
+    valid = valid_rows(x)
+    logits = -squared_distances(torch.where(valid[:, None], x, 0), codebook) / temperature
+    drawn = (logits + noise(row_keys, code_keys)).argmax(dim=1)
+    indices = torch.where(valid, drawn, -1)
+    return indices, torch.bincount(indices[valid], minlength=codebook.shape[0])
 
 
 def code_sums(

@@ -4,7 +4,8 @@ Letters: N rows, K codes, D width; K′ and D′ padded; W partial results per r
 eight codes of a tile inside one thread (see ``prepare.physical_row``), so that the loop spends one
 multiply-add, about one maximum and three eighths of a compare-and-select on a score, and exchanges
 nothing between threads. With SOFT it also sums 2^(z − best) in each slot, z the logits of the soft
-assignment: one more multiply-add, exponential and addition.
+assignment: one more multiply-add, exponential and addition. With DRAW the scores are those logits
+plus Gumbel noise, so that the best of them is a draw from the soft assignment.
 
 Few rows leave most of a GPU idle: the codes are then split over a second axis of the grid, and
 ``settle`` merges what the splits found. No score depends on how they are split.
@@ -13,11 +14,11 @@ Few rows leave most of a GPU idle: the codes are then split over a second axis o
 import triton
 import triton.language as tl
 
-from b2t_kernels.prepare import code_scale
+from b2t_kernels.noise import LOG2_E, noise
+from b2t_kernels.prepare import code_scale, logical_row
 
 FAR = tl.constexpr(2147483647)
 LOWEST = tl.constexpr(-3e38)
-LOG2_E = tl.constexpr(1.4426950408889634)
 STEEPEST = tl.constexpr(1e25)  # beyond it an assignment is one-hot, and a logit might overflow
 
 
@@ -76,9 +77,10 @@ def logit_factor(temperature_ptr, scale, shrink):
 
 @triton.jit
 def scan_codes(
-    rows_ptr, rows, shrink, factor, codes_ptr, bias_ptr, first, last, N, padded_D,
+    rows_ptr, rows, shrink, factor, row_keys, code_keys_ptr, codes_ptr, bias_ptr, first, last,
+    N, padded_D,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, EXACT: tl.constexpr,
-    SOFT: tl.constexpr,
+    SOFT: tl.constexpr, DRAW: tl.constexpr,
 ):  # fmt: skip
     """Best, tile, second-best and mass of each slot over codes first..last, [n, slots] each.
 
@@ -93,6 +95,8 @@ def scan_codes(
     tile = tl.zeros([n, BLOCK_K // 64, 2, 4], tl.int32)
     columns = tl.arange(0, BLOCK_D)
     within = tl.arange(0, BLOCK_K)
+    if DRAW:
+        order = logical_row(within)
     if WHOLE:
         resident = row_tile(rows_ptr, rows, N, BLOCK_D, columns)
     bias = tl.load(bias_ptr + first + within)
@@ -107,6 +111,9 @@ def scan_codes(
                 codes = code_tile(codes_ptr, start + within, padded_D, left + columns)
                 scores = tl.dot(piece, codes, scores)
         scores += shrink[:, None] * bias[None, :]
+        if DRAW:
+            keys = tl.load(code_keys_ptr + start + order).to(tl.uint64)
+            scores = scores * factor[:, None] + noise(row_keys[:, None], keys[None, :])
         before = best
         best, tile, second = keep_best(scores, start, best, tile, second, EXACT)
         if SOFT:
@@ -125,10 +132,10 @@ def winning_run(best, runs):
 
 @triton.jit(do_not_specialize=["N"])
 def scan_kernel(
-    rows_ptr, shrink_ptr, codes_ptr, bias_ptr, statistics_ptr, temperature_ptr,
-    best_ptr, runs_ptr, second_ptr, mass_ptr, N, padded_D, padded_K, share,
+    rows_ptr, shrink_ptr, codes_ptr, bias_ptr, statistics_ptr, temperature_ptr, row_keys_ptr,
+    code_keys_ptr, best_ptr, runs_ptr, second_ptr, mass_ptr, N, padded_D, padded_K, share,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
-    EXACT: tl.constexpr, SOFT: tl.constexpr,
+    EXACT: tl.constexpr, SOFT: tl.constexpr, DRAW: tl.constexpr,
 ):  # fmt: skip
     """Scan one split of the codes, ``share`` of them, for a tile of rows.
 
@@ -142,11 +149,14 @@ def scan_kernel(
     inside = rows < N
     shrink = tl.load(shrink_ptr + rows, inside, other=1.0)
     factor = shrink
-    if SOFT:
+    row_keys = rows
+    if SOFT or DRAW:
         factor = logit_factor(temperature_ptr, code_scale(statistics_ptr), shrink)
+    if DRAW:
+        row_keys = tl.load(row_keys_ptr + rows, inside, other=0).to(tl.uint64)
     best, tile, second, mass = scan_codes(
-        rows_ptr, rows, shrink, factor, codes_ptr, bias_ptr, first, last, N, padded_D,
-        BLOCK_K, BLOCK_D, WHOLE, EXACT, SOFT,
+        rows_ptr, rows, shrink, factor, row_keys, code_keys_ptr, codes_ptr, bias_ptr, first, last,
+        N, padded_D, BLOCK_K, BLOCK_D, WHOLE, EXACT, SOFT, DRAW,
     )  # fmt: skip
     SLOTS: tl.constexpr = BLOCK_K // 8
     slots = tl.arange(0, SLOTS)

@@ -134,12 +134,22 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def code_splits(
-    N: int, padded_K: int, block_N: int, block_K: int, most: int, device: torch.device
+    N: int,
+    padded_K: int,
+    block_N: int,
+    block_K: int,
+    most: int,
+    device: torch.device,
+    least: int = 1,
 ) -> tuple[int, int]:
-    """How many parts, ``most`` at most, the codes are cut into for few rows, and their size."""
+    """How many parts the codes are cut into, and their size.
+
+    Few rows are cut so that the device is full, all into ``least`` parts where the codes suffice,
+    none into more than ``most``.
+    """
     tiles = padded_K // block_K
     wanted = multiprocessors(device) // triton.cdiv(N, block_N)
-    splits = max(1, min(wanted, most, tiles // 4))
+    splits = max(1, min(max(min(wanted, tiles // 4), min(least, tiles)), max(1, most)))
     share = triton.cdiv(tiles, splits) * block_K
     return triton.cdiv(padded_K, share), share
 
@@ -248,6 +258,7 @@ PLAIN_KERNELS: dict[str, tuple[str, dict[str, Any], int]] = {
         {"W": MOST_PARTS, "SLOTS": 16, "BLOCK_D": REFINE_WIDTH},
         REFINE_WARPS,
     ),
+    "drawn_kernel": ("draw", {"BLOCK_N": 16, "STEP": 16, "W": MOST_PARTS}, 4),
     "segment_kernel": ("sums", {"BLOCK_N": 32, "BLOCK_D": 128, "CHUNK": 512}, 4),
     "gather_kernel": ("sums", {"BLOCK_N": 32, "BLOCK_D": 128}, 4),
     "scatter_kernel": ("sums", {"BLOCK_N": 16, "BLOCK_D": 128}, 4),
@@ -265,9 +276,10 @@ def kernel(name: str) -> Any:
 def spaces(family: int, padded_D: int) -> Iterator[tuple[str, Space, dict[str, dict[str, Any]]]]:
     """Every tensor-core kernel with its configurations and its variants' compile-time flags."""
     variants = {
-        "fast": {"EXACT": False, "SOFT": False},
-        "exact": {"EXACT": True, "SOFT": False},
-        "exact, soft": {"EXACT": True, "SOFT": True},
+        "fast": {"EXACT": False, "SOFT": False, "DRAW": False},
+        "exact": {"EXACT": True, "SOFT": False, "DRAW": False},
+        "exact, soft": {"EXACT": True, "SOFT": True, "DRAW": False},
+        "draw": {"EXACT": False, "SOFT": False, "DRAW": True},
     }
     if padded_D > WIDEST_USAGE:
         del variants["exact, soft"]

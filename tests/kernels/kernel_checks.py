@@ -8,7 +8,19 @@ import os
 import pytest
 import torch
 
-from b2t_kernels import cuda, nearest, prepare, reference, residual, scan, sums, tuning, usage
+from b2t_kernels import (
+    cuda,
+    draw,
+    gumbel,
+    nearest,
+    prepare,
+    reference,
+    residual,
+    scan,
+    sums,
+    tuning,
+    usage,
+)
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") else "cuda"
 
@@ -200,6 +212,54 @@ def test_usage_and_its_gradients(N, K, D, offset):
     for ours, theirs in zip(found, wanted, strict=True):
         assert (ours - theirs).norm() <= 4e-3 * theirs.norm() + 1e-12
     assert not found[0][~valid].any()
+
+
+def draws(x, codebook, tau, keys):
+    codes = prepare.prepare(codebook)
+    return draw.sample_code(x, codebook, torch.tensor(tau), *keys, codes)
+
+
+def keys_of(N, K):
+    return gumbel.mix(torch.arange(N) - 7), gumbel.mix(-torch.arange(K) - 1)
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "D", "offset"), [(63, 130, 63, 100.0), (130, 1000, 20, 0.0), (5, 70, 1000, 0.0)]
+)
+def test_draws_are_those_of_the_same_noise_in_float64(N, K, D, offset, monkeypatch):
+    x, codebook = rows_and_codes(N, K, D, offset=offset)
+    x[3], codebook[K // 2] = torch.nan, torch.inf
+    keys, tau, seen = keys_of(N, K), float(D) ** 0.5, []
+    logits = -reference.squared_distances(torch.where(x.isfinite(), x, 0), codebook) / tau
+    best = (logits + gumbel.noise(*keys)).topk(2)
+    clear = (best.values[:, 0] - best.values[:, 1] > 0.05) & reference.valid_rows(x)
+    assert clear.double().mean() > 0.5
+    for multiprocessors in (1, 500):
+        monkeypatch.setattr(tuning, "multiprocessors", lambda device, n=multiprocessors: n)
+        indices, counts = draws(x, codebook, tau, keys)
+        assert torch.equal(indices[clear], best.indices[clear, 0])
+        assert indices[3] == -1
+        assert torch.equal(counts, torch.bincount(indices[indices >= 0], minlength=K))
+        seen.append(indices)
+    assert torch.equal(*seen), "a draw must not depend on how the codes are split"
+    alone = draws(x[1:2], codebook, tau, (keys[0][1:2], keys[1]))[0]
+    assert alone == seen[0][1], "nor on the rows beside it"
+
+
+def test_draws_follow_the_soft_assignment():
+    """Pearson's χ² of 6000 draws of one row against softmax probabilities in float64."""
+    x, codebook = rows_and_codes(1, 24, 8)
+    probabilities = (-reference.squared_distances(x, codebook)[0] / 6.0).softmax(0)
+    assert probabilities.max() > 0.15
+    _, counts = draws(x.expand(6000, -1), codebook, 6.0, keys_of(6000, 24))
+    expected = 6000 * probabilities
+    likely = expected > 5
+    squares = ((counts - expected).square() / expected)[likely].sum()
+    freedom = int(likely.sum()) - 1
+    # A thousandth of the χ² distribution lies beyond, by Wilson and Hilferty's approximation.
+    assert freedom > 10
+    assert squares < freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+    assert counts.sum() == 6000
 
 
 @pytest.mark.parametrize("atomic", [False, True])

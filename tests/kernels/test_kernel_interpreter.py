@@ -12,8 +12,9 @@ GROUPS = [
     "test_search and not shapes",
     "test_exact or few_rows or long_inputs",
     "usage or residual or sums or prepared or gradients",
+    "test_draws",
     "not test_search and not test_exact and not few_rows and not long_inputs and not usage"
-    " and not residual and not sums and not prepared and not gradients",
+    " and not residual and not sums and not prepared and not gradients and not test_draws",
 ]
 
 

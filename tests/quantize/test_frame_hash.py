@@ -1,14 +1,13 @@
 import torch
 
 from b2t.quantize.frame_hash import (
-    _gumbel,
-    frame_gumbel,
+    code_keys,
     frame_hash,
     frame_ids,
     identity_hash,
-    mix,
     signed64,
 )
+from b2t_kernels.gumbel import from_bits, mix, noise
 
 
 def splitmix_finalizer(value):
@@ -52,12 +51,24 @@ def test_identities_are_those_of_trial_and_place():
 
 def test_gumbel_noise_has_its_moments_and_differs_by_layer():
     hashes = frame_hash(torch.randn(2000, 3), 0, 0)
-    noise = frame_gumbel(hashes, 100, 0).double()
-    assert abs(noise.mean() - 0.5772) < 0.02 and abs(noise.var() - 1.6449) < 0.04
-    other = frame_gumbel(hashes, 100, 1).double()
-    assert abs(torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1]) < 0.01
+    cpu = torch.device("cpu")
+    first = noise(hashes, code_keys(100, 0, cpu)).double()
+    assert abs(first.mean() - 0.5772) < 0.02 and abs(first.var() - 1.6449) < 0.04
+    other = noise(hashes, code_keys(100, 1, cpu)).double()
+    assert abs(torch.corrcoef(torch.stack([first.flatten(), other.flatten()]))[0, 1]) < 0.01
+
+
+def test_noise_is_that_of_its_pair_alone():
+    """Blocks of rows are an economy: any part of the rows gives that part of the noise."""
+    keys = frame_hash(torch.randn(50, 3), 0, 0)
+    codes = code_keys(3000, 2, torch.device("cpu"))
+    whole = noise(keys, codes)
+    assert torch.equal(noise(keys[40:], codes), whole[40:])
+    assert torch.equal(noise(keys, codes[7:9]), whole[:, 7:9])
+    bits = torch.tensor(splitmix_finalizer(int(keys[5] ^ codes[11])) >> 41)
+    assert whole[5, 11] == -torch.log(-torch.log((bits.float() + 0.5) / 2**23))
 
 
 def test_the_extremes_of_the_noise_are_finite():
-    low, high = _gumbel(torch.tensor([0, (1 << 23) - 1])).tolist()
+    low, high = from_bits(torch.tensor([0, (1 << 23) - 1])).tolist()
     assert -3 < low < -2.7 and 16 < high < 17
