@@ -7,7 +7,6 @@ from torch import Tensor
 
 from b2t.evaluate import usage
 from b2t.monitor.context import StepContext
-from b2t.monitor.state import pack, unpack
 from b2t.monitor.trend import slopes
 
 
@@ -103,13 +102,13 @@ class CodebookMonitor:
         return ((centred @ centred.T) / (norm[:, None] * norm)).cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the window in the order of time, as JSON values."""
+        """Return the window in the order of time."""
         if self._counts is None:
             return {"seen": 0, "counts": None, "course": None}
         return {
             "seen": self.seen,
-            "counts": pack(self._chronological(self._counts)),
-            "course": pack(self._chronological(self._course)),
+            "counts": self._chronological(self._counts),
+            "course": self._chronological(self._course),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -118,14 +117,14 @@ class CodebookMonitor:
         self._counts = self._total = self._course = None
         if state["counts"] is None:
             return
-        kept = unpack(state["counts"])[-self.window :]
+        kept = state["counts"][-self.window :]
         self._prepare(kept[0])
         assert self._counts is not None and self._course is not None
         # Slots follow `seen`, so that the next update replaces the oldest.
         first = state["seen"] - len(kept)
         slots = torch.arange(first, state["seen"]) % self.window
         self._counts[slots] = kept
-        self._course[slots] = unpack(state["course"])[-self.window :]
+        self._course[slots] = state["course"][-self.window :]
         self._total = self._counts.sum(0, dtype=torch.int64)
         self.seen = state["seen"]
 

@@ -56,7 +56,7 @@ class Monitor(Protocol):
         """Return the current values by metric name; the one place that reads the device."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that the next value depends on, as JSON values."""
+        """Return everything that the next value depends on: JSON values, and tensors."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state_dict` was called."""

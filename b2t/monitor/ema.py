@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from b2t.monitor.context import StepContext
-from b2t.monitor.state import pack, unpack
 
 
 class EMAMonitor:
@@ -100,12 +99,11 @@ class EMAMonitor:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the codebooks themselves do not hold."""
-        movement = None if self._movement is None else pack(self._movement)
         return {
             "updates": self.updates,
             "revived": list(self._revived),
-            "movement": movement,
-            "ranks": None if self._ranks is None else pack(self._ranks),
+            "movement": self._movement,
+            "ranks": self._ranks,
             "next": self._next,
             "ranked_at": self._ranked_at,
         }
@@ -115,9 +113,7 @@ class EMAMonitor:
         self.updates = state["updates"]
         self._revived.clear()
         self._revived.extend(state["revived"])
-        self._movement = None if state["movement"] is None else unpack(state["movement"])
-        ranks = state.get("ranks")
-        self._ranks = None if ranks is None else unpack(ranks)
+        self._movement, self._ranks = state["movement"], state.get("ranks")
         self._next, self._ranked_at = state.get("next", 0), state.get("ranked_at", 0)
         due = self.updates % self.every == self.every - 1 or self.every == 1
         self._before = self._codes.clone() if due and self.updates else None

@@ -55,7 +55,7 @@ class Monitors:
         return raised
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of all monitors and rules as JSON values."""
+        """Return the state of all monitors and rules."""
         states = {name: monitor.state_dict() for name, monitor in self.monitors.items()}
         return {"monitors": states, "alerts": self.alerts.state_dict()}
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from b2t.evaluate.signal import decibels
 from b2t.evaluate.traces import trial_traces
 from b2t.monitor.context import StepContext
-from b2t.monitor.state import pack, unpack
 
 _SUMS = ("count", "error", "target", "output", "product", "steps", "step_t", "step_o", "step_p")
 
@@ -144,19 +143,18 @@ class ReconstructionMonitor:
     def state_dict(self) -> dict[str, Any]:
         """Return the window, the same on all ranks."""
         self._settle()
-        ring = None if self._ring is None else pack(self._ring)
         names = ("phase", "calls", "seen", "best_db")
         values = {name: getattr(self, name) for name in names}
-        return {**values, "ring": ring, "distances": self._last_distances()}
+        return {**values, "ring": self._ring, "distances": self._last_distances()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a window; one of another length starts anew."""
-        ring = None if state["ring"] is None else unpack(state["ring"])
+        ring = state["ring"]
         if ring is not None and len(ring) != self.slots:
             return
         for name in ("phase", "calls", "seen", "best_db"):
             setattr(self, name, state[name])
-        self._ring = ring
+        self._ring = None if ring is None else ring.clone()
         self._distances = dict(state.get("distances", {}))
 
     def _last_distances(self) -> dict[str, float]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from b2t.monitor.context import StepContext
-from b2t.monitor.state import pack, unpack
 from b2t.monitor.trend import slopes
 
 PEAK_FLOPS = {
@@ -136,19 +135,19 @@ class TrainingMonitor:
             "seen": self.seen,
             "names": self._names,
             "weights": self._weights,
-            "ring": None if self._ring is None else pack(self._ring),
-            "smooth": None if self._smooth is None else pack(self._smooth),
+            "ring": self._ring,
+            "smooth": self._smooth,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a window; one of another length starts anew."""
-        ring = None if state["ring"] is None else unpack(state["ring"])
+        ring = state["ring"]
         if ring is None or len(ring) != self.window:
             return
         self._start()
         self.phase, self.seen, self._names = state["phase"], state["seen"], state["names"]
-        self._weights, self._ring = state["weights"], ring
-        self._smooth = unpack(state["smooth"])
+        self._weights, self._ring = state["weights"], ring.clone()
+        self._smooth = state["smooth"]
 
     def _start(self) -> None:
         self.seen = 0

@@ -96,8 +96,7 @@ class Callback:
     Attributes:
         collective: the hook meets the other ranks inside; an error there ends the run, because the
             others would wait.
-        key: names the hook's state in checkpoints; None is the name of its class, which then
-            cannot be renamed.
+        key: names the hook's state in checkpoints, once for all; a hook that keeps one has it.
     """
 
     collective = False
@@ -140,7 +139,7 @@ class Callback:
         """When the run leaves, finished or not."""
 
     def state_dict(self) -> dict[str, Any]:
-        """State that a resume restores: JSON values, and tensors."""
+        """State that a resume restores: JSON values, and tensors among them."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 A checkpoint is a folder `checkpoints/step-00000200/` of
 
     weights.safetensors    float32 masters of all parameters, and all buffers (codebooks)
-    moments.safetensors    Adam's moments of the current phase, whole tensors by name
+    moments.safetensors    Adam's moments of the current phase by name, whole; tensors of hooks
     state.json             progress, engine counters, callbacks, configuration, versions
     manifest.json          size and SHA-256 of each file
 

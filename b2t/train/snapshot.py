@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from b2t.config import Config
-from b2t.log import log_once
+from b2t.train import hook_states
 from b2t.train.callback import Callback
 from b2t.train.checkpoint import Checkpoint
 from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.environment import versions
-from b2t.train.guard import describe
 from b2t.train.progress import Progress
 from b2t.train.ranks import Ranks
 
@@ -44,7 +42,7 @@ def take(
             last record; None each between phases.
         origin: what `origin` returned.
     """
-    values, tensors = _callback_states(callbacks)
+    values, tensors = hook_states.taken_from(callbacks)
     averaged = {f"{_AVERAGE}{name}": value for name, value in averages.items()}
     state = {"progress": progress.to_dict(), **numbers, "callbacks": values, **origin}
     return Checkpoint(weights, {**moments, **averaged, **tensors}, state)
@@ -74,7 +72,7 @@ def restore_weights(
     for name, buffer in model.named_buffers():
         if name in checkpoint.weights:
             buffer.data = checkpoint.weights[name].to(buffer.device)
-    return _under(_AVERAGE, checkpoint.moments)
+    return hook_states.under(_AVERAGE, checkpoint.moments)
 
 
 def restore(
@@ -88,49 +86,5 @@ def restore(
     Engine and window follow with a phase.
     """
     averages = restore_weights(checkpoint, model, masters)
-    for callback in callbacks:
-        key = _key(callback)
-        numbers = checkpoint.state["callbacks"].get(key, {})
-        state = {**numbers, **_under(f"{key}:", checkpoint.moments)}
-        if state:
-            callback.load_state_dict(state)
+    hook_states.given_back(callbacks, checkpoint.state["callbacks"], checkpoint.moments)
     return Progress.from_dict(checkpoint.state["progress"]), averages
-
-
-def _key(callback: Callback) -> str:
-    return callback.key or type(callback).__name__
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors whose key begins with ``prefix``, without it."""
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _state(callback: Callback) -> dict[str, Any]:
-    """Return the state of a hook; of one that fails none, unless other ranks meet in it."""
-    try:
-        return callback.state_dict()
-    except Exception as error:
-        if callback.collective:
-            raise
-        kind = type(callback).__name__
-        log_once(
-            f"{kind}-state",
-            f"{kind}.state_dict failed: {describe(error)}; checkpoints are written without it",
-            logging.ERROR,
-        )
-        return {}
-
-
-def _callback_states(callbacks: Sequence[Callback]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """States of the hooks by key: JSON values, and tensors under `key:name`."""
-    numbers: dict[str, Any] = {}
-    tensors: dict[str, Tensor] = {}
-    for callback in callbacks:
-        key = _key(callback)
-        for name, value in _state(callback).items():
-            if isinstance(value, Tensor):
-                tensors[f"{key}:{name}"] = value.detach().to("cpu", copy=True)
-            else:
-                numbers.setdefault(key, {})[name] = value
-    return numbers, tensors

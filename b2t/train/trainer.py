@@ -30,6 +30,7 @@ from b2t.train.codebook_start import start_codebooks, why_not_started
 from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.engine import PhaseEngine, initial_masters
 from b2t.train.guard import Guard
+from b2t.train.hook_states import require_names
 from b2t.train.metric_names import best_rules
 from b2t.train.phase import TrainedPhase, phase_batches
 from b2t.train.progress import Progress
@@ -83,6 +84,7 @@ class Trainer:
         self.materials = materials
         self.ranks = ranks
         self.callbacks = list(callbacks)
+        require_names(self.callbacks)
         self.stop = stop
         self.stops = StopRequests(ranks, stop)
         self.best_by = best_rules(config, materials)

@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -7,6 +5,7 @@ from scipy import stats
 
 from b2t.monitor.codebook import CodebookMonitor
 from b2t.monitor.context import StepContext
+from tests.monitor.checkpointed import checkpointed
 
 Q, K = 3, 16
 
@@ -92,7 +91,7 @@ def test_resume_goes_on_exactly(stop):
     counts = history(20)
     straight = feed(CodebookMonitor(window=7), counts)
     before = feed(CodebookMonitor(window=7), counts[:stop])
-    state = json.loads(json.dumps(before.state_dict()))
+    state = checkpointed(before.state_dict())
     resumed = CodebookMonitor(window=7)
     resumed.load_state_dict(state)
     assert resumed.metrics() == before.metrics()

@@ -1,4 +1,3 @@
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +6,7 @@ import torch
 
 from b2t.monitor.context import StepContext
 from b2t.monitor.ema import EMAMonitor, effective_rank
+from tests.monitor.checkpointed import checkpointed
 
 L, K, D = 2, 12, 5
 
@@ -128,10 +128,10 @@ def test_resume_goes_on_exactly(stop):
     again = quantizer()
     first = run(EMAMonitor(again, every=3, window=4), again, range(1, stop + 1))
     second = EMAMonitor(again, every=3, window=4)
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    second.load_state_dict(checkpointed(first.state_dict()))
     assert second.metrics() == first.metrics()
     third = EMAMonitor(again, every=3, window=4)
-    third.load_state_dict(json.loads(json.dumps(second.state_dict())))
+    third.load_state_dict(checkpointed(second.state_dict()))
     assert run(straight, q, range(stop + 1, 12)).metrics() == (
         run(third, again, range(stop + 1, 12)).metrics()
     )

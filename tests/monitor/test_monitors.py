@@ -1,4 +1,3 @@
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +10,7 @@ from b2t.monitor.reconstruction import ReconstructionMonitor
 from b2t.monitor.rvq import RVQMonitor
 from b2t.monitor.training import TrainingMonitor
 from b2t.quantize import ResidualVQ
+from tests.monitor.checkpointed import checkpointed
 
 
 def quantizer():
@@ -83,7 +83,7 @@ def test_everything_together_is_json_and_resumes_exactly(monkeypatch):
     first = monitors(again)
     for context in steps(again, range(13)):
         first.update(context)
-    state = json.loads(json.dumps(first.state_dict()))
+    state = checkpointed(first.state_dict())
     second = monitors(again)
     second.load_state_dict(state)
     for context in steps(again, range(13, 20)):

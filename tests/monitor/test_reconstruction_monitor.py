@@ -1,4 +1,3 @@
-import json
 import math
 
 import numpy as np
@@ -7,6 +6,7 @@ import torch
 
 from b2t.monitor.context import StepContext
 from b2t.monitor.reconstruction import ReconstructionMonitor, spectral_distance_db
+from tests.monitor.checkpointed import checkpointed
 
 
 def batch(number, phase="p", rows=3, bins=40, channels=4):
@@ -137,7 +137,7 @@ def test_resume_goes_on_exactly(stop):
     first = run(ReconstructionMonitor(50.0, window=3, every=1), contexts[:stop])
     first.metrics(), straight.metrics()
     second = ReconstructionMonitor(50.0, window=3, every=1)
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    second.load_state_dict(checkpointed(first.state_dict()))
     resumed = run(second, contexts[stop:]).metrics()
     for name, value in straight.metrics().items():
         if name != "reconstruction/snr_drop_db":
@@ -150,7 +150,7 @@ def test_resume_keeps_the_rhythm_of_measurements(stop):
     straight = run(ReconstructionMonitor(50.0, window=9, every=3), contexts)
     first = run(ReconstructionMonitor(50.0, window=9, every=3), contexts[:stop])
     second = ReconstructionMonitor(50.0, window=9, every=3)
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    second.load_state_dict(checkpointed(first.state_dict()))
     assert run(second, contexts[stop:]).metrics() == straight.metrics()
 
 
@@ -160,7 +160,7 @@ def test_a_log_step_between_measurements_says_the_same_after_a_resume(stop):
     straight = run(ReconstructionMonitor(50.0, window=9, every=5), contexts)
     first = run(ReconstructionMonitor(50.0, window=9, every=5), contexts[:stop])
     second = ReconstructionMonitor(50.0, window=9, every=5)
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    second.load_state_dict(checkpointed(first.state_dict()))
     resumed = run(second, contexts[stop:]).metrics()
     assert resumed == straight.metrics()
     assert any("spectral" in name for name in resumed)

@@ -8,7 +8,7 @@ import pytest
 
 from b2t.errors import UserError
 from b2t.train import guard as guards
-from b2t.train import snapshot
+from b2t.train import hook_states, snapshot
 from b2t.train.callback import Callback
 from b2t.train.guard import Guard
 
@@ -46,7 +46,7 @@ class Meeting(Hook):
 def said(monkeypatch):
     """What is logged once, with its level."""
     lines = {}
-    for module in (guards, snapshot):
+    for module in (guards, hook_states):
         monkeypatch.setattr(
             module, "log_once", lambda key, text, level: lines.setdefault(key, (text, level))
         )
@@ -108,8 +108,10 @@ def guards_progress():
 
 def test_a_checkpoint_is_written_without_the_state_of_a_hook_that_fails(said):
     class Fine(Callback):
+        key = "fine"
+
         def state_dict(self):
             return {"seen": 3}
 
-    assert states([Hook(ValueError("half a figure")), Fine()]) == {"Fine": {"seen": 3}}
+    assert states([Hook(ValueError("half a figure")), Fine()]) == {"fine": {"seen": 3}}
     assert "half a figure" in said["Hook-state"][0]
