@@ -7,6 +7,7 @@ from typing import Any
 
 from b2t.errors import UserError
 from b2t.log import log_once
+from b2t.signal_processing import ProcessingOptions
 
 Z_SCORE = "z-score"
 """Unit of signals whose channels were brought to mean 0 and deviation 1."""
@@ -26,6 +27,7 @@ class SignalSpec:
         unit: `z-score`, or the unit of the recording, such as V.
         rms: root mean square of a typical trial, in that unit.
         sessions: their names; of a model, those it can tell apart.
+        processing: reference and filters, as `b2t.signal_processing.ProcessingOptions`.
     """
 
     channels: int
@@ -34,6 +36,7 @@ class SignalSpec:
     unit: str | None = None
     rms: float | None = None
     sessions: Sequence[str] = ()
+    processing: dict[str, Any] | None = None
 
     @classmethod
     def of_model(cls, config: Any) -> "SignalSpec":
@@ -46,6 +49,7 @@ class SignalSpec:
             unit=known.get("unit"),
             rms=known.get("rms"),
             sessions=config.sessions if config.adapter["enabled"] else (),
+            processing=known.get("processing"),
         )
 
 
@@ -72,6 +76,7 @@ def compare(model: SignalSpec, data: SignalSpec) -> Fit:
     _compare_channels(model, data, fit)
     _compare_rates(model, data, fit)
     _compare_units(model, data, fit)
+    _compare_processing(model, data, fit)
     unknown = [name for name in data.sessions if name not in set(model.sessions)]
     if model.sessions and unknown:
         fit.problems.append(
@@ -170,6 +175,19 @@ def _compare_units(model: SignalSpec, data: SignalSpec, fit: Fit) -> None:
         fit.problems.append(
             f"its root mean square is {data.rms:.3g}, that of the training signals {model.rms:.3g}"
             f"{' (z-scored)' if model.unit == Z_SCORE else ''}: another unit or normalisation"
+        )
+
+
+def _compare_processing(model: SignalSpec, data: SignalSpec, fit: Fit) -> None:
+    if model.processing is None or data.processing is None:
+        return
+    wanted, found = (ProcessingOptions(**each) for each in (model.processing, data.processing))
+    if wanted.model_copy(update={"bad_channels": []}) != found.model_copy(
+        update={"bad_channels": []}
+    ):
+        fit.problems.append(
+            f"its signals were prepared otherwise ({found.told()}) than those of the training "
+            f"({wanted.told()}); `b2t prepare --like` the training data"
         )
 
 

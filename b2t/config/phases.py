@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -49,6 +49,8 @@ class PhaseConfig(Options):
     """Weights of the total loss."""
     masking: MaskingOptions = MaskingOptions()
     """What is hidden of each trial where `losses.masked` is above 0."""
+    augment: dict[str, Any] = Field(default={})
+    """Keys of `data.augment` that are otherwise in this phase, such as {noise_std: 0.5}."""
     text_from: Literal["signals", "labels"] = "signals"
     """What text is learnt from with `text_decoder.memory: phonemes`: the phonemes heard in signals,
     or those of the labels. Where text is all that is learnt, no signal is encoded then."""

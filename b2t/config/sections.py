@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from b2t.config.alert_rules import AlertRule
 from b2t.config.model import ModelConfig
@@ -203,6 +203,28 @@ class Config(Options):
         if len(set(names)) != len(names):
             raise ValueError(f"phases must have distinct names, found {names}")
         return self
+
+    @model_validator(mode="after")
+    def _phases_augment(self) -> Config:
+        for number, phase in enumerate(self.phases):
+            if fixed := [name for name in phase.augment if name.startswith("smoothing")]:
+                raise ValueError(
+                    f"phases.{number}.augment.{fixed[0]}: smoothing belongs to the model's input "
+                    f"and is the same in all phases; set data.augment.{fixed[0]}"
+                )
+            try:
+                self.augment_of(number)
+            except ValidationError as error:
+                item = error.errors()[0]
+                key = ".".join(["phases", str(number), "augment", *map(str, item["loc"])])
+                message = item["msg"].removeprefix("Value error, ")
+                raise ValueError(f"{key}: {message}") from None
+        return self
+
+    def augment_of(self, phase: int) -> AugmentOptions:
+        """Return the augmentation of a phase, by number."""
+        given = {**self.data.augment.model_dump(), **self.phases[phase].augment}
+        return AugmentOptions(**given)
 
     @property
     def total_steps(self) -> int:

@@ -1,11 +1,16 @@
-"""Random changes to a trial's signal, a function of the seed and the row's name alone."""
+"""Random changes to a trial's signal, a function of the seed and the row's name alone.
+
+What happens to a row is drawn where it is read (`Augment.draw`); signals change where they are
+trained on, a batch at a time (`b2t.data.augment_batch`).
+"""
 
 import hashlib
 from typing import NamedTuple
 
 import numpy as np
-from scipy import fft
+import torch
 
+from b2t.data.augment_batch import Draws, augmented, pack
 from b2t.data.options import AugmentOptions
 from b2t.smoothing import smooth
 
@@ -33,9 +38,10 @@ def row_generator(seed: int, phase: int, epoch: int, row: str) -> np.random.Gene
 class Augment(AugmentOptions):
     """Augmentation of one trial, as its options say.
 
-    A shift moves the signal in time; the bins that it leaves are zero and masked. Of dropped
-    channels one always stays. Smoothing belongs to the input, not to chance: evaluation applies it
-    too, and it is what stays where augmentation is off.
+    A shift moves the signal in time; the bins that it leaves are zero and masked. A cut leaves out
+    the beginning, a stretch reads the rest slower or faster. Of dropped channels and arrays one
+    always stays. Smoothing belongs to the input, not to chance: evaluation applies it too, and it
+    is what stays where augmentation is off.
     """
 
     def __call__(
@@ -43,19 +49,15 @@ class Augment(AugmentOptions):
     ) -> Augmented:
         """Augment ``signal`` [T, C], sampled at ``sampling_rate`` Hz.
 
-        The target is taken after shift and scale, before offset, noise, smoothing and masks.
+        The target is taken after cut, stretch, shift and scale, before offset, noise, smoothing
+        and masks.
         """
         if not self.enabled:
             return self.evaluation(signal)
-        target, mask = self._shift(signal, sampling_rate, generator)
-        target *= np.float32(generator.uniform(*self.scale))
-        valid = self._disturb(target[mask], generator)
-        valid = self._drop_channels(smooth(valid, self.smoothing_bins), generator)
-        valid = self._mask_frequencies(valid, generator)
-        valid = self._mask_time(valid, generator)
-        augmented = np.zeros_like(target)
-        augmented[mask] = valid
-        return Augmented(augmented, target, mask)
+        draws = self.draw(signal.shape, sampling_rate, generator)
+        rows = torch.from_numpy(np.array(signal, dtype=np.float32))[None]
+        found, target = augmented(rows, pack([draws]), self)
+        return Augmented(found[0].numpy(), target[0].numpy(), draws.mask())
 
     def evaluation(self, signal: np.ndarray) -> Augmented:
         """Prepare ``signal`` [T, C] without chance: smoothing only."""
@@ -64,54 +66,73 @@ class Augment(AugmentOptions):
             smooth(target, self.smoothing_bins), target, np.ones(len(target), dtype=bool)
         )
 
-    def _shift(
-        self, signal: np.ndarray, sampling_rate: float, generator: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        bins = len(signal)
-        furthest = min(round(self.time_shift_ms * sampling_rate / 1000), bins - 1)
-        by = int(generator.integers(-furthest, furthest + 1))
-        shifted = np.zeros(signal.shape, dtype=np.float32)
-        mask = np.zeros(bins, dtype=bool)
-        destination = slice(max(by, 0), bins + min(by, 0))
-        shifted[destination] = signal[max(-by, 0) : bins + min(-by, 0)]
-        mask[destination] = True
-        return shifted, mask
+    def draw(
+        self, shape: tuple[int, ...], sampling_rate: float, generator: np.random.Generator
+    ) -> Draws:
+        """Draw what happens to a trial of ``shape`` T, C at ``sampling_rate`` Hz.
 
-    def _disturb(self, signal: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        channels = signal.shape[1]
-        if self.offset_std:
-            signal = signal + np.float32(self.offset_std) * generator.standard_normal(
-                channels, dtype=np.float32
-            )
-        if self.noise_std:
-            signal = signal + np.float32(self.noise_std) * generator.standard_normal(
-                signal.shape, dtype=np.float32
-            )
-        return signal
+        Numbers are drawn in one order whatever the options, so that switching one augmentation on
+        or off leaves the others as they were.
+        """
+        bins, channels = shape
+        chance = generator.random(5)
+        cut = int(chance[0] * (self._bins(self.random_cut_ms, sampling_rate, bins - 1) + 1))
+        low, high = self.time_stretch
+        stretched = max(1, round((bins - cut) * (low + chance[1] * (high - low))))
+        furthest = self._bins(self.time_shift_ms, sampling_rate, stretched - 1)
+        shift = int(chance[2] * (2 * furthest + 1)) - furthest
+        recorded = stretched - abs(shift)
+        spectrum = recorded // 2
+        return Draws(
+            source_bins=bins,
+            cut=cut,
+            bins=stretched,
+            shift=shift,
+            scale=float(self.scale[0] + chance[3] * (self.scale[1] - self.scale[0])),
+            noise_seed=int(chance[4] * 2**53),
+            kept=self._kept(channels, generator),
+            bands=_spans(
+                generator, self.frequency_masks, self.frequency_mask_fraction, spectrum, 1
+            ),
+            spans=_spans(generator, self.time_masks, self.time_mask_fraction, recorded, 0),
+        )
 
-    def _drop_channels(self, signal: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        chance = generator.random(signal.shape[1:])
+    def mixed(self, session: int, sessions: int, generator: np.random.Generator) -> int:
+        """Draw the session whose map a trial goes through, its own or another of ``sessions``."""
+        chance = generator.random(2)
+        if session < 0 or sessions < 2 or chance[0] >= self.session_mixing:
+            return session
+        return (session + 1 + int(chance[1] * (sessions - 1))) % sessions
+
+    @staticmethod
+    def _bins(milliseconds: float, sampling_rate: float, most: int) -> int:
+        return min(round(milliseconds * sampling_rate / 1000), most)
+
+    def _kept(self, channels: int, generator: np.random.Generator) -> np.ndarray:
+        chance = generator.random(channels)
         kept = chance >= self.channel_dropout
         kept[np.argmax(chance)] = True
-        return signal * kept.astype(np.float32)
+        arrays = self.arrays_of(channels)
+        chance = generator.random(arrays.max() + 1)
+        lost = chance < self.array_dropout
+        lost[np.argmax(chance)] = False
+        both = kept & ~lost[arrays]
+        if not both.any():
+            both[np.flatnonzero(~lost[arrays])[0]] = True
+        return both
 
-    def _mask_frequencies(self, signal: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        highest = len(signal) // 2
-        widest = int(self.frequency_mask_fraction * highest)
-        if not self.frequency_masks or not widest:
-            return signal
-        spectrum = fft.rfft(signal, axis=0)
-        for _ in range(self.frequency_masks):
-            width = int(generator.integers(0, widest + 1))
-            first = int(generator.integers(1, highest - width + 2))
-            spectrum[first : first + width] = 0
-        return fft.irfft(spectrum, n=len(signal), axis=0).astype(np.float32)
+    def arrays_of(self, channels: int) -> np.ndarray:
+        """Return the electrode array [C] of every channel."""
+        electrodes = max(1, channels // self.array_features)
+        return np.arange(channels) % electrodes // self.array_size
 
-    def _mask_time(self, signal: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        longest = int(self.time_mask_fraction * len(signal))
-        signal = np.array(signal)
-        for _ in range(self.time_masks if longest else 0):
-            width = int(generator.integers(0, longest + 1))
-            first = int(generator.integers(0, len(signal) - width + 1))
-            signal[first : first + width] = 0
-        return signal
+
+def _spans(
+    generator: np.random.Generator, count: int, fraction: float, length: int, first: int
+) -> np.ndarray:
+    """Draw ``count`` spans [count, 2] (start, width) within [first, first + length)."""
+    widest = int(fraction * length)
+    chance = generator.random((count, 2))
+    widths = (chance[:, 0] * (widest + 1)).astype(np.int64)
+    starts = first + (chance[:, 1] * (length - widths + 1)).astype(np.int64)
+    return np.stack([starts, widths], axis=1)

@@ -46,8 +46,10 @@ class DatasetInfo:
         splits: number of rows by split.
         fingerprint: hash of the content, the same whenever the same data is prepared again.
         channel_names: C names, where the dataset carries them.
-        z_scored: the signals are z-scored per block; False where this is not known.
+        z_scored: the signals are z-scored; False where this is not known.
         unit: `z-score`, or the unit of the recordings; None where this is not known.
+        processing: `ProcessingOptions` that the signals went through; None where not known.
+        normalization: what they were z-scored within; None where this is not known.
     """
 
     channels: int
@@ -61,6 +63,8 @@ class DatasetInfo:
     channel_names: list[str] | None = None
     z_scored: bool = False
     unit: str | None = None
+    processing: dict[str, Any] | None = None
+    normalization: str | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,8 @@ def _open(path: str, stamp: tuple[float, ...]) -> Opened:
         channel_names=record.get("channels"),
         z_scored=bool(record.get("z_scored", False)),
         unit=record.get("unit") or (Z_SCORE if record.get("z_scored") else None),
+        processing=(record["processing"] or {}) if "processing" in record else None,
+        normalization=record.get("normalization"),
     )
     return Opened(splits, info)
 

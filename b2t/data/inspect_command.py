@@ -20,6 +20,7 @@ examples:
   b2t inspect data/t15 --split val --row t15.2023.08.11/5/12 --plot trial.png
   b2t inspect 'parquet/*.parquet' --no-plot
   b2t inspect data/t15 --verify
+  b2t inspect data/t15 --augment noise_std=1.0 time_stretch=[0.9,1.1] random_cut_ms=60
 """
 
 
@@ -47,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-plot", action="store_true", help="only the table")
     parser.add_argument(
+        "--augment",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="plot the trial before and after augmentation instead: all of it, and each that is "
+        "on alone; keys of data.augment (default: the defaults of training)",
+    )
+    parser.add_argument(
         "--verify",
         action="store_true",
         help="compare every trial with the checksums that `b2t prepare` wrote, and leave",
@@ -73,7 +81,10 @@ def run(args: argparse.Namespace) -> int:
         row = find_row(trials, args.row)
         name = Path(args.dataset.replace("*", "all")).stem
         file = args.plot or Path(f"{name}-{split}-{row}.png")
-        _plot(trials, row, info, file)
+        if args.augment is None:
+            _plot(trials, row, info, file)
+        else:
+            _plot_augmented(trials, row, info, file, args.augment)
         print(f"plot of {split} trial {row}: {file}")
     return 0
 
@@ -209,9 +220,33 @@ def _remarks(info: "DatasetInfo", summaries: dict[str, dict[str, Any]]) -> list[
     return lines
 
 
-def _plot(trials: "Dataset", row: int, info: "DatasetInfo", file: Path) -> None:
-    from b2t.data.trial_plot import plot_trial
+def _plot_augmented(
+    trials: "Dataset", row: int, info: "DatasetInfo", file: Path, given: list[str]
+) -> None:
+    import yaml
+
+    from b2t.data.augment_figure import plot_augmented
+    from b2t.data.options import AugmentOptions
     from b2t.data.trials import read_signal, row_id
+    from b2t.options import checked
+
+    _require_place(file)
+    options = {}
+    for item in given:
+        key, equals, value = item.partition("=")
+        if not equals or key not in AugmentOptions.model_fields:
+            raise UserError(
+                f"--augment {item}: expected KEY=VALUE with a key of data.augment: "
+                f"{', '.join(AugmentOptions.model_fields)}"
+            )
+        options[key] = yaml.safe_load(value)
+    augment = checked(AugmentOptions, options, "--augment").at_rate(info.sampling_rate)
+    record = trials.select_columns(["session", "block", "trial"]).with_format(None)[row]
+    signal = read_signal(trials.with_format("arrow")[row])
+    plot_augmented(file, signal, info.sampling_rate, augment, row_id(record))
+
+
+def _require_place(file: Path) -> None:
     from b2t.records import require_writable
 
     if file.suffix.lower() not in (".png", ".pdf", ".svg"):
@@ -219,6 +254,13 @@ def _plot(trials: "Dataset", row: int, info: "DatasetInfo", file: Path) -> None:
     if not file.absolute().parent.is_dir():
         raise UserError(f"--plot {file}: no folder {file.absolute().parent}")
     require_writable(file.absolute().parent, "--plot")
+
+
+def _plot(trials: "Dataset", row: int, info: "DatasetInfo", file: Path) -> None:
+    from b2t.data.trial_plot import plot_trial
+    from b2t.data.trials import read_signal, row_id
+
+    _require_place(file)
     record = trials.select_columns(["session", "block", "trial", "text"]).with_format(None)[row]
     signal = read_signal(trials.with_format("arrow")[row])
     name = row_id(record)

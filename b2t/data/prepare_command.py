@@ -2,11 +2,14 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from b2t.arguments import seed
 from b2t.errors import UserError
 from b2t.records import require_writable
+
+if TYPE_CHECKING:
+    from b2t.signal_processing import ProcessingOptions
 
 SUMMARY = "read recordings (see docs/DATA.md for the formats) into an Arrow dataset"
 
@@ -16,6 +19,9 @@ examples:
     b2t prepare hdf5_data_final data/t15
   continuous EEG, for training a tokenizer without text:
     b2t prepare recordings/ data/eeg --window 2 --overlap 0.5 --resample 128
+  the same, filtered and re-referenced; then a new recording as that one was prepared:
+    b2t prepare recordings/ data/eeg --band-pass 0.5,45 --notch 50 --reference average
+    b2t prepare new.edf data/new --like data/eeg
   epochs with words in their metadata; no word of one split in another:
     b2t prepare words-epo.fif data/words --text-column association --disjoint-text
 
@@ -43,13 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="format of SOURCE: bids, t15, t12, pickle, zuco, nwb, labram, mne, mat, numpy, csv, "
         "or one that another package brings (default: found by looking)",
     )
-    parser.add_argument(
-        "--normalize",
-        choices=("auto", "block", "none"),
-        default="auto",
-        help="block: z-score each channel over its block (T15) or recording; none: keep the unit; "
-        "auto: block, but none for T15, which is z-scored already (default: auto)",
-    )
+    _add_processing_arguments(parser)
     _add_signal_arguments(parser)
     parser.add_argument("--resample", metavar="HZ", type=float, help="new sampling rate in Hz")
     parser.add_argument(
@@ -129,6 +129,52 @@ def _add_cutting_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_processing_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is done to signals, in this order")
+    group.add_argument(
+        "--bad-channels", metavar="A,B,…", help="set to 0, and left out of the average reference"
+    )
+    group.add_argument(
+        "--reference",
+        choices=("recorded", "average"),
+        default="recorded",
+        help="average: subtract the mean over all good channels from each (default: recorded)",
+    )
+    group.add_argument(
+        "--band-pass",
+        metavar="LOW,HIGH",
+        help="corners in Hz of a Butterworth filter of order 4; one alone as 0.5, or ,45",
+    )
+    group.add_argument("--notch", metavar="HZ,…", help="frequencies to take out, such as 50,100")
+    group.add_argument(
+        "--causal",
+        action="store_true",
+        help="filter forwards alone, as `b2t decode --follow` can do it while bins come (default: "
+        "forwards and backwards, without shift of phase)",
+    )
+    group.add_argument(
+        "--normalize",
+        choices=("auto", "block", "session", "recording", "none"),
+        default="auto",
+        help="z-score each channel within its block, session or recording (file); none: keep the "
+        "unit; auto: block, but none for what is z-scored already, as T15 (default: auto)",
+    )
+    group.add_argument(
+        "--statistics",
+        choices=("train", "all"),
+        default="train",
+        help="z-score by training trials alone, or by all trials of a block, held-out ones included"
+        " (default: train)",
+    )
+    group.add_argument(
+        "--like",
+        metavar="FOLDER",
+        type=Path,
+        help="do what was done to the prepared dataset FOLDER, by its statistics where it knows "
+        "the session",
+    )
+
+
 def _add_signal_arguments(parser: argparse.ArgumentParser) -> None:
     signal = parser.add_argument_group("what is the signal (MATLAB, NumPy, CSV, NWB, ZuCo)")
     signal.add_argument(
@@ -170,8 +216,11 @@ def run(args: argparse.Namespace) -> int:
     from b2t.data.prepare import PrepareOptions, Reopen, prepare, source_options
     from b2t.data.sources.joined import JoinedSource
 
+    like = _like(args)
     options = PrepareOptions(
         normalize=args.normalize,
+        statistics=args.statistics,
+        like=None if like is None or args.normalize == "none" else str(args.like),
         fractions=parse_split(args.split),
         disjoint_text=args.disjoint_text,
         skip_bad_trials=args.skip_bad_trials,
@@ -195,8 +244,10 @@ def run(args: argparse.Namespace) -> int:
         bin_ms=args.bin_ms,
         level=args.level,
     )
-    reopen = Reopen(tuple(args.sources), reading, args.format)
+    reopen = Reopen(tuple(args.sources), reading, args.format, _processing(args))
     source = reopen.open()
+    if like is not None:
+        _require_same_channels(like["channels"], source.channels, args.like)
     record = {
         "source": ", ".join(path.name for path in args.sources),
         "reading": vars(reading),
@@ -213,6 +264,84 @@ def run(args: argparse.Namespace) -> int:
     )
     print(summary(content, args.out))
     return 0
+
+
+def _like(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Take what was done to another dataset into the arguments; return its record.
+
+    Raises:
+        UserError: it is no prepared dataset, or something else is asked for as well.
+    """
+    from b2t.data.record import read_record
+
+    if args.like is None:
+        return None
+    record = read_record(args.like)
+    if "normalization" not in record:
+        raise UserError(
+            f"--like {args.like}: no dataset of `b2t prepare` is there (it holds no b2t.json)"
+        )
+    given = {
+        "--bad-channels": args.bad_channels,
+        "--reference": args.reference != "recorded",
+        "--band-pass": args.band_pass,
+        "--notch": args.notch,
+        "--causal": args.causal,
+        "--normalize": args.normalize != "auto",
+        "--resample": args.resample,
+    }
+    doubled = [name for name, value in given.items() if value]
+    if doubled:
+        raise UserError(f"--like {args.like} says what is done: leave out {', '.join(doubled)}")
+    args.normalize = record["normalization"]
+    args.resample = record["sampling_rate"]
+    return record
+
+
+def _require_same_channels(wanted: list[str], found: list[str], folder: Path) -> None:
+    if list(wanted) != list(found):
+        raise UserError(
+            f"--like {folder} has the channels {', '.join(wanted[:6])} … ({len(wanted)}), the "
+            f"recordings {', '.join(found[:6])} … ({len(found)}): choose the same in the same order"
+            " with --channels"
+        )
+
+
+def _processing(args: argparse.Namespace) -> "ProcessingOptions":
+    """Read what is done to signals.
+
+    Raises:
+        UserError: what is no frequency, or a band of no width.
+    """
+    from b2t.data.record import read_record
+    from b2t.options import checked
+    from b2t.signal_processing import ProcessingOptions
+
+    if args.like is not None:
+        return ProcessingOptions(**(read_record(args.like).get("processing") or {}))
+    given = {
+        "bad_channels": list(_names(args.bad_channels, "--bad-channels") or ()),
+        "reference": args.reference,
+        "band_pass": _band(args.band_pass),
+        "notch": [_hertz(part, "--notch") for part in (args.notch or "").split(",") if part],
+        "causal": args.causal,
+    }
+    return checked(ProcessingOptions, given, "prepare")
+
+
+def _band(text: str | None) -> tuple[float | None, float | None]:
+    low, _, high = (text or "").partition(",")
+    return tuple(_hertz(part, "--band-pass") if part.strip() else None for part in (low, high))  # type: ignore[return-value]
+
+
+def _hertz(text: str, option: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise UserError(f"{option} {text}: expected a frequency in Hz above 0")
+    return value
 
 
 def parse_split(text: str) -> tuple[float, float, float]:
@@ -236,13 +365,18 @@ def summary(content: dict[str, Any], out: Path) -> str:
     rows = ", ".join(f"{split} {count:,}" for split, count in content["rows"].items())
     kind = f"{content['format']}{', SIMULATION' if content['simulated'] else ''}"
     scale = "scale as recorded"
-    if content["z_scored"]:
-        by = "" if content["normalization"] == "block" else " by the source"
-        scale = f"z-scored per block{by}"
+    if content["normalization"] != "none":
+        scale = f"z-scored per {content['normalization']}"
+    elif content["z_scored"]:
+        scale = "z-scored per block by the source"
     lines = [
         f"{out}: {rows} trials ({kind})",
         f"  {len(content['channels'])} channels at {content['sampling_rate']:g} Hz, {scale}",
     ]
+    if content.get("processing"):
+        from b2t.signal_processing import ProcessingOptions
+
+        lines.append(f"  {ProcessingOptions(**content['processing']).told()}")
     if content["dtype"] != "float32":
         lines.append(
             f"  stored as {content['dtype']}: {content['rounding_snr_db']:g} dB over rounding"
@@ -258,10 +392,10 @@ def summary(content: dict[str, Any], out: Path) -> str:
     return "\n".join([*lines, f"  look at it: b2t inspect {out}"])
 
 
-def _names(text: str | None) -> tuple[str, ...] | None:
+def _names(text: str | None, option: str = "--channels") -> tuple[str, ...] | None:
     if text is None:
         return None
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names:
-        raise UserError(f"--channels {text!r} names no channel")
+        raise UserError(f"{option} {text!r} names no channel")
     return names

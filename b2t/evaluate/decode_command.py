@@ -34,7 +34,8 @@ counts from 0 in the order of the dataset, and text, as it is scored.
 
 With --follow, lines are the seconds of signal read, `partial` or `final`, and the text, at each
 change. Bins are float32, little-endian, C values after each other, in the unit of the prepared
-recordings (z-scored as `b2t prepare` does, not smoothed) and the model's order of channels."""
+recordings (z-scored as `b2t prepare` does, not smoothed) and the model's order of channels; with
+--raw, in the unit of the recordings."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +83,26 @@ def _add_follow(parser: argparse.ArgumentParser) -> None:
         help="bins read at once (1: as they come)",
     )
     group.add_argument(
+        "--raw",
+        action="store_true",
+        help="bins come as recorded: reference, filters and z-scores are those of the training, "
+        "with a running mean and deviation",
+    )
+    group.add_argument(
+        "--forget",
+        type=seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="with --raw: time constant of the running mean and deviation (300)",
+    )
+    group.add_argument(
+        "--start-from",
+        type=Path,
+        metavar="FOLDER",
+        help="with --raw: prepared dataset whose statistics of the session, or of all its "
+        "training trials, they start from (default: from nothing)",
+    )
+    group.add_argument(
         "--idle",
         type=seconds,
         default=5.0,
@@ -101,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
 
     if (args.dataset is None) == (args.follow is None):
         raise UserError("give a dataset to decode, or --follow SOURCE for bins as they come")
+    if args.follow is None and (args.raw or args.start_from):
+        raise UserError("--raw and --start-from are for bins as they come: give --follow SOURCE")
     if args.follow is not None:
         from b2t.evaluate.follow import run as follow
 

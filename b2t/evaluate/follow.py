@@ -13,6 +13,7 @@ import torch
 from b2t.data.phonemes import to_names
 from b2t.errors import UserError
 from b2t.evaluate.bin_source import read_bins, sentences
+from b2t.evaluate.raw_bins import RawBins
 from b2t.evaluate.word_stream import WordStream
 from b2t.model.streaming import Frames, Stream
 from b2t.model.tokenizer import decode_texts
@@ -145,6 +146,8 @@ def run(args: argparse.Namespace) -> int:
     start()  # an unknown session is refused before the first bin
     rate = model.config.sampling_rate
     bins = read_bins(args.follow, model.config.channels, args.idle)
+    if args.raw:
+        bins = RawBins(model.config, args.forget, args.start_from, args.session)(bins)
     bin_s: list[float] = []
     end_s: list[float] = []
     with contextlib.suppress(KeyboardInterrupt):  # the usual end of a pipe that does not end

@@ -223,6 +223,7 @@ def require_same_kind(
         unit=info.unit,
         rms=typical_rms(trials),
         sessions=sorted(trials.unique("session")),
+        processing=info.processing,
     )
     wanted = SignalSpec.of_model(model.config)
     order = require_fit(wanted, found, path, str(run.checkpoint), force=force, how="--force")

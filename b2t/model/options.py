@@ -175,6 +175,10 @@ class SignalOptions(Options):
     """Root mean square of a typical trial, in the unit."""
     smoothing_bins: float = 0.0
     """Gaussian smoothing that belongs to the model's input, in bins."""
+    processing: dict[str, Any] | None = None
+    """`b2t.signal_processing.ProcessingOptions` that they went through."""
+    normalization: str | None = None
+    """What they were z-scored within: block, session or recording, by `b2t prepare`, or none."""
 
 
 class CheckpointingOptions(Options):

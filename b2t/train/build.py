@@ -75,8 +75,9 @@ def build(config: Config) -> Materials:
     knobs = config.model.activation_checkpointing
     model.checkpoint_activations(knobs.encoder, knobs.signal_decoder, knobs.text_decoder)
     return Materials(
-        info, train, validation, tokenizer, model, Augment(**data.augment.model_dump())
-    )
+        info, train, validation, tokenizer, model,
+        Augment(**data.augment.at_rate(info.sampling_rate).model_dump()),
+    )  # fmt: skip
 
 
 def _tokenizer(config: Config, train: Dataset) -> PreTrainedTokenizerBase:
@@ -108,6 +109,7 @@ def model_config(
 ) -> BrainToTextConfig:
     """Resolve the architecture for one dataset, whose typical trial has this root mean square."""
     model = config.model
+    smoothing = config.data.augment.at_rate(info.sampling_rate).smoothing_bins
     text: dict[str, Any] = model.text_decoder.model_dump()
     text["enabled"] = tokenizer is not None
     text["max_tokens"] = config.data.max_text_tokens
@@ -146,7 +148,9 @@ def model_config(
             "channel_names": info.channel_names,
             "unit": info.unit,
             "rms": rms,
-            "smoothing_bins": config.data.augment.smoothing_bins,
+            "smoothing_bins": smoothing,
+            "processing": info.processing,
+            "normalization": info.normalization,
         },
         **special,
     )

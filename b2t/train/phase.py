@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from b2t.config import COMPONENTS, Config, PhaseConfig
+from b2t.data.augment import Augment
 from b2t.data.batches import Batch, BatchPlan, train_batches
 from b2t.errors import UserError
 from b2t.log import logger
@@ -132,7 +133,7 @@ def phase_batches(
         plan,
         materials.tokenizer,
         materials.info.sessions,
-        materials.augment if _hears(materials.model, config.phases[number]) else None,
+        _augment(config, number, materials),
         seed=config.run.seed,
         phase=number,
         epoch=epoch,
@@ -154,6 +155,14 @@ def _unpacked(loader: Any) -> Iterator[list[Batch]]:
             yield micro_batches
     finally:
         loader.close()
+
+
+def _augment(config: Config, number: int, materials: Materials) -> Augment | None:
+    """What a phase does to its trials; nothing where it encodes no signal."""
+    if not _hears(materials.model, config.phases[number]):
+        return None
+    at_rate = config.augment_of(number).at_rate(materials.info.sampling_rate)
+    return Augment(**at_rate.model_dump())
 
 
 def _hears(model: BrainToText, phase: PhaseConfig) -> bool:

@@ -96,7 +96,7 @@ def test_a_release_without_a_test_split_has_none(t15_release, tmp_path):
 @pytest.mark.parametrize("skip", [False, True])
 def test_blocks_are_z_scored_in_float64_and_bad_trials_do_not_count(tmp_path, skip):
     source = Memory(bad={3: with_nan} if skip else {})
-    prepare(source, tmp_path / "out", PrepareOptions(skip_bad_trials=skip))
+    prepare(source, tmp_path / "out", PrepareOptions(skip_bad_trials=skip, statistics="all"))
     splits = load_from_disk(str(tmp_path / "out")).with_format("numpy")
     for block in range(2):
         kept = [index for index in range(block, 20, 2) if not (skip and index == 3)]
@@ -298,7 +298,15 @@ def test_a_prepared_folder_is_no_source(tmp_path):
 def test_real_words(real_data, tmp_path, capfd):
     pytest.importorskip("mne")
     out = tmp_path / "words"
-    run(real_data / "wordpair", out, "--text-column", "association", "--disjoint-text")
+    run(
+        real_data / "wordpair",
+        out,
+        "--text-column",
+        "association",
+        "--disjoint-text",
+        "--statistics",
+        "all",
+    )
     printed = capfd.readouterr()
     assert "train 160, val 20, test 20" in printed.out and "\n" not in printed.err.strip()
     splits = load_from_disk(str(out)).with_format("numpy")

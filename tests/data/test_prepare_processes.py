@@ -150,7 +150,9 @@ def test_several_sources_are_aligned_by_name(tmp_path, capsys):
     other = write_tables(
         tmp_path / "other", sessions=1, trials=30, channels=("c", "d", "a"), seed=1
     )
-    assert main(["prepare", str(one), str(other), str(tmp_path / "out"), "--licence", "CC0"]) == 0
+    whole = ["--statistics", "all"]  # the random splits of 60 and of 30 trials differ
+    options = ["--licence", "CC0", *whole]
+    assert main(["prepare", str(one), str(other), str(tmp_path / "out"), *options]) == 0
     printed = capsys.readouterr().out
     assert "one lacks 1 channels, which are 0 there (d)" in printed
     record, rows = content(tmp_path / "out")
@@ -158,7 +160,7 @@ def test_several_sources_are_aligned_by_name(tmp_path, capsys):
     assert record["missing_channels"] == {"one": ["d"], "other": ["b"]}
     sessions = {row["session"] for split in rows.values() for row in split}
     assert sessions == {"one:day0", "other:day0"}
-    assert main(["prepare", str(other), str(tmp_path / "alone")]) == 0
+    assert main(["prepare", str(other), str(tmp_path / "alone"), *whole]) == 0
     alone = {
         (row["session"], row["trial"]): np.frombuffer(row["signal"], np.float32).reshape(-1, 3)
         for split in content(tmp_path / "alone")[1].values()

@@ -3,13 +3,22 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
+from b2t.data.augment_batch import Draws, Packed, augmented, pack
+from b2t.data.options import AugmentOptions
 from b2t.labels import IGNORE
+
+
+class Pending(NamedTuple):
+    """Augmentation of a batch that is still to be done."""
+
+    draws: Packed
+    options: AugmentOptions
 
 
 @dataclass
@@ -17,7 +26,7 @@ class Batch:
     """Trials padded to a common length.
 
     Attributes:
-        signal: [B, T, C] float32, augmented; zero under the mask.
+        signal: [B, T, C] float32, augmented by `to`; zero under the mask.
         target: [B, T, C] float32, what the signal decoder must give back.
         signal_mask: [B, T] bool, True = recorded. A shifted trial may also start with masked bins.
         session: [B] int64, index into the model's sessions; -1 = unseen.
@@ -29,6 +38,8 @@ class Batch:
         hidden: [B, T] bool, True = recorded but hidden from the encoder, for the loss `masked`;
             None where nothing is.
         row_ids: [B] int64, hashes of ``rows``: what the rows are, where a device needs to know.
+        pending: augmentation that `to` applies; until then signal and target [B, T', C] are as
+            recorded and have other lengths than the mask.
     """
 
     signal: torch.Tensor
@@ -42,6 +53,7 @@ class Batch:
     texts: list[str | None]
     hidden: torch.Tensor | None = None
     row_ids: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    pending: Pending | None = None
     _counts: dict[str, float] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -77,31 +89,43 @@ class Batch:
         return replace(self, signal=signal, target=target, _counts=None)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Batch":
-        """Move to ``device``; ``dtype`` casts signal and target only."""
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            cast = dtype if tensor.is_floating_point() else None
-            return tensor.to(device=device, dtype=cast, non_blocking=True)
-
-        return self._map(move)
+        """Move to ``device`` and augment there; ``dtype`` casts signal and target only."""
+        moved = self._map(partial(torch.Tensor.to, device=device, non_blocking=True))
+        if moved.pending is not None:
+            draws, options = moved.pending
+            signal, target = augmented(moved.signal, draws, options)
+            moved = replace(moved, signal=signal, target=target, pending=None)
+        if dtype is None:
+            return moved
+        return moved._map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory (called by ``DataLoader``)."""
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        tensors: dict[str, Any] = {
-            name: function(value)
+        once: dict[int, torch.Tensor] = {}  # signal and target may be one tensor
+
+        def mapped(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in once:
+                once[id(tensor)] = function(tensor)
+            return once[id(tensor)]
+
+        changed: dict[str, Any] = {
+            name: mapped(value)
             for name, value in vars(self).items()
             if isinstance(value, torch.Tensor)
         }
-        return replace(self, **tensors)
+        if self.pending is not None:
+            changed["pending"] = Pending(self.pending.draws.map(function), self.pending.options)
+        return replace(self, **changed)
 
 
 class Example(NamedTuple):
-    """One row, augmented: signal and target [T, C], mask [T], labels [L], phonemes [S].
+    """One row: signal and target [T, C], mask [T], labels [L], phonemes [S].
 
-    ``hidden`` [T] bool is what the loss `masked` asks for, None where nothing is hidden.
+    ``hidden`` [T] bool is what the loss `masked` asks for, None where nothing is hidden. With
+    ``draws`` signal and target are as recorded [T', C], and `Batch.to` augments them.
     """
 
     signal: np.ndarray
@@ -113,22 +137,31 @@ class Example(NamedTuple):
     row: str
     text: str | None
     hidden: np.ndarray | None = None
+    draws: Draws | None = None
+    options: AugmentOptions | None = None
 
 
 def collate(examples: Sequence[Example]) -> Batch:
     """Pad ``examples`` into one batch."""
 
     def padded(name: str, value: float) -> torch.Tensor:
-        rows = [torch.from_numpy(getattr(example, name)) for example in examples]
-        return pad_sequence(rows, batch_first=True, padding_value=value)
+        rows = [getattr(example, name) for example in examples]
+        longest = max(map(len, rows))
+        whole = np.full((len(rows), longest, *rows[0].shape[1:]), value, dtype=rows[0].dtype)
+        for place, row in zip(whole, rows, strict=True):
+            place[: len(row)] = row
+        return torch.from_numpy(whole)
 
     def padded_ids(name: str, value: int) -> torch.Tensor:
         ids = padded(name, value)
         return ids if ids.shape[1] else ids.new_full((len(examples), 1), value)
 
+    draws = [example.draws for example in examples if example.draws is not None]
+    signal = padded("signal", 0.0)
+    same = all(example.target is example.signal for example in examples)
     batch = Batch(
-        signal=padded("signal", 0.0),
-        target=padded("target", 0.0),
+        signal=signal,
+        target=signal if same else padded("target", 0.0),
         signal_mask=padded("mask", False),
         session=torch.tensor([example.session for example in examples], dtype=torch.int64),
         tokens=padded_ids("labels", IGNORE),
@@ -137,6 +170,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         rows=[example.row for example in examples],
         texts=[example.text for example in examples],
         hidden=None if examples[0].hidden is None else padded("hidden", False),
+        pending=Pending(pack(draws), examples[0].options or AugmentOptions()) if draws else None,
     )
     batch.counts()
     return batch

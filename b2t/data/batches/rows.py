@@ -11,6 +11,7 @@ from torch.utils.data import Dataset as TorchDataset
 from b2t.data.augment import Augment, row_generator
 from b2t.data.batches.batch import Example
 from b2t.data.masking import Masking
+from b2t.data.options import AugmentOptions
 from b2t.data.trials import read_signal, require_finite, row_id
 from b2t.errors import UserError
 from b2t.labels import UNSEEN_SESSION
@@ -18,7 +19,7 @@ from b2t.log import logger
 
 
 class TrialRows(TorchDataset):
-    """Rows of a trial dataset as `Example`, ready to collate.
+    """Rows of a trial dataset as `Example`, ready to collate; `Batch.to` augments them.
 
     Texts are tokenized here, in the process that builds the object: workers only read and augment.
 
@@ -70,32 +71,41 @@ class TrialRows(TorchDataset):
             return error
 
     def example(self, epoch: int | None, index: int) -> Example:
-        """Read and augment one row."""
+        """Read one row, and draw its augmentation."""
         table = self.dataset[index]
         row = {name: table[name][0].as_py() for name in table.column_names if name != "signal"}
+        return self.example_of(row, checked_signal(table, row_id(row)), self.labels[index], epoch)
+
+    def example_of(
+        self, row: dict[str, Any], signal: np.ndarray, labels: np.ndarray, epoch: int | None
+    ) -> Example:
+        """Make an example of a row's columns, its signal [T, C] and its labels [L]."""
         name = row_id(row)
-        signal, target, mask = self._augmented(
-            checked_signal(table, name), row["sampling_rate"], name, epoch
-        )
+        session = self.sessions.get(row["session"], UNSEEN_SESSION)
+        augment = self.augment or Augment(enabled=False)
+        draws = None
+        if epoch is None or not augment.enabled:
+            signal, target, mask = augment.evaluation(signal)
+            if not augment.smoothing_bins:
+                target = signal
+        else:
+            generator = row_generator(self.seed, self.phase, epoch, name)
+            draws = augment.draw(signal.shape, row["sampling_rate"], generator)
+            session = augment.mixed(session, len(self.sessions), generator)
+            target, mask = signal, draws.mask()
         return Example(
             signal=signal,
             target=target,
             mask=mask,
-            session=self.sessions.get(row["session"], UNSEEN_SESSION),
-            labels=self.labels[index],
+            session=session,
+            labels=labels,
             phonemes=np.asarray(row["phonemes"] or [], dtype=np.int64),
             row=name,
             text=row["text"],
             hidden=self._hidden(mask, name, epoch),
+            draws=draws,
+            options=None if draws is None else AugmentOptions(**augment.model_dump()),
         )
-
-    def _augmented(
-        self, signal: np.ndarray, sampling_rate: float, name: str, epoch: int | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        augment = self.augment or Augment(enabled=False)
-        if epoch is None:
-            return augment.evaluation(signal)
-        return augment(signal, sampling_rate, row_generator(self.seed, self.phase, epoch, name))
 
     def _hidden(self, mask: np.ndarray, name: str, epoch: int | None) -> np.ndarray | None:
         if self.masking is None:

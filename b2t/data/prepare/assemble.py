@@ -113,7 +113,7 @@ def _marks(
 
 
 def _content(source: Source, rows: dict[str, int], more: dict[str, Any]) -> dict[str, Any]:
-    z_scored = source.standardized or more["normalization"] == "block"
+    z_scored = source.standardized or more["normalization"] != "none"
     return {
         "version": VERSION,
         "format": source.format,

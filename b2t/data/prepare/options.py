@@ -11,9 +11,12 @@ class PrepareOptions:
     """How to prepare trials.
 
     Attributes:
-        normalize: ``block`` z-scores each channel over its session and block (recording), by
-            statistics of the whole block, held-out trials included, as T15 was; ``none`` keeps
-            the source's unit; ``auto`` is ``block`` unless the source is z-scored already.
+        normalize: ``block``, ``session`` or ``recording`` (file) z-scores each channel within it;
+            ``none`` keeps the source's unit; ``auto`` is ``block`` unless the source is z-scored
+            already.
+        statistics: ``train`` z-scores by training trials alone, ``all`` by all trials of a block,
+            held-out ones included, as T15 was.
+        like: a prepared folder whose statistics are taken for blocks and sessions that it knows.
         fractions: shares of train, val and test, where the source has no splits of its own.
         disjoint_text: no text of one split occurs in another.
         skip_bad_trials: leave out trials that are empty, hold NaN or occur twice, instead of
@@ -24,6 +27,8 @@ class PrepareOptions:
     """
 
     normalize: str = "auto"
+    statistics: str = "train"
+    like: str | None = None
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     disjoint_text: bool = False
     skip_bad_trials: bool = False

@@ -14,7 +14,15 @@ import numpy as np
 from tqdm import tqdm
 
 from b2t.data.prepare.assemble import RECORD, VERSION, assemble
-from b2t.data.prepare.blocks import Blocks, Scale, TrialMoments
+from b2t.data.prepare.blocks import (
+    FILE,
+    Blocks,
+    Scale,
+    TrialMoments,
+    read_statistics,
+    save_statistics,
+    unit_of,
+)
 from b2t.data.prepare.card import write_card
 from b2t.data.prepare.options import PrepareOptions
 from b2t.data.prepare.splits import assign_splits, require_filled
@@ -30,6 +38,7 @@ _FEW = 4 * CHUNK
 """Trials below which other processes take longer to start than to work."""
 _MOST_WORKERS = 8
 DTYPES = ("float32", "float16")
+NORMALIZATIONS = ("auto", "block", "session", "recording", "none")
 
 
 def prepare(
@@ -70,8 +79,8 @@ def prepare(
     splits = assign_splits(source, options)
     require_filled(source, splits, options)
     partial = out.with_name(out.name + ".partial")
+    plan = _plan(source, splits, options, partial)
     _enter(partial, _key(source, splits, options, reopen))
-    plan = Plan(partial, splits, options.dtype, options.skip_bad_trials)
     try:
         with pool(source, plan, reopen, workers or _workers(source)) as each:
             job = _Job(source, plan, options, each)
@@ -99,6 +108,22 @@ def _require_known(dtype: str) -> None:
         raise UserError(f"--dtype {dtype}: expected {' or '.join(DTYPES)}")
 
 
+def _plan(source: Source, splits: list[str], options: PrepareOptions, folder: Path) -> Plan:
+    by = _normalization(source, options)
+    return Plan(folder, splits, options.dtype, options.skip_bad_trials, by)
+
+
+def _normalization(source: Source, options: PrepareOptions) -> str:
+    """Return what trials are z-scored within, `none` where they are not."""
+    if options.normalize not in NORMALIZATIONS:
+        raise UserError(f"--normalize {options.normalize}: expected {', '.join(NORMALIZATIONS)}")
+    if options.statistics not in ("train", "all"):
+        raise UserError(f"--statistics {options.statistics}: expected train or all")
+    if options.normalize != "auto":
+        return options.normalize
+    return "none" if source.standardized else "block"
+
+
 def _replace(new: Path, out: Path) -> None:
     if out.exists():
         shutil.rmtree(out)
@@ -124,22 +149,26 @@ class _Job:
         self.rows: list[dict[str, list[int]]] = []
         self.squared_error = self.power = 0.0
         self._checks = TrialChecks(source.remarks, z_scored=source.standardized)
-        wanted = options.normalize
-        self.standardize = wanted == "block" or (wanted == "auto" and not source.standardized)
+        self.scales: Scale = {}
+        """What `statistics.npz` holds."""
 
     def content(self, record: dict[str, Any]) -> dict[str, Any]:
         """Do all, and return what `b2t.json` then says."""
-        scale = self._measure() if self.standardize else None
+        scale = None if self.plan.by == "none" else self._measure()
         self._write(scale)
         more = {
-            "normalization": "block" if self.standardize else "none",
+            "normalization": self.plan.by,
+            "processing": getattr(self.source, "processing", None),
             "skipped": len(self.skipped),
             "options": asdict(self.options),
             "dtype": self.plan.dtype,
             **self._rounding(),
             **record,
         }
-        return assemble(self.source, self.plan, self.kept, self.rows, more)
+        found = assemble(self.source, self.plan, self.kept, self.rows, more)
+        if self.scales:
+            save_statistics(self.plan.folder / "dataset", self.scales)
+        return found
 
     def say_skipped(self) -> None:
         """Warn of trials that were left out."""
@@ -156,7 +185,9 @@ class _Job:
         ]
 
     def _measure(self) -> Scale:
-        blocks = Blocks(self.source)
+        options = self.options
+        known = None if options.like is None else read_statistics(Path(options.like))
+        blocks = Blocks(self.source, self.plan.by, self.plan.splits, options.statistics, known)
         everything, kept = self._chunks(), []
         done = [_load_measured(self.plan.folder, number) for number in range(len(everything))]
         fresh = self.each(
@@ -177,7 +208,8 @@ class _Job:
                 bar.update(len(chunk))
         self.kept = kept
         blocks.say_flat(getattr(self.source, "absent", ()))
-        return blocks.scale()
+        scale, self.scales = blocks.scale(), blocks.kept()
+        return scale
 
     def _write(self, scale: Scale | None) -> None:
         everything, kept = self._chunks(), []
@@ -185,7 +217,7 @@ class _Job:
         fresh = self.each(
             write,
             [
-                (chunk, number, scale)
+                (chunk, number, self._scale_of(chunk, scale))
                 for number, chunk in enumerate(everything)
                 if done[number] is None
             ],
@@ -203,6 +235,13 @@ class _Job:
                 bar.update(len(chunk))
         if scale is None:
             self.kept = kept
+
+    def _scale_of(self, chunk: list[int], scale: Scale | None) -> Scale | None:
+        """Return what a chunk needs of a scale: it travels to another process."""
+        if scale is None:
+            return None
+        units = {unit_of(self.source, index, self.plan.by) for index in chunk}
+        return {unit: scale[unit] for unit in units}
 
     def _accept(self, seen: Seen) -> bool:
         """Whether a trial is kept.
@@ -267,6 +306,8 @@ def _key(
         splits,
         {**asdict(options), "overwrite": None},
         asdict(reopen.options),
+        reopen.processing.model_dump(),
+        None if options.like is None else (Path(options.like) / FILE).stat().st_mtime_ns,
         reopen.stamps(),
     ]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()

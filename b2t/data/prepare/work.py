@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
 
-from b2t.data.prepare.blocks import Scale, TrialMoments, block_of
+from b2t.data.prepare.blocks import Scale, TrialMoments, unit_of
 from b2t.data.sources import Source, SourceOptions, detect, join
+from b2t.data.sources.processed import processed
 from b2t.data.trial_checks import Looked, look_at
 from b2t.data.trials import require_finite, trial_features
 from b2t.errors import UserError
+from b2t.signal_processing import ProcessingOptions
 
 CHUNK = 64
 """Trials that one task reads, and that one file of the unfinished dataset holds."""
@@ -34,15 +36,18 @@ class Reopen:
         paths: files or folders that the user named.
         options: as given on the command line.
         format: name of the format, None finds it by looking.
+        processing: reference and filters.
     """
 
     paths: tuple[Path, ...]
     options: SourceOptions
     format: str | None = None
+    processing: ProcessingOptions = field(default_factory=ProcessingOptions)
 
     def open(self) -> Source:
         """Open the source: several paths become one."""
-        opened = [detect(path, self.options, self.format) for path in self.paths]
+        found = [detect(path, self.options, self.format) for path in self.paths]
+        opened = processed(self.paths, found, self.processing)
         return opened[0] if len(opened) == 1 else join(list(self.paths), opened)
 
     def stamps(self) -> list[tuple[str, int, int]]:
@@ -65,12 +70,14 @@ class Plan:
         splits: split of every trial.
         dtype: of the stored signals.
         skip: leave out bad trials instead of stopping.
+        by: what trials are z-scored within: `block`, `session`, `recording`, or `none`.
     """
 
     folder: Path
     splits: list[str]
     dtype: str
     skip: bool
+    by: str
 
 
 class Seen(NamedTuple):
@@ -173,7 +180,7 @@ def _prepared(
             yield seen.trial, stored, seen
         return
     for index in indices:
-        mean, deviation = scale[block_of(source.trials[index])]
+        mean, deviation = scale[unit_of(source, index, plan.by)]
         signal = (source.read(index) - mean) / deviation
         yield index, np.ascontiguousarray(signal, dtype=np.float32), None
 

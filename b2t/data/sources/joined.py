@@ -7,6 +7,7 @@ import numpy as np
 
 from b2t.data.remarks import Remarks
 from b2t.data.sources.base import Source
+from b2t.data.sources.processed import recording_of
 from b2t.errors import UserError
 
 
@@ -29,6 +30,7 @@ class JoinedSource:
         self.simulated = any(source.simulated for source in sources)
         self.sampling_rate = sources[0].sampling_rate
         self.remarks = Remarks()
+        self.processing = getattr(sources[0], "processing", None)
         self.channels = list(dict.fromkeys(name for each in sources for name in each.channels))
         self.missing = {
             name: [channel for channel in self.channels if channel not in source.channels]
@@ -38,6 +40,7 @@ class JoinedSource:
             index
             for index, channel in enumerate(self.channels)
             if any(channel in lacking for lacking in self.missing.values())
+            or all(channel in _silent(source) for source in sources if channel in source.channels)
         ]
         places = {channel: index for index, channel in enumerate(self.channels)}
         self._sources = sources
@@ -52,6 +55,11 @@ class JoinedSource:
             for name, source in zip(names, sources, strict=True)
             for info in source.trials
         ]
+
+    def recording_of(self, index: int) -> str:
+        """Name the recording of one trial, unique among the sources."""
+        number, position = self._places[index]
+        return f"{number}:{recording_of(self._sources[number], position)}"
 
     def read(self, index: int) -> np.ndarray:
         """Return the signal [T, C] of ``trials[index]``."""
@@ -104,3 +112,8 @@ def join(paths: list[Path], sources: list[Source]) -> JoinedSource:
             "there is nothing to align by"
         )
     return JoinedSource(names, sources)
+
+
+def _silent(source: Source) -> set[str]:
+    """Channels of a source that are known to be 0 throughout."""
+    return {source.channels[place] for place in getattr(source, "absent", ())}

@@ -104,6 +104,11 @@ class MNESource(PartsSource):
         with _listening(self.file_of(index), self.remarks):
             return super().read(index)
 
+    def read_around(self, index: int, context_s: float) -> tuple[np.ndarray, int, int]:
+        """Return a trial with what lies around it; see `CutRecording.read_around`."""
+        with _listening(self.file_of(index), self.remarks):
+            return super().read_around(index, context_s)
+
 
 def continuous(
     raw: Any, picks: list[int], file: Path, session: str, options: SourceOptions, remarks: Remarks

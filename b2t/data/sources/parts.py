@@ -107,6 +107,15 @@ class PartsSource:
         part, position = self._places[index]
         return part.read(position)
 
+    def read_around(self, index: int, context_s: float) -> tuple[np.ndarray, int, int]:
+        """Return a trial with what lies around it; see `CutRecording.read_around`."""
+        part, position = self._places[index]
+        around = getattr(part, "read_around", None)
+        if around is None:
+            signal = part.read(position)
+            return signal, 0, len(signal)
+        return around(position, context_s)
+
     def file_of(self, index: int) -> Path:
         """Return the file of one trial."""
         return self._places[index][0].file

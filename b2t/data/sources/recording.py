@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -104,14 +105,29 @@ class CutRecording:
 
     def read(self, index: int) -> np.ndarray:
         """Return the signal [T, C] of one trial."""
+        return self.read_around(index, 0.0)[0]
+
+    def read_around(self, index: int, context_s: float) -> tuple[np.ndarray, int, int]:
+        """Return a trial with what lies around it in its split: [T', C], its first bin, its bins.
+
+        Args:
+            index: of the trial.
+            context_s: seconds on either side; less where the split ends.
+        """
         stretch = self._stretches[index]
-        return resampled(
-            self._recording.read,
-            stretch.start,
-            stretch.stop,
-            stretch.limits,
-            (self.sampling_rate, self._options.resample or self.sampling_rate),
+        rates = (self.sampling_rate, self._options.resample or self.sampling_rate)
+        ratio = Fraction(rates[1] / rates[0]).limit_denominator(1000)
+        up, down = ratio.numerator, ratio.denominator
+        # Steps of `down` samples keep the grid of the resampled trial.
+        wanted = -(-round(context_s * self.sampling_rate) // down) * down
+        before = min(wanted, max(0, stretch.start - stretch.limits[0]) // down * down)
+        stop = max(stretch.stop, min(stretch.stop + wanted, stretch.limits[1]))
+        signal = resampled(
+            self._recording.read, stretch.start - before, stop, stretch.limits, rates
         )
+        bins = max(1, round((stretch.stop - stretch.start) * up / down))
+        first = before // down * up
+        return signal, first, min(bins, len(signal) - first)
 
     def nothing(self) -> str:
         """Say why there may be no trial."""
