@@ -74,6 +74,8 @@ def describe(section: type[Options] = Config, prefix: str = "") -> list[tuple[st
         inner: Any = field.annotation
         item = get_args(inner)[0] if get_origin(inner) is list else None
         if isinstance(item, type) and issubclass(item, Options):
+            if field.default == []:  # a list that may stay empty has a row of its own
+                rows.append((prefix + name, "[]", " ".join((field.description or "").split())))
             rows += describe(item, f"{prefix}{name}.0.")
         elif isinstance(inner, type) and issubclass(inner, Options):
             rows += describe(inner, f"{prefix}{name}.")

@@ -35,6 +35,15 @@ class RunConfig(Options):
         return value
 
 
+class MoreDataConfig(Options):
+    """A further dataset to train on."""
+
+    path: str
+    """As `data.path`; channels, rate and unit must be those of it."""
+    weight: Positive = 1.0
+    """How often each of its trials comes in an epoch; below 1 a part of them, drawn anew."""
+
+
 class DataConfig(Options):
     """What to train on."""
 
@@ -44,6 +53,13 @@ class DataConfig(Options):
     """Split that is trained on."""
     validation_split: str = "val"
     """Split that chooses the best model and stops early."""
+    more: list[MoreDataConfig] = Field(default=[])
+    """Further datasets that are trained on beside `path`, whose splits alone are validated on."""
+    max_frames: PositiveInt | None = None
+    """Time bins of a micro-batch at most, padding included; `train_micro_batch_size_per_gpu` is
+    then the most trials. All ranks take equally many micro-batches; null counts trials alone."""
+    sessions: Literal["mixed", "stratified"] = "mixed"
+    """`stratified` deals the trials of each session evenly over neighbouring batches."""
     max_text_tokens: PositiveInt = SavedTextDecoderOptions().max_tokens
     """Longest text in tokens, end token included; a longer one is an error."""
     workers: Annotated[int, Field(ge=0)] = 2

@@ -104,8 +104,8 @@ def require_same_checkpoint(ranks: Ranks, checkpoint: Checkpoint | None, folder:
 
 
 _MAY_DIFFER = (
-    "run.dir", "data.path", "data.workers", "log", "evaluation", "checkpoint", "monitor",
-    "stability", "phases.evaluate_every", "phases.decode_trials",
+    "run.dir", "data.path", "data.more.path", "data.workers", "log", "evaluation", "checkpoint",
+    "monitor", "stability", "phases.evaluate_every", "phases.decode_trials",
 )  # fmt: skip
 """Keys that a resumed run may change: they alter no weight."""
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -10,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from b2t.config import Config
 from b2t.data.augment import Augment
 from b2t.data.batches import TrialRows
-from b2t.data.dataset import DatasetInfo, dataset_info, load_trials
+from b2t.data.dataset import DatasetInfo, load_trials
 from b2t.data.masking import Masking
+from b2t.data.mixture import mixed
 from b2t.data.trials import typical_rms
 from b2t.errors import UserError
 from b2t.log import logger
@@ -28,6 +30,7 @@ class Materials:
     Attributes:
         info: facts about the dataset.
         train, validation: trials.
+        weights: how often each training trial comes in an epoch, [rows]; None means once.
         tokenizer: None where no text is trained on.
         model: on the CPU, float32.
         augment: of training signals.
@@ -39,6 +42,7 @@ class Materials:
     tokenizer: PreTrainedTokenizerBase | None
     model: BrainToText
     augment: Augment
+    weights: np.ndarray | None = None
 
 
 def build(config: Config) -> Materials:
@@ -53,8 +57,9 @@ def build(config: Config) -> Materials:
             "data.path is not set: give a folder made by `b2t prepare`, a Hugging Face dataset id "
             "or a parquet glob, for example data.path=prepared/t15"
         )
-    info = dataset_info(data.path)
-    train = load_trials(data.path, data.train_split)
+    info, train, weights = mixed(
+        data.path, data.train_split, [(more.path, more.weight) for more in data.more]
+    )
     validation = load_trials(data.path, data.validation_split)
     with_text = info.has_text and config.model.text_decoder.enabled
     if config.model.text_decoder.enabled and not info.has_text:
@@ -76,7 +81,7 @@ def build(config: Config) -> Materials:
     model.checkpoint_activations(knobs.encoder, knobs.signal_decoder, knobs.text_decoder)
     return Materials(
         info, train, validation, tokenizer, model,
-        Augment(**data.augment.at_rate(info.sampling_rate).model_dump()),
+        Augment(**data.augment.at_rate(info.sampling_rate).model_dump()), weights,
     )  # fmt: skip
 
 

@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from b2t.config import COMPONENTS, Config, PhaseConfig
 from b2t.data.augment import Augment
-from b2t.data.batches import Batch, BatchPlan, train_batches
+from b2t.data.batches import Batch, BatchPlan, Budget, train_batches
+from b2t.data.trials import signal_lengths
 from b2t.errors import UserError
 from b2t.log import logger
 from b2t.model.brain_to_text import BrainToText
@@ -104,6 +106,29 @@ def components(model: BrainToText) -> list[str]:
     return [name for name in COMPONENTS if getattr(model, name) is not None]
 
 
+def batch_plan(
+    config: Config, materials: Materials, ds_file: DeepSpeedFile, world: int
+) -> BatchPlan:
+    """Return the order of the training trials on ``world`` ranks.
+
+    Raises:
+        UserError: there are fewer trials than a global batch, or one exceeds `data.max_frames`.
+    """
+    data, train = config.data, materials.train
+    budget = None
+    if data.max_frames is not None:
+        budget = Budget(data.max_frames, ds_file.micro_batch, ds_file.accumulation * world)
+    stratified = data.sessions == "stratified"
+    return BatchPlan(
+        signal_lengths(train),
+        ds_file.global_batch(world),
+        split=data.train_split,
+        budget=budget,
+        sessions=np.asarray(train["session"]) if stratified else None,
+        weights=materials.weights,
+    )
+
+
 def phase_batches(
     config: Config,
     number: int,
@@ -127,7 +152,7 @@ def phase_batches(
     Raises:
         UserError: a text that is too long; in iterating, a trial that cannot be trained on.
     """
-    epoch, position = divmod(consumed, len(plan))
+    epoch, position = plan.place(config.run.seed, number, consumed)
     loader = train_batches(
         materials.train,
         plan,

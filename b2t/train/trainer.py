@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from b2t.config import Config, PhaseConfig
-from b2t.data.batches import Batch, BatchPlan
-from b2t.data.trials import signal_lengths
+from b2t.data.batches import Batch
 from b2t.errors import UserError
 from b2t.log import log_once, logger
 from b2t.monitor.alerts import Alert
@@ -32,7 +31,7 @@ from b2t.train.engine import PhaseEngine, initial_masters
 from b2t.train.guard import Guard
 from b2t.train.hook_states import require_names
 from b2t.train.metric_names import best_rules
-from b2t.train.phase import TrainedPhase, phase_batches
+from b2t.train.phase import TrainedPhase, batch_plan, phase_batches
 from b2t.train.progress import Progress
 from b2t.train.ranks import Ranks
 from b2t.train.saving import Saving
@@ -93,11 +92,7 @@ class Trainer:
         self.averages: dict[str, Tensor] = {}
         self.progress = Progress()
         self.store = CheckpointStore(config.run.dir / CHECKPOINTS, config.checkpoint.keep)
-        self.plan = BatchPlan(
-            signal_lengths(materials.train),
-            ds_file.global_batch(ranks.world),
-            split=config.data.train_split,
-        )
+        self.plan = batch_plan(config, materials, ds_file, ranks.world)
         self.clock = StepClock()
         self.window: Window
         self.outcome = "not started"

@@ -36,6 +36,12 @@ def keep_global_batch(ds_file: DeepSpeedFile, run_dir: Path, world: int) -> Deep
         )
     share = wanted // world
     micro = next(size for size in range(ds_file.micro_batch, 0, -1) if share % size == 0)
+    if micro != ds_file.micro_batch and state["config"]["data"].get("max_frames") is not None:
+        raise UserError(
+            f"run.dir={run_dir} holds a run of {wanted // ds_file.micro_batch} micro-batches of at "
+            f"most data.max_frames per step, which {world} ranks cannot share equally: use a "
+            "number of ranks that divides them"
+        )
     accumulation = share // micro
     logger(__name__).warning(
         "%d ranks continue a run of %d: the global batch stays %d = %d × %d accumulated × %d "

@@ -122,10 +122,10 @@ def test_rows_of_similar_length_share_a_batch_and_long_ones_come_at_any_time():
 @pytest.mark.parametrize(("world", "micro"), [(1, 8), (2, 4), (4, 2), (8, 1)])
 def test_any_number_of_ranks_shares_the_same_global_batch(world, micro):
     plan = BatchPlan(np.arange(100), 24)
-    rows = plan.rows(0, 0, 0, 1)
+    place = (0, 0, 0, 1)
     cut = {"micro_batch": micro, "accumulation": 3, "world": world}
-    shares = [plan.micro_batches(rows, rank=rank, **cut) for rank in range(world)]
-    one_rank = plan.micro_batches(rows, micro_batch=8, accumulation=3)
+    shares = [plan.micro_batches(*place, rank=rank, **cut) for rank in range(world)]
+    one_rank = plan.micro_batches(*place, micro_batch=8, accumulation=3)
     for index in range(3):
         together = np.concatenate([share[index] for share in shares])
         assert sorted(together) == sorted(one_rank[index])
@@ -134,7 +134,7 @@ def test_any_number_of_ranks_shares_the_same_global_batch(world, micro):
 def test_a_wrong_share_is_refused():
     plan = BatchPlan(np.arange(100), 24)
     with pytest.raises(ValueError, match="24"):
-        plan.micro_batches(plan.rows(0, 0, 0, 0), micro_batch=5, accumulation=2)
+        plan.micro_batches(0, 0, 0, 0, micro_batch=5, accumulation=2)
 
 
 @settings(deadline=None, max_examples=50)
@@ -226,7 +226,7 @@ def test_resume_continues_with_the_same_batches():
     plan = BatchPlan(signal_lengths(dataset), 8)
     whole = take(stream(dataset, plan), 8)
     assert [tuple(step[:2]) for step in whole[:4]] == [(0, 0), (0, 1), (0, 2), (1, 0)]
-    epoch, position = plan.following(*whole[3][:2])
+    epoch, position = plan.following(3, 0, *whole[3][:2])
     resumed = take(stream(dataset, plan, epoch=epoch, position=position), 4)
     for (*place, one), (*other_place, other) in zip(whole[4:], resumed, strict=True):
         assert place == other_place

@@ -2,12 +2,13 @@
 
 from b2t.data.batches.batch import Batch, Example, collate
 from b2t.data.batches.loading import eval_batches, train_batches
-from b2t.data.batches.order import BatchPlan, evaluation_batches
+from b2t.data.batches.order import BatchPlan, Budget, evaluation_batches
 from b2t.data.batches.rows import TrialRows, checked_signal, drop_long_texts, encode_texts
 
 __all__ = [
     "Batch",
     "BatchPlan",
+    "Budget",
     "Example",
     "TrialRows",
     "checked_signal",

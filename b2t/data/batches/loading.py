@@ -60,19 +60,21 @@ def train_batches(
     )
     share = partial(
         plan.micro_batches,
+        seed,
+        phase,
         micro_batch=micro_batch,
         accumulation=accumulation,
         rank=rank,
         world=world,
     )
-    share(plan.rows(seed, phase, epoch, position))
+    share(epoch, position)
     return _steps(rows, plan, share, (epoch, position), accumulation, workers)
 
 
 def _steps(
     rows: TrialRows,
     plan: BatchPlan,
-    share: Callable[[np.ndarray], list[np.ndarray]],
+    share: Callable[[int, int], list[np.ndarray]],
     start: tuple[int, int],
     accumulation: int,
     workers: int,
@@ -80,15 +82,16 @@ def _steps(
     def keys() -> Iterator[list[tuple[int, int]]]:
         epoch, position = start
         while True:
-            for micro in share(plan.rows(rows.seed, rows.phase, epoch, position)):
+            for micro in share(epoch, position):
                 yield [(epoch, int(index)) for index in micro]
-            epoch, position = plan.following(epoch, position)
+            epoch, position = following(epoch, position)
 
+    following = partial(plan.following, rows.seed, rows.phase)
     epoch, position = start
     batches = _load(rows, keys(), workers)
     while True:
         yield epoch, position, [next(batches) for _ in range(accumulation)]
-        epoch, position = plan.following(epoch, position)
+        epoch, position = following(epoch, position)
 
 
 def eval_batches(

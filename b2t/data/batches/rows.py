@@ -65,21 +65,29 @@ class TrialRows(TorchDataset):
         A user's error is returned, not raised: `DataLoader` would wrap it in a worker's traceback.
         """
         epoch, index = key
+        copy, row = divmod(int(index), len(self))
         try:
-            return self.example(epoch, int(index))
+            return self.example(epoch, row, copy)
         except UserError as error:
             return error
 
-    def example(self, epoch: int | None, index: int) -> Example:
-        """Read one row, and draw its augmentation."""
+    def example(self, epoch: int | None, index: int, copy: int = 0) -> Example:
+        """Read one row, and draw its augmentation: another one for each ``copy`` of an epoch."""
         table = self.dataset[index]
         row = {name: table[name][0].as_py() for name in table.column_names if name != "signal"}
-        return self.example_of(row, checked_signal(table, row_id(row)), self.labels[index], epoch)
+        signal = checked_signal(table, row_id(row))
+        return self.example_of(row, signal, self.labels[index], epoch, copy)
 
     def example_of(
-        self, row: dict[str, Any], signal: np.ndarray, labels: np.ndarray, epoch: int | None
+        self,
+        row: dict[str, Any],
+        signal: np.ndarray,
+        labels: np.ndarray,
+        epoch: int | None,
+        copy: int = 0,
     ) -> Example:
         """Make an example of a row's columns, its signal [T, C] and its labels [L]."""
+        drawn_by = f"{row_id(row)} {copy}" if copy else row_id(row)
         name = row_id(row)
         session = self.sessions.get(row["session"], UNSEEN_SESSION)
         augment = self.augment or Augment(enabled=False)
@@ -89,7 +97,7 @@ class TrialRows(TorchDataset):
             if not augment.smoothing_bins:
                 target = signal
         else:
-            generator = row_generator(self.seed, self.phase, epoch, name)
+            generator = row_generator(self.seed, self.phase, epoch, drawn_by)
             draws = augment.draw(signal.shape, row["sampling_rate"], generator)
             session = augment.mixed(session, len(self.sessions), generator)
             target, mask = signal, draws.mask()
@@ -102,7 +110,7 @@ class TrialRows(TorchDataset):
             phonemes=np.asarray(row["phonemes"] or [], dtype=np.int64),
             row=name,
             text=row["text"],
-            hidden=self._hidden(mask, name, epoch),
+            hidden=self._hidden(mask, drawn_by, epoch),
             draws=draws,
             options=None if draws is None else AugmentOptions(**augment.model_dump()),
         )
