@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from b2t.data.batches import Batch
+from b2t.model.ctc_search import best_path
 from b2t.model.tokenizer import decode_texts
 
 BLANK = 0
@@ -24,12 +25,7 @@ def collapse_ctc(logits: Tensor, mask: Tensor) -> list[list[int]]:
     Returns:
         B lists of class ids.
     """
-    best = logits.argmax(-1).cpu()
-    mask = mask.cpu()
-    return [
-        [c for c in torch.unique_consecutive(classes[keep]).tolist() if c != BLANK]
-        for classes, keep in zip(best, mask, strict=True)
-    ]
+    return best_path(logits, mask, BLANK)
 
 
 @torch.no_grad()

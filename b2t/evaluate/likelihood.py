@@ -66,8 +66,8 @@ def text_decoder_log_likelihood(
     for some in _alike(fitting, [len(ids) for ids in labels]):
         tokens = pad_sequence([labels[i] for i in some], True, IGNORE).to(memory.device)
         chosen = torch.tensor([rows[i] for i in some], device=memory.device)
-        logits = model.text_decoder(memory[chosen], mask[chosen], tokens)
-        for i, score in zip(some, _summed(logits, tokens), strict=True):
+        found = model.text_decoder.log_likelihood(memory[chosen], mask[chosen], tokens)
+        for i, score in zip(some, found.tolist(), strict=True):
             scores[i] = score
     return scores
 

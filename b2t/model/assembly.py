@@ -5,14 +5,16 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from b2t.errors import UserError
-from b2t.model.causal_text_decoder import CausalTextDecoder, SpecialTokens
+from b2t.model.causal_text_decoder import CausalTextDecoder
 from b2t.model.configuration import BrainToTextConfig
+from b2t.model.ctc_text_decoder import CtcTextDecoder
 from b2t.model.options import AdapterOptions, SavedTextDecoderOptions, SignalDecoderOptions
 from b2t.model.phoneme_memory import PhonemeMemory
 from b2t.model.session_adapter import SessionAdapter
 from b2t.model.signal_decoder import SignalDecoder
 from b2t.model.text_decoder import TextDecoder
 from b2t.model.text_models import (
+    SpecialTokens,
     config_from_checkpoint,
     config_from_mapping,
     small_causal_config,
@@ -54,9 +56,14 @@ def build_signal_decoder(config: BrainToTextConfig) -> SignalDecoder:
 
 
 def build_text_decoder(
-    config: BrainToTextConfig, resolved: PretrainedConfig, checkpoint: str | None
-) -> TextDecoder | CausalTextDecoder:
+    config: BrainToTextConfig, resolved: PretrainedConfig | None, checkpoint: str | None
+) -> TextDecoder | CausalTextDecoder | CtcTextDecoder:
     """Build the text decoder and what it reads with.
+
+    Args:
+        config: of the whole model.
+        resolved: of transformers' model; None for a decoder without one.
+        checkpoint: folder or Hub id that its weights start from, None for none.
 
     Raises:
         UserError: it is to read phonemes, and the model has no phoneme head; its weights cannot be
@@ -64,34 +71,47 @@ def build_text_decoder(
     """
     section, width = config.text_decoder, config.encoder["dim"]
     memory = None
-    if section["memory"] == "phonemes":
+    if section["memory"] != "latents":
         width = section["dim"]
         memory = _phoneme_memory(config)
     options = SavedTextDecoderOptions(**section)
+    tokens = SpecialTokens.of(config.bos_token_id, config.eos_token_id, config.pad_token_id)
+    if resolved is None:
+        return CtcTextDecoder(width, options, memory, tokens=tokens, vocabulary=config.vocab_size)
     if options.kind == "seq2seq":
         return TextDecoder(
-            width, resolved, checkpoint, max_tokens=options.max_tokens, phonemes=memory
+            width,
+            resolved,
+            checkpoint,
+            max_tokens=options.max_tokens,
+            phonemes=memory,
+            ctc_weight=options.ctc_weight,
         )
-    tokens = SpecialTokens.of(config.bos_token_id, config.eos_token_id, config.pad_token_id)
     return CausalTextDecoder(width, resolved, options, checkpoint, memory, tokens=tokens)
 
 
 def _phoneme_memory(config: BrainToTextConfig) -> PhonemeMemory:
     if not config.phoneme_head["enabled"]:
         raise UserError(
-            "text_decoder.memory=phonemes, but this model has no phoneme head: it needs "
-            "phoneme_head.enabled and phonemes in the data; memory=latents does without"
+            f"text_decoder.memory={config.text_decoder['memory']}, but this model has no phoneme "
+            "head: it needs phoneme_head.enabled and phonemes in the data; memory=latents does "
+            "without"
         )
     section = config.text_decoder
     return PhonemeMemory(
         section["dim"], section["memory_depth"], section["heads"], section["dropout"],
-        section["phoneme_errors"],
+        section["phoneme_errors"], section["memory"] == "posteriors",
     )  # fmt: skip
 
 
-def resolve_text_decoder(config: BrainToTextConfig) -> PretrainedConfig:
-    """Find the config of transformers' model; stored, so that a saved model needs no checkpoint."""
+def resolve_text_decoder(config: BrainToTextConfig) -> PretrainedConfig | None:
+    """Find the config of transformers' model; stored, so that a saved model needs no checkpoint.
+
+    None for a decoder that has no such model.
+    """
     section = config.text_decoder
+    if section["kind"] == "ctc":
+        return None
     special = {
         "vocab_size": config.vocab_size,
         "bos_token_id": config.bos_token_id,

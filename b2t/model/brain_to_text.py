@@ -58,7 +58,8 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
 
     def __init__(self, config: BrainToTextConfig) -> None:
         config = copy.deepcopy(config)
-        text_config = resolve_text_decoder(config) if config.text_decoder["enabled"] else None
+        writes = config.text_decoder["enabled"]
+        text_config = resolve_text_decoder(config) if writes else None
         checkpoint = config.text_decoder["checkpoint"]
         config.text_decoder["checkpoint"] = None
         super().__init__(config)
@@ -70,9 +71,7 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
         dim = config.encoder["dim"]
         head = config.phoneme_head
         self.phoneme_head = PhonemeHead(dim, head["dropout"]) if head["enabled"] else None
-        self.text_decoder = (
-            None if text_config is None else build_text_decoder(config, text_config, checkpoint)
-        )
+        self.text_decoder = build_text_decoder(config, text_config, checkpoint) if writes else None
         self.generation_config = _decoding(config) if self.text_decoder is not None else None
         self.post_init()
 
@@ -297,7 +296,7 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
     def _classify_phonemes(self, batch: "Batch", encoded: Encoded) -> Scored:
         assert self.phoneme_head is not None
         logits = self.phoneme_head(encoded.quantized)
-        found = sums.phoneme_sums(logits, encoded.frame_mask, batch.phonemes, batch.phoneme_lengths)
+        found = sums.ctc_sums(logits, encoded.frame_mask, batch.phonemes, batch.phoneme_lengths)
         metrics = {"phoneme_rows": found.rows, "phoneme_rows_too_short": found.too_short}
         return Scored(logits, found.negative_log_likelihood, metrics)
 

@@ -1,7 +1,7 @@
 """Text from latents: any causal language model of transformers, which reads them first."""
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,20 +11,13 @@ from b2t.errors import UserError
 from b2t.labels import IGNORE
 from b2t.model.options import SavedTextDecoderOptions
 from b2t.model.phoneme_memory import PhonemeMemory
-from b2t.model.text_models import WrappedModel, build_text_model, generation_defaults, text_width
-
-
-class SpecialTokens(NamedTuple):
-    """Ids of the tokenizer: what begins a text, ends it, and fills up."""
-
-    start: int
-    end: int
-    padding: int
-
-    @classmethod
-    def of(cls, bos: int | None, eos: int, pad: int | None) -> "SpecialTokens":
-        """Take the end token where a tokenizer has none to begin with or to fill up."""
-        return cls(eos if bos is None else bos, eos, eos if pad is None else pad)
+from b2t.model.text_models import (
+    SpecialTokens,
+    WrappedModel,
+    build_text_model,
+    generation_defaults,
+    text_width,
+)
 
 
 class CausalTextDecoder(WrappedModel):

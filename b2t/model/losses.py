@@ -78,66 +78,75 @@ def with_slips(tokens: Tensor, rate: float, vocabulary: int) -> Tensor:
     return torch.where(slips & (tokens != IGNORE), others, tokens)
 
 
-class PhonemeSums(NamedTuple):
-    """Sums over the rows whose phonemes fit into their frames."""
+class CtcSums(NamedTuple):
+    """Sums over the rows whose labels fit into their frames."""
 
     negative_log_likelihood: Tensor
     """0-d, differentiable, in nats."""
     rows: Tensor
     """0-d, rows that count."""
     too_short: Tensor
-    """0-d, rows left out because they have phonemes but too few frames for them."""
+    """0-d, rows left out because they have labels but too few frames for them."""
 
 
-def fitting_rows(frame_mask: Tensor, phonemes: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Tell rows whose phonemes CTC can lay on their frames from rows that are too short for them.
+def fitting_rows(frame_mask: Tensor, labels: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Tell rows whose labels CTC can lay on their frames from rows that are too short for them.
 
-    A path needs one frame per phoneme and one more between two equal ones.
+    A path needs one frame per label and one more between two equal ones.
 
     Args:
         frame_mask: [B, P] bool, True = real.
-        phonemes: [B, S] int64, ids 1–40, padded with 0.
-        lengths: [B] int64, 0 = no phonemes.
+        labels: [B, S] int64, phonemes or tokens; what stands beyond the lengths does not count.
+        lengths: [B] int64, 0 = no labels.
 
     Returns:
-        Rows that count and rows that are too short, [B] bool each; rows without phonemes are
+        Rows that count and rows that are too short, [B] bool each; rows without labels are
         neither.
     """
-    place = torch.arange(1, max(1, phonemes.shape[1]), device=phonemes.device)
-    repeated = (phonemes[:, 1:] == phonemes[:, :-1]) & (place < lengths[:, None])
+    place = torch.arange(1, max(1, labels.shape[1]), device=labels.device)
+    repeated = (labels[:, 1:] == labels[:, :-1]) & (place < lengths[:, None])
     fits = frame_mask.sum(1) >= lengths + repeated.sum(1)
     return fits & (lengths > 0), ~fits & (lengths > 0)
 
 
-def phoneme_sums(
-    logits: Tensor, frame_mask: Tensor, phonemes: Tensor, lengths: Tensor
-) -> PhonemeSums:
-    """CTC loss (Graves et al. 2006) with class 0 as the blank.
+def ctc_sums(
+    logits: Tensor, frame_mask: Tensor, labels: Tensor, lengths: Tensor, blank: int = 0
+) -> CtcSums:
+    """CTC loss (Graves et al. 2006).
 
     Rows that have fewer frames than a path needs (`fitting_rows`) are left out and counted. Rows
-    without phonemes are left out.
+    without labels are left out.
 
     Args:
-        logits: [B, P, 41].
+        logits: [B, P, classes].
         frame_mask: [B, P] bool, True = real; the real frames count, wherever they stand.
-        phonemes: [B, S] int64, ids 1–40, padded with 0.
-        lengths: [B] int64, 0 = no phonemes.
+        labels: [B, S] int64 classes other than the blank.
+        lengths: [B] int64, 0 = no labels.
+        blank: class of the blank.
     """
-    if phonemes.shape[1] == 0:
-        phonemes = phonemes.new_zeros(phonemes.shape[0], 1)
-    used, too_short = fitting_rows(frame_mask, phonemes, lengths)
+    if labels.shape[1] == 0:
+        labels = labels.new_zeros(labels.shape[0], 1)
+    used, too_short = fitting_rows(frame_mask, labels, lengths)
+    nll = ctc_nll(logits, frame_mask, labels, torch.where(used, lengths, 0), blank)
+    total = torch.where(used, nll, 0.0).sum()
+    return CtcSums(total, used.sum(), too_short.sum())
+
+
+def ctc_nll(
+    logits: Tensor, frame_mask: Tensor, labels: Tensor, lengths: Tensor, blank: int
+) -> Tensor:
+    """Negative log-likelihood [B] of labels over all alignments; arguments as in `ctc_sums`."""
     real_first = frame_mask.int().argsort(dim=1, descending=True, stable=True)
     logits = logits.float().masked_fill(~frame_mask[..., None], 0.0)
     logits = logits.gather(1, real_first[..., None].expand_as(logits))
-    nll = F.ctc_loss(
+    return F.ctc_loss(
         logits.log_softmax(-1).transpose(0, 1),
-        phonemes,
+        labels,
         frame_mask.sum(1).clamp(min=1),
-        torch.where(used, lengths, 0),
+        lengths,
+        blank=blank,
         reduction="none",
     )
-    total = torch.where(used, nll, 0.0).sum()
-    return PhonemeSums(total, used.sum(), too_short.sum())
 
 
 def normalise(total: Tensor, count: Number) -> Tensor:

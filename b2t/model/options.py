@@ -96,13 +96,14 @@ class PhonemeHeadOptions(Options):
 
 
 class TextDecoderOptions(Options):
-    """Text from quantized latents, by a model of transformers."""
+    """Text from quantized latents."""
 
     enabled: bool = True
     """False trains a tokenizer of signals only; automatic where the data has no text."""
-    kind: Literal["seq2seq", "causal_lm"] = "seq2seq"
-    """A sequence-to-sequence model that attends to the latents, or a causal language model that
-    has them, projected to its width, before its text."""
+    kind: Literal["seq2seq", "causal_lm", "ctc"] = "seq2seq"
+    """A sequence-to-sequence model that attends to the latents, a causal language model that has
+    them, projected to its width, before its text, or convolutions whose tokens are laid on the
+    frames by CTC: they learn from far fewer sentences, and write what is heard, in its order."""
     checkpoint: str | None = None
     """Local folder or Hub id of a model of this kind; null trains a small one."""
     tuning: Literal["full", "lora", "frozen"] = "full"
@@ -122,9 +123,11 @@ class TextDecoderOptions(Options):
     """Tokens of a model trained from scratch; a checkpoint brings its own."""
     bpe_vocab_size: Annotated[int, Field(ge=260)] = 2000
     """Tokens of the BPE tokenizer, learnt on the training texts."""
-    memory: Literal["latents", "phonemes"] = "latents"
-    """What it reads: the quantized latents, or the phonemes that the phoneme head hears in them.
-    Phonemes are fewer than frames, and can be learnt to be spelt from text alone (`text_from`)."""
+    memory: Literal["latents", "phonemes", "posteriors"] = "latents"
+    """What it reads: the quantized latents; the phonemes that the phoneme head hears in them, which
+    are fewer than frames; or what the head holds likely in each frame, which also tells of
+    phonemes that come second. The spelling of phonemes can be learnt from text alone
+    (`text_from`)."""
     memory_depth: Annotated[int, Field(ge=0)] = 2
     """Transformer layers over the phonemes, as wide as the decoder."""
     phoneme_errors: Rate = 0.1
@@ -134,6 +137,9 @@ class TextDecoderOptions(Options):
     its own mistakes, which a decoder that is always shown the true text has never seen."""
     label_smoothing: Rate = 0.0
     """Share of each training target that is spread over all tokens."""
+    ctc_weight: Rate = 0.0
+    """Share of a CTC over tokens in the loss of a seq2seq decoder, on what it attends to; a beam
+    (`evaluation.num_beams` above 1) then takes what both propose and judges it by both."""
     dim: PositiveInt = 512
     """Width of the small decoder."""
     depth: PositiveInt = 6
@@ -142,17 +148,40 @@ class TextDecoderOptions(Options):
     """Attention heads of the small decoder."""
     ffn_dim: PositiveInt = 2048
     """Feed-forward width of the small decoder."""
+    kernel_size: Annotated[int, Field(ge=1)] = 9
+    """Frames that a convolution of kind ctc looks at, an odd number."""
     dropout: Rate = 0.1
     """Dropout of the small decoder."""
 
     @model_validator(mode="after")
-    def _tunes_a_causal_model(self) -> TextDecoderOptions:
+    def _consistent(self) -> TextDecoderOptions:
         if self.kind == "seq2seq" and self.tuning != "full":
             raise ValueError(
                 f"tuning {self.tuning} is for kind causal_lm; a seq2seq decoder trains whole or, "
                 "left out of a phase's trainable, not at all"
             )
+        if self.ctc_weight and self.kind != "seq2seq":
+            raise ValueError("ctc_weight is for kind seq2seq, whose attention CTC is to help")
+        if self.kind == "ctc":
+            self._lays_tokens()
         return self
+
+    def _lays_tokens(self) -> None:
+        """Refuse what a decoder of kind ctc has no use for."""
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size {self.kernel_size} must be odd, to look both ways alike")
+        given = {
+            "checkpoint": self.checkpoint is not None,
+            "config": self.config is not None,
+            f"tuning {self.tuning}": self.tuning != "full",
+            "token_errors": self.token_errors > 0,
+            "label_smoothing": self.label_smoothing > 0,
+        }
+        for name, present in given.items():
+            if present:
+                raise ValueError(
+                    f"{name} is for decoders that attend or continue a text; kind ctc has none"
+                )
 
 
 class SavedTextDecoderOptions(TextDecoderOptions):

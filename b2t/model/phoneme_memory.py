@@ -17,7 +17,7 @@ BLANK = 0
 
 
 class PhonemeMemory(nn.Module):
-    """Embed soft phonemes and let them see each other.
+    """Embed phonemes, or what is heard in each frame, and let them see each other.
 
     Args:
         dim: width of the result.
@@ -26,13 +26,42 @@ class PhonemeMemory(nn.Module):
         dropout: dropout in attention output and feed-forward layers.
         errors: errors per phoneme that training adds, see `with_errors`; what the phoneme head
             says of trials that it was trained on has fewer than it makes on others.
+        frames: read the posteriors of every frame instead of one mean for each phoneme.
     """
 
-    def __init__(self, dim: int, depth: int, heads: int, dropout: float, errors: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        dropout: float,
+        errors: float,
+        frames: bool = False,
+    ) -> None:
         super().__init__()
         self.errors = errors
+        self.frames = frames
         self.embed = nn.Linear(NUM_CLASSES, dim)
         self.transformer = Transformer(dim, depth, heads, 2.0, dropout)
+
+    def of_logits(self, logits: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Read what the phoneme head says of signals.
+
+        Args:
+            logits: [B, P, 41].
+            frame_mask: [B, P] bool, True = real.
+
+        Returns:
+            [B, N, dim] and its mask [B, N]; N is P where frames are read.
+        """
+        if not self.frames:
+            return self(*soft_phonemes(logits, frame_mask))
+        return self(logits.float().softmax(-1) * frame_mask[..., None], frame_mask)
+
+    def of_labels(self, phonemes: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Read labels [B, N] int64 of so many phonemes [B], as if they had been heard."""
+        said, mask = labelled_phonemes(phonemes, lengths)
+        return self(*(as_frames(said, mask) if self.frames else (said, mask)))
 
     def forward(self, phonemes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Read soft phonemes [B, N, 41] under a mask [B, N] → [B, N', dim] and [B, N']."""
@@ -77,6 +106,37 @@ def labelled_phonemes(phonemes: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor
         phonemes = phonemes.new_zeros((len(phonemes), 1))
     mask = torch.arange(phonemes.shape[1], device=phonemes.device) < lengths[:, None]
     return F.one_hot(phonemes * mask, NUM_CLASSES).float() * mask[..., None], mask
+
+
+def as_frames(phonemes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Lay phonemes on frames as a CTC head does: one or two for each, at times a blank behind it.
+
+    Args:
+        phonemes: [B, N, 41].
+        mask: [B, N] bool, True = real.
+
+    Returns:
+        Posteriors [B, P, 41] and their mask [B, P], P = 3 N; between 1 and 3 frames a phoneme.
+    """
+    rows, length, classes = phonemes.shape
+    twice, silent, sure, rest = torch.rand(4, rows, length, device=phonemes.device).unbind(0)
+    blank = F.one_hot(phonemes.new_full((), BLANK, dtype=torch.int64), classes).to(phonemes.dtype)
+
+    def mixed(share: Tensor) -> Tensor:
+        share = share[..., None].to(phonemes.dtype)
+        return share * phonemes + (1 - share) * blank
+
+    slots = torch.stack((mixed(0.5 + sure / 2), mixed(0.5 + rest / 2), mixed(rest / 5)), dim=2)
+    used = torch.stack((mask, mask & (twice < 0.25), mask & (silent < 0.35)), dim=2)
+    return _together(slots.flatten(1, 2), used.flatten(1, 2))
+
+
+def _together(slots: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the used ones of slots [B, S, 41] to the front, in their order, and zero the others."""
+    order = (~used).to(torch.uint8).argsort(dim=1, stable=True)
+    used = used.gather(1, order)
+    slots = slots.gather(1, order[..., None].expand_as(slots))
+    return slots * used[..., None], used
 
 
 def with_errors(phonemes: Tensor, mask: Tensor, rate: float) -> tuple[Tensor, Tensor]:

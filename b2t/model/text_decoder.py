@@ -4,12 +4,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from b2t.errors import UserError
 from b2t.labels import IGNORE
 from b2t.log import log_once
+from b2t.model import losses as sums
+from b2t.model.ctc_search import prefix_beam, spoken_tokens
 from b2t.model.phoneme_memory import PhonemeMemory
 from b2t.model.text_models import (
     WrappedModel,
@@ -51,6 +54,10 @@ class TextDecoder(WrappedModel):
         checkpoint: folder or Hub id whose weights it starts from; None starts at random.
         max_tokens: tokens generated at most, end token included.
         phonemes: makes what the decoder attends to of phonemes; None: it attends to latents.
+        ctc_weight: share of CTC in the loss, and in the score of what a beam proposes: tokens are
+            laid on what is attended to, in its order, which attention must find by itself. Source:
+            Watanabe et al., Hybrid CTC/attention architecture for end-to-end speech recognition
+            (2017). 0 builds none.
 
     Raises:
         UserError: the checkpoint's weights cannot be read.
@@ -66,6 +73,7 @@ class TextDecoder(WrappedModel):
         *,
         max_tokens: int,
         phonemes: PhonemeMemory | None = None,
+        ctc_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.phonemes = phonemes
@@ -78,6 +86,9 @@ class TextDecoder(WrappedModel):
         width = text_width(config)
         self.project = nn.Linear(latent_dim, width)
         self.norm = nn.LayerNorm(width)
+        self.ctc_weight = ctc_weight
+        if ctc_weight:
+            self.ctc = nn.Linear(latent_dim, config.vocab_size)
 
     def memory(self, latents: Tensor) -> Tensor:
         """Project latents [B, P, D] to what the decoder attends to, [B, P, width]."""
@@ -126,11 +137,66 @@ class TextDecoder(WrappedModel):
                 f"max_new_tokens={asked}: the text decoder has {positions} positions; "
                 f"expected at most {positions}"
             )
+        if self.ctc_weight and kwargs.get("num_beams", 1) > 1:
+            return self._generate_jointly(latents, frame_mask, kwargs)
+        return self._generate_alone(latents, frame_mask, kwargs)
+
+    def _generate_alone(self, latents: Tensor, frame_mask: Tensor, kwargs: dict[str, Any]) -> Any:
         return self.seq2seq.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=self.memory(latents)),
             attention_mask=_memory_mask(frame_mask),
             **kwargs,
         )
+
+    def _generate_jointly(
+        self, latents: Tensor, frame_mask: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Let CTC and attention propose `num_beams` texts each, and both judge all of them."""
+        proposed = self._proposed(latents, frame_mask, kwargs)
+        texts = [torch.tensor(text, device=latents.device) for some in proposed for text in some]
+        rows = [row for row, some in enumerate(proposed) for _ in some]
+        tokens = pad_sequence(texts, True, IGNORE)
+        inputs = latents[rows], frame_mask[rows]
+        attended = self.log_likelihood(*inputs, tokens)
+        labels, lengths = spoken_tokens(tokens)
+        heard = -sums.ctc_nll(self.ctc(inputs[0]), inputs[1], labels, lengths, self._blank)
+        scores = ((1 - self.ctc_weight) * attended + self.ctc_weight * heard.double()).tolist()
+        wanted = kwargs.get("num_return_sequences", 1)
+        start = texts[0].new_full((1,), self.seq2seq.config.decoder_start_token_id)
+        best: list[Tensor] = []
+        for row in range(len(latents)):
+            ranked = sorted((i for i, r in enumerate(rows) if r == row), key=lambda i: -scores[i])
+            ranked += ranked[-1:] * wanted
+            best += [torch.cat((start, texts[i])) for i in ranked[:wanted]]
+        return pad_sequence(best, True, self._blank)
+
+    def _proposed(
+        self, latents: Tensor, frame_mask: Tensor, kwargs: dict[str, Any]
+    ) -> list[list[tuple[int, ...]]]:
+        """Different texts of each row, end token included."""
+        width, config, blank = kwargs["num_beams"], self.seq2seq.config, self._blank
+        own = self._generate_alone(latents, frame_mask, {**kwargs, "num_return_sequences": width})
+        special = {config.decoder_start_token_id, config.eos_token_id, blank}
+        # A text of too many tokens is cut: the decoder could not judge what follows.
+        limit = min(kwargs.get("max_new_tokens", self.max_tokens), self.max_tokens) - 1
+        found = []
+        frames = self.ctc(latents).float().log_softmax(-1).cpu()
+        for row, (heard, mask) in enumerate(zip(frames, frame_mask.cpu(), strict=True)):
+            said = own[row * width : (row + 1) * width, 1:].tolist()
+            some = [tuple(token for token in text if token not in special) for text in said]
+            some += [text for text, _ in prefix_beam(heard[mask], width, blank)]
+            found.append(list(dict.fromkeys((*text[:limit], config.eos_token_id) for text in some)))
+        return found
+
+    def ctc_sums(self, latents: Tensor, frame_mask: Tensor, tokens: Tensor) -> sums.CtcSums:
+        """CTC loss of texts; arguments as in `forward`, end tokens are not said."""
+        labels, lengths = spoken_tokens(tokens)
+        return sums.ctc_sums(self.ctc(latents), frame_mask, labels, lengths, self._blank)
+
+    @property
+    def _blank(self) -> int:
+        padding = self.seq2seq.config.pad_token_id
+        return self.seq2seq.config.eos_token_id if padding is None else padding
 
     def keep_frozen(self) -> None:
         """Freeze what never trains: nothing here."""

@@ -1,11 +1,12 @@
 """Transformers models behind the text decoder: their configs, their weights."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,11 +21,25 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from b2t.errors import UserError
+from b2t.labels import IGNORE
 
 Kind = Literal["seq2seq", "causal_lm"]
 """A model whose decoder attends to what is read, or one that has it before its text."""
 
 _SUGGESTION = "choose an encoder–decoder model such as facebook/bart-base or google/byt5-small"
+
+
+class SpecialTokens(NamedTuple):
+    """Ids of the tokenizer: what begins a text, ends it, and fills up."""
+
+    start: int
+    end: int
+    padding: int
+
+    @classmethod
+    def of(cls, bos: int | None, eos: int, pad: int | None) -> "SpecialTokens":
+        """Take the end token where a tokenizer has none to begin with or to fill up."""
+        return cls(eos if bos is None else bos, eos, eos if pad is None else pad)
 
 
 class WrappedModel(nn.Module):
@@ -57,6 +72,20 @@ class WrappedModel(nn.Module):
     @property
     def _keep_in_fp32_modules_strict(self) -> set[str]:
         return self.wrapped._keep_in_fp32_modules_strict
+
+    def log_likelihood(self, latents: Tensor, frame_mask: Tensor, tokens: Tensor) -> Tensor:
+        """Natural logarithm [B] of texts' probabilities, end tokens included.
+
+        Args:
+            latents: [B, P, D].
+            frame_mask: [B, P] bool, True = real.
+            tokens: [B, L] int64 labels ending in the end token, padded with −100.
+        """
+        logits = self(latents, frame_mask, tokens).float()
+        losses = F.cross_entropy(
+            logits.transpose(1, 2), tokens, ignore_index=IGNORE, reduction="none"
+        )
+        return -losses.double().sum(1)
 
     def checkpoint_activations(self, enabled: bool) -> None:
         """Recompute the decoder's activations in backward, or keep them."""

@@ -10,7 +10,6 @@ from b2t.errors import UserError
 from b2t.labels import IGNORE
 from b2t.model import losses as sums
 from b2t.model.outputs import BrainToTextOutput, Encoded, Scored
-from b2t.model.phoneme_memory import labelled_phonemes, soft_phonemes
 from b2t.quantize import StepNorms
 
 if TYPE_CHECKING:
@@ -31,6 +30,18 @@ class TextSide:
         """Whether the text decoder reads phonemes instead of latents."""
         return self.text_decoder is not None and self.text_decoder.phonemes is not None
 
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether the text decoder predicts each token from those before it."""
+        return self.text_decoder is not None and self.config.text_decoder["kind"] != "ctc"
+
+    @property
+    def lays_tokens(self) -> bool:
+        """Whether tokens are laid on frames by CTC."""
+        section = self.config.text_decoder
+        laid = section["kind"] == "ctc" or section["ctc_weight"] > 0
+        return self.text_decoder is not None and laid
+
     def text_memory(
         self, encoded: Encoded | None, labelled: "Batch | None" = None
     ) -> tuple[Tensor, Tensor]:
@@ -48,11 +59,11 @@ class TextSide:
             assert encoded is not None
             return encoded.quantized, encoded.frame_mask
         if labelled is not None:
-            return memory(*labelled_phonemes(labelled.phonemes, labelled.phoneme_lengths))
+            return memory.of_labels(labelled.phonemes, labelled.phoneme_lengths)
         assert encoded is not None
         with torch.no_grad():
             logits = self.phoneme_head(encoded.quantized)
-        return memory(*soft_phonemes(logits, encoded.frame_mask))
+        return memory.of_logits(logits, encoded.frame_mask)
 
     def _spell(
         self, batch: "Batch", norms: StepNorms, weights: Mapping[str, float]
@@ -71,6 +82,10 @@ class TextSide:
 
     def _predict_text(self, batch: "Batch", memory: Tensor, mask: Tensor) -> Scored:
         tokens, section = self._checked_tokens(batch), self.config.text_decoder
+        if section["kind"] == "ctc":
+            logits, found = self.text_decoder.score(memory, mask, tokens)
+            rows = {"text_rows": found.rows, "text_rows_too_short": found.too_short}
+            return Scored(logits, found.negative_log_likelihood, rows)
         shown, smoothing = tokens, 0.0
         if self.text_decoder.training:
             smoothing = section["label_smoothing"]
@@ -79,7 +94,13 @@ class TextSide:
         logits = self.text_decoder(memory, mask, shown)
         found = sums.token_sums(logits, tokens, smoothing)
         metrics = {"tokens": (tokens != IGNORE).sum(), "tokens_correct": found.correct}
-        return Scored(logits, found.cross_entropy, metrics)
+        share = section["ctc_weight"]
+        if not share:
+            return Scored(logits, found.cross_entropy, metrics)
+        heard = self.text_decoder.ctc_sums(memory, mask, tokens)
+        total = (1 - share) * found.cross_entropy + share * heard.negative_log_likelihood
+        metrics |= {"text_rows": heard.rows, "text_rows_too_short": heard.too_short}
+        return Scored(logits, total, metrics)
 
     def _checked_tokens(self, batch: "Batch") -> Tensor:
         tokens = batch.tokens

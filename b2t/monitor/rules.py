@@ -145,6 +145,19 @@ BUILT_IN: tuple[AlertRule, ...] = (
         remedy="lower model.encoder.patch_stride, or leave such trials out (b2t inspect)",
     ),
     AlertRule(
+        name="texts-left-out",
+        metric="text/left_out_fraction",
+        comparison=">",
+        threshold=0.1,
+        patience=3,
+        expected=False,
+        message="{percent} of the trials with text have fewer frames or phonemes than tokens, and "
+        "teach the text decoder nothing",
+        cause="tokens that are too short to be laid on what is heard, as bytes are",
+        remedy="set model.text_decoder.tokenizer=bpe, raise model.text_decoder.bpe_vocab_size, or "
+        "lower model.encoder.patch_stride",
+    ),
+    AlertRule(
         name="ema-warm",
         metric="ema/warm",
         comparison=">",

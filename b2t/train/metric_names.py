@@ -56,7 +56,7 @@ def validation_names(config: Config, materials: "Materials", phase: PhaseConfig)
     if "reconstruction" in said:
         names.add("val/snr_db")
     if "generation" in said:
-        names.add("val/token_accuracy")
+        names |= _of_text(model, "val/", "val/text/")
     if "phoneme" in said:
         names.add("val/phoneme/left_out_fraction")
     if model.quantizer is not None:
@@ -121,6 +121,12 @@ def _refuse(
     )
 
 
+def _of_text(model: "BrainToText", predicted: str, laid: str) -> set[str]:
+    """What the loss of the text says besides, by how its tokens are learnt."""
+    names = {f"{predicted}token_accuracy"} if model.predicts_tokens else set()
+    return names | ({f"{laid}left_out_fraction"} if model.lays_tokens else set())
+
+
 def _reason(
     name: str, config: Config, materials: "Materials", phases: Sequence[PhaseConfig]
 ) -> str:
@@ -171,7 +177,7 @@ def record_names(config: Config, materials: "Materials", phase: PhaseConfig) -> 
         if "commitment" in losses:
             names.add("loss/vq_ratio")
     if "generation" in losses:
-        names.add("text/token_accuracy")
+        names |= _of_text(model, "text/", "text/")
     if "phoneme" in losses:
         names.add("phoneme/left_out_fraction")
     if quantizer is not None:

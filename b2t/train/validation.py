@@ -20,7 +20,7 @@ from b2t.train.build import Materials, masking_of
 from b2t.train.metric_names import decode_trials
 from b2t.train.ranks import Ranks
 from b2t.train.stopping import StopRequests
-from b2t.train.window import left_out
+from b2t.train.window import LEFT_OUT, left_out
 
 log = logger(__name__)
 
@@ -28,7 +28,7 @@ _NORMALISER = {name: loss.per for name, loss in WEIGHTED.items() if loss.per}
 """Losses that are means over elements; the regularisers of a batch are no validation metric."""
 
 _POOLED = (
-    "squared_error", "signal_power", "tokens_correct", "phoneme_rows", "phoneme_rows_too_short",
+    "squared_error", "signal_power", "tokens_correct", *LEFT_OUT,
 )  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def validate(
             codes = counts if codes is None else codes + counts
     model.train()
     total = dict(zip(sums, ranks.sum(list(sums.values())), strict=True))
-    return _metrics(total, weights) | _codes_in_use(ranks.gather(codes))
+    return _metrics(total, weights, model.predicts_tokens) | _codes_in_use(ranks.gather(codes))
 
 
 def _codes_in_use(counts: Iterable[torch.Tensor | None]) -> dict[str, float]:
@@ -108,7 +108,9 @@ def _codes_in_use(counts: Iterable[torch.Tensor | None]) -> dict[str, float]:
     return metrics
 
 
-def _metrics(total: dict[str, float], weights: dict[str, float]) -> dict[str, float]:
+def _metrics(
+    total: dict[str, float], weights: dict[str, float], predicts_tokens: bool
+) -> dict[str, float]:
     metrics = {"val/loss": 0.0}
     for name, counted in _NORMALISER.items():
         if weights.get(name) and total[counted] > 0:
@@ -116,7 +118,7 @@ def _metrics(total: dict[str, float], weights: dict[str, float]) -> dict[str, fl
             metrics["val/loss"] += weights[name] * metrics[f"val/{name}"]
     if total["squared_error"] > 0 and total["signal_power"] > 0:
         metrics["val/snr_db"] = decibels(total["signal_power"], total["squared_error"])
-    if weights.get("generation") and total["tokens"] > 0:
+    if predicts_tokens and weights.get("generation") and total["tokens"] > 0:
         metrics["val/token_accuracy"] = total["tokens_correct"] / total["tokens"]
     metrics.update({f"val/{name}": value for name, value in left_out(total).items()})
     return metrics

@@ -12,10 +12,13 @@ from b2t.evaluate.signal import decibels
 from b2t.train.ranks import Ranks
 
 _COUNTERS = ("steps", "frames", "bins", "padded", "seconds", "data_s", "revived", "nonfinite")
-_POOLED = (
-    "squared_error", "signal_power", "bins", "tokens", "tokens_correct", "phoneme_rows",
-    "phoneme_rows_too_short",
-)  # fmt: skip
+_CTC_ROWS = {
+    "phoneme": ("phoneme_rows", "phoneme_rows_too_short"),
+    "text": ("text_rows", "text_rows_too_short"),
+}
+LEFT_OUT = tuple(name for pair in _CTC_ROWS.values() for name in pair)
+"""Sums of rows that CTC learns from, and of those with too few frames, by what is read."""
+_POOLED = ("squared_error", "signal_power", "bins", "tokens", "tokens_correct", *LEFT_OUT)
 
 
 class Window:
@@ -154,6 +157,10 @@ class Window:
 
 
 def left_out(total: Mapping[str, float]) -> dict[str, float]:
-    """Share of the rows with phonemes that have too few frames for them; none without such rows."""
-    used, short = total.get("phoneme_rows", 0.0), total.get("phoneme_rows_too_short", 0.0)
-    return {"phoneme/left_out_fraction": short / (used + short)} if used + short else {}
+    """Shares of the rows with labels that have too few frames for CTC; none without such rows."""
+    found = {}
+    for name, (rows, too_short) in _CTC_ROWS.items():
+        used, short = total.get(rows, 0.0), total.get(too_short, 0.0)
+        if used + short:
+            found[f"{name}/left_out_fraction"] = short / (used + short)
+    return found

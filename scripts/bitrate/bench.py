@@ -162,5 +162,5 @@ def first_layer_loss(model: BrainToText, batch: Batch, output: Any) -> Tensor:
     code = model.quantizer.decode(output.codes[..., :1])
     latents = torch.where(output.frame_mask[..., None], output.latents, 0.0)
     heard = model.phoneme_head(latents + (code - latents).detach())
-    found = sums.phoneme_sums(heard, output.frame_mask, batch.phonemes, batch.phoneme_lengths)
+    found = sums.ctc_sums(heard, output.frame_mask, batch.phonemes, batch.phoneme_lengths)
     return sums.normalise(found.negative_log_likelihood, model.counts(batch)["phonemes"])

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from b2t.model.losses import phoneme_sums, reconstruction_sums, token_sums, with_slips
+from b2t.model.losses import ctc_sums, reconstruction_sums, token_sums, with_slips
 
 
 def collapse(path):
@@ -29,7 +29,7 @@ def rows(logits, labels, masks):
     padded = torch.zeros(len(labels), max(map(len, labels)), dtype=torch.int64)
     for row, label in zip(padded, labels, strict=True):
         row[: len(label)] = torch.tensor(label, dtype=torch.int64)
-    return phoneme_sums(logits, masks, padded, lengths)
+    return ctc_sums(logits, masks, padded, lengths)
 
 
 def test_ctc_equals_the_sum_over_all_paths_of_the_real_frames():
@@ -84,12 +84,12 @@ def test_padding_of_the_labels_is_no_repetition():
 def test_no_phonemes_and_no_frames_give_zero_with_a_graph():
     logits = torch.randn(2, 4, 41, requires_grad=True)
     mask = torch.tensor([[True] * 4, [False] * 4])
-    none = phoneme_sums(logits, mask, torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2).long())
+    none = ctc_sums(logits, mask, torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2).long())
     none.negative_log_likelihood.backward()
     assert none.negative_log_likelihood.item() == 0.0
     assert logits.grad.abs().max() == 0
     phonemes = torch.tensor([[1, 2], [1, 2]])
-    some = phoneme_sums(logits, mask, phonemes, torch.tensor([2, 2]))
+    some = ctc_sums(logits, mask, phonemes, torch.tensor([2, 2]))
     assert (int(some.rows), int(some.too_short)) == (1, 1)
     assert torch.isfinite(some.negative_log_likelihood)
 

@@ -176,6 +176,7 @@ FAILURES = {
     "gradient-spike": {"optim/grad_norm": 50.0},
     "snr-falls": {"reconstruction/snr_drop_db": 4.0},
     "phonemes-left-out": {"phoneme/left_out_fraction": 0.3},
+    "texts-left-out": {"text/left_out_fraction": 0.3},
     "ema-warm": {"ema/warm": 1.0},
 }
 
