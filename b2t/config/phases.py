@@ -51,9 +51,14 @@ class PhaseConfig(Options):
     """What is hidden of each trial where `losses.masked` is above 0."""
     augment: dict[str, Any] = Field(default={})
     """Keys of `data.augment` that are otherwise in this phase, such as {noise_std: 0.5}."""
-    text_from: Literal["signals", "labels"] = "signals"
-    """What text is learnt from with `text_decoder.memory: phonemes`: the phonemes heard in signals,
-    or those of the labels. Where text is all that is learnt, no signal is encoded then."""
+    text_from: Literal["signals", "labels", "texts"] = "signals"
+    """What text is learnt from by a text decoder that reads phonemes (`text_decoder.memory`): those
+    heard in signals; those of the trials' labels, without encoding a signal where text is all that
+    is learnt; or sentences alone, of the training trials and of `data.texts`, the latter pronounced
+    by the CMU dictionary."""
+    phrase_words: PositiveInt | None = None
+    """With `text_from: texts`: learn phrases of 1 to so many words, another of each sentence in
+    each epoch. Which word is which sound is found far sooner in them; null takes sentences."""
     lr: Positive = 3e-4
     """Peak learning rate."""
     lr_scale: dict[Component, NonNegative] = Field(default={})

@@ -60,6 +60,9 @@ class DataConfig(Options):
     then the most trials. All ranks take equally many micro-batches; null counts trials alone."""
     sessions: Literal["mixed", "stratified"] = "mixed"
     """`stratified` deals the trials of each session evenly over neighbouring batches."""
+    texts: list[str] = Field(default=[])
+    """Text files, one sentence per line, whose spelling phases with `text_from: texts` learn beside
+    that of the training trials: nobody need have said them."""
     max_text_tokens: PositiveInt = SavedTextDecoderOptions().max_tokens
     """Longest text in tokens, end token included; a longer one is an error."""
     workers: Annotated[int, Field(ge=0)] = 2

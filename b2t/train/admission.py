@@ -48,7 +48,7 @@ def prepare_run(trainer: Trainer, resume: str) -> bool:
             config,
             trainer.ds_file,
             ranks.world,
-            trainer.materials.info.fingerprint,
+            trainer.materials.fingerprint,
         )
         trainer.restore(checkpoint)
         log.info(

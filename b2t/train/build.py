@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from b2t.config import Config
 from b2t.data.augment import Augment
-from b2t.data.batches import TrialRows
-from b2t.data.dataset import DatasetInfo, load_trials
+from b2t.data.batches import TrialRows, encode_texts
+from b2t.data.dataset import DatasetInfo, load_trials, opened
 from b2t.data.masking import Masking
 from b2t.data.mixture import mixed
+from b2t.data.texts import OF_TRIALS, Sentence, read_sentences, sentences_checksum
 from b2t.data.trials import typical_rms
 from b2t.errors import UserError
 from b2t.log import logger
@@ -30,6 +31,7 @@ class Materials:
     Attributes:
         info: facts about the dataset.
         train, validation: trials.
+        sentences: what is learnt without signals, None where no phase does.
         weights: how often each training trial comes in an epoch, [rows]; None means once.
         tokenizer: None where no text is trained on.
         model: on the CPU, float32.
@@ -43,6 +45,14 @@ class Materials:
     model: BrainToText
     augment: Augment
     weights: np.ndarray | None = None
+    sentences: list[Sentence] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies all that is trained on."""
+        if self.sentences is None:
+            return self.info.fingerprint
+        return f"{self.info.fingerprint}+{sentences_checksum(self.sentences)}"
 
 
 def build(config: Config) -> Materials:
@@ -64,7 +74,10 @@ def build(config: Config) -> Materials:
     with_text = info.has_text and config.model.text_decoder.enabled
     if config.model.text_decoder.enabled and not info.has_text:
         logger(__name__).info("%s has no text: training a tokenizer of signals only", data.path)
-    tokenizer = _tokenizer(config, train) if with_text else None
+    sentences = _sentences(config, train) if with_text else None
+    tokenizer = _tokenizer(config, train, sentences) if with_text else None
+    if sentences is not None:
+        sentences = _short(sentences, tokenizer, data.max_text_tokens)
     for split in (train, validation):
         # Refuses texts that are too long now, on all ranks, and not in the middle of a phase.
         TrialRows(split, tokenizer, info.sessions, max_tokens=data.max_text_tokens)
@@ -82,12 +95,42 @@ def build(config: Config) -> Materials:
     return Materials(
         info, train, validation, tokenizer, model,
         Augment(**data.augment.at_rate(info.sampling_rate).model_dump()), weights,
+        sentences,
     )  # fmt: skip
 
 
-def _tokenizer(config: Config, train: Dataset) -> PreTrainedTokenizerBase:
+def _sentences(config: Config, train: Dataset) -> list[Sentence] | None:
+    """Sentences that are learnt without signals, where a phase does."""
+    if all(phase.text_from != "texts" for phase in config.phases):
+        return None
+    data = config.data
+    splits = opened(str(data.path)).splits
+    held_out = [split for name, split in splits.items() if name != data.train_split]
+    return read_sentences(data.texts, train, held_out)
+
+
+def _short(
+    sentences: list[Sentence], tokenizer: PreTrainedTokenizerBase, limit: int
+) -> list[Sentence]:
+    """Leave out sentences of more than ``limit`` tokens, logging how many."""
+    labels = encode_texts([sentence.text for sentence in sentences], tokenizer)
+    kept = [s for s, ids in zip(sentences, labels, strict=True) if len(ids) <= limit]
+    if len(kept) < len(sentences):
+        logger(__name__).warning(
+            "%d of %d sentences of data.texts have more than data.max_text_tokens=%d tokens and "
+            "are left out",
+            len(sentences) - len(kept), len(sentences), limit,
+        )  # fmt: skip
+    return kept
+
+
+def _tokenizer(
+    config: Config, train: Dataset, sentences: list[Sentence] | None
+) -> PreTrainedTokenizerBase:
     section = config.model.text_decoder
     texts = [text for text in train["text"] if text] if section.tokenizer == "bpe" else []
+    if texts and sentences is not None:
+        texts += [s.text for s in sentences if not s.name.startswith(OF_TRIALS)]
     return build_tokenizer(
         section.tokenizer,
         texts,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from b2t.config import COMPONENTS, Config, PhaseConfig
 from b2t.data.augment import Augment
-from b2t.data.batches import Batch, BatchPlan, Budget, train_batches
+from b2t.data.batches import Batch, BatchPlan, Budget, SentenceRows, sentence_batches, train_batches
 from b2t.data.trials import signal_lengths
 from b2t.errors import UserError
 from b2t.log import logger
@@ -152,6 +152,8 @@ def phase_batches(
     Raises:
         UserError: a text that is too long; in iterating, a trial that cannot be trained on.
     """
+    if config.phases[number].text_from == "texts":
+        return _sentences(config, number, materials, ds_file, ranks, consumed)
     epoch, position = plan.place(config.run.seed, number, consumed)
     loader = train_batches(
         materials.train,
@@ -172,6 +174,33 @@ def phase_batches(
         masking=masking_of(config, number),
     )
     return _unpacked(loader)
+
+
+def _sentences(
+    config: Config,
+    number: int,
+    materials: Materials,
+    ds_file: DeepSpeedFile,
+    ranks: Ranks,
+    consumed: int,
+) -> Iterator[list[Batch]]:
+    assert materials.sentences is not None
+    rows = SentenceRows(
+        materials.sentences,
+        materials.tokenizer,
+        materials.info.channels,
+        seed=config.run.seed,
+        phase=number,
+        phrase_words=config.phases[number].phrase_words,
+    )
+    return sentence_batches(
+        rows,
+        consumed=consumed,
+        micro_batch=ds_file.micro_batch,
+        accumulation=ds_file.accumulation,
+        rank=ranks.rank,
+        world=ranks.world,
+    )
 
 
 def _unpacked(loader: Any) -> Iterator[list[Batch]]:

@@ -88,7 +88,7 @@ class Saving(Callback):
     ) -> None:
         if self._origin is None:
             self._origin = snapshot.origin(
-                trainer.config, trainer.ds_file, trainer.ranks, trainer.materials.info.fingerprint
+                trainer.config, trainer.ds_file, trainer.ranks, trainer.materials.fingerprint
             )
         buffers = self._buffers.take(dict(trainer.model.named_buffers()))
         progress = trainer.progress

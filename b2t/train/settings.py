@@ -56,12 +56,19 @@ def check_losses(config: Config, model: "BrainToText") -> None:
         UserError: names the phase, its losses and what it trains.
     """
     for number, phase in enumerate(config.phases):
-        if phase.text_from == "labels" and not model.reads_phonemes:
+        if phase.text_from != "signals" and not model.reads_phonemes:
             raise UserError(
-                f"phases.{number}.text_from=labels: this model's text decoder reads latents, which "
-                "labels have none of; set model.text_decoder.memory=phonemes"
+                f"phases.{number}.text_from={phase.text_from}: this model's text decoder reads "
+                f"latents, which {phase.text_from} have none of; set "
+                "model.text_decoder.memory=phonemes or posteriors"
             )
         asked = [name for name, weight in phase.losses.model_dump().items() if weight > 0]
+        if phase.text_from == "texts" and asked != ["generation"]:
+            raise UserError(
+                f"phases.{number}.text_from=texts: sentences alone have no signal for "
+                f"{', '.join(name for name in asked if name != 'generation')}; give generation "
+                "alone a weight, or take text_from=labels"
+            )
         reached = {OBJECTIVES[name].component for name in asked}
         found = {name for name in reached if getattr(model, name) is not None}
         trained = [name for name in phase.trainable if getattr(model, name) is not None]

@@ -130,7 +130,7 @@ class OptimizerStep:
             self._forward,
             norms=norms,
             weights=weights,
-            text_from_labels=self.phase.text_from == "labels",
+            text_from_labels=self.phase.text_from != "signals",
         )
         stats: QuantizerStats | None = None
         for number, batch in enumerate(batches):

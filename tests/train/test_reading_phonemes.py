@@ -86,3 +86,46 @@ def test_labels_have_no_latents(trainer_of):
     trainer = trainer_of("run", "model.text_decoder.memory=latents")
     with pytest.raises(UserError, match=r"phases.1.text_from=labels.*memory=phonemes"):
         check_losses(trainer.config, trainer.model)
+
+
+def test_texts_alone_are_learnt_from_and_resume_exactly(trainer_of, tmp_path):
+    """A phase of text files: rows of their own, no signal, and a resume that refuses another."""
+    more = tmp_path / "more.txt"
+    more.write_text("\n".join(f"the {word} ran" for word in ("dog", "cat", "man", "boy", "girl")))
+    settings = (
+        "phases.1.text_from=texts", "phases.1.phrase_words=2",
+        f"data.texts=[{more}]", "model.text_decoder.kind=ctc",
+        "model.text_decoder.memory=posteriors", "model.text_decoder.tokenizer=bpe",
+        "model.text_decoder.bpe_vocab_size=300",
+    )  # fmt: skip
+    whole = trainer_of("whole", *settings)
+    assert len(whole.materials.sentences) == 36 + 5
+    seen = []
+    whole.callbacks[0].after_step = lambda run, step: seen.append(
+        [row.partition("/")[0] for batch in step.batches for row in batch.rows]
+    )
+    whole.fit()
+    assert all(set(rows) == {"texts"} for rows in seen[2:5]) and "texts" not in seen[5]
+
+    again = trainer_of("again", *settings)
+    after = again._after_applied
+
+    def stopping(*arguments):
+        after(*arguments)
+        again.stop.requested = again.progress.step == 3
+
+    again._after_applied = stopping
+    with pytest.raises(Stopped):
+        again.fit()
+    again = trainer_of("again", *settings)
+    again.fit()
+    assert [n for n in whole.masters if not torch.equal(whole.masters[n], again.masters[n])] == []
+    fingerprint = again.materials.fingerprint
+    more.write_text("the dog ran\n")
+    assert trainer_of("other", *settings).materials.fingerprint != fingerprint
+
+
+def test_texts_alone_teach_nothing_else(trainer_of):
+    trainer = trainer_of("run", "phases.1.text_from=texts", "phases.1.losses.phoneme=0.5")
+    with pytest.raises(UserError, match=r"phases.1.text_from=texts.*no signal for phoneme"):
+        check_losses(trainer.config, trainer.model)

@@ -82,7 +82,7 @@ def test_a_run_of_before_a_key_came_goes_on(start, saved):
     for later in ("kmeans_iters", "revival_until", "codebook_gradient_scale"):
         del quantizer[later]
     quantizer["revival"] = True
-    admitted = (trainer.config, trainer.ds_file, 1, trainer.materials.info.fingerprint)
+    admitted = (trainer.config, trainer.ds_file, 1, trainer.materials.fingerprint)
     refuse_other_run(state, *admitted)
     quantizer["revival"] = False
     with pytest.raises(UserError, match=r"model\.quantizer\.revival: null then, split now"):

@@ -4,12 +4,14 @@ from b2t.data.batches.batch import Batch, Example, collate
 from b2t.data.batches.loading import eval_batches, train_batches
 from b2t.data.batches.order import BatchPlan, Budget, evaluation_batches
 from b2t.data.batches.rows import TrialRows, checked_signal, drop_long_texts, encode_texts
+from b2t.data.batches.sentences import SentenceRows, sentence_batches
 
 __all__ = [
     "Batch",
     "BatchPlan",
     "Budget",
     "Example",
+    "SentenceRows",
     "TrialRows",
     "checked_signal",
     "collate",
@@ -17,5 +19,6 @@ __all__ = [
     "encode_texts",
     "eval_batches",
     "evaluation_batches",
+    "sentence_batches",
     "train_batches",
 ]
