@@ -46,7 +46,7 @@ from b2t.log import configure, quiet_libraries
 from b2t.train.admission import prepare_run
 from b2t.train.build import build
 from b2t.train.ds_config import DeepSpeedFile, load_ds_config
-from b2t.train.engine import parameter_groups
+from b2t.train.engine import DTYPES, parameter_groups
 from b2t.train.launch import main_callbacks
 from b2t.train.main import default_ds_config, name_accelerator
 from b2t.train.monitoring import Watch, build_monitors
@@ -58,7 +58,6 @@ from b2t.train.trainer import Trainer
 CHECKPOINT_EVERY = 500
 TARGETS = {"torch": 0.95, "deepspeed": 0.97}
 CHECKPOINT_TARGET = 0.02
-_DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -251,7 +250,7 @@ class BareDeepSpeed(Bare):
     def _step(self, micro_batches: list[Batch]) -> torch.Tensor:
         stats = None
         for batch in micro_batches:
-            batch = batch.to(self.ranks.device, _DTYPE[self.ds_file.precision])
+            batch = batch.to(self.ranks.device, DTYPES[self.ds_file.precision])
             output = self.engine(batch, weights=self.weights)
             self.engine.backward(output.loss)
             self.engine.step()

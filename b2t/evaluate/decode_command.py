@@ -4,7 +4,6 @@ import argparse
 import csv
 import io
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from b2t.evaluate.evaluate_command import (
     open_words,
     positive,
 )
+from b2t.records import finite
 
 SUMMARY = "decode the text of trials with a trained model"
 EPILOG = """\
@@ -183,16 +183,8 @@ def _lines(
     """Return one JSON object per row."""
     records: list[dict[str, Any]] = [{"row": row, "prediction": texts[row]} for row in rows]
     for record in records if ranked else ():
-        record["n_best"] = [_finite(hypothesis) for hypothesis in ranked[record["row"]]]
+        record["n_best"] = [finite(hypothesis) for hypothesis in ranked[record["row"]]]
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def _finite(hypothesis: dict[str, Any]) -> dict[str, Any]:
-    """Return scores as JSON has them: what is impossible is null."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in hypothesis.items()
-    }
 
 
 def _table(rows: Sequence[str], texts: dict[str, str]) -> str:

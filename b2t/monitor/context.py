@@ -17,7 +17,6 @@ class StepContext:
     only in `metrics`, so that nothing waits for the device between log steps.
 
     Attributes:
-        step: applied steps so far over all phases, from 1.
         phase: name of the phase.
         losses: global means of this step, 0-d, by name (`total`, `reconstruction` …), unweighted
             except `total`.
@@ -32,7 +31,6 @@ class StepContext:
         signal_mask: [B, T] bool of the same.
     """
 
-    step: int
     phase: str
     losses: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)

@@ -5,20 +5,12 @@ import os
 import threading
 import urllib.error
 import urllib.request
-from typing import Protocol
 
 from b2t.log import log_once, logger
 from b2t.monitor.alerts import Alert
 
 WEBHOOK_VARIABLE = "B2T_ALERT_WEBHOOK"
 """Environment variable with the address of a Slack-compatible webhook."""
-
-
-class Sink(Protocol):
-    """Somewhere that alerts are sent to."""
-
-    def send(self, alert: Alert, run: str) -> None:
-        """Send one alert of the run named ``run``; never raises."""
 
 
 class ConsoleSink:

@@ -345,14 +345,6 @@ class ResidualVQ(FrameSpace):
         z = z.view(*codes.shape[:-1], self.codebook_dim)
         return self.project_back(z, frames, dtype)
 
-    def decode_prefix(
-        self, codes: Tensor, layers: int, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """Quantized latents of the first ``layers`` layers of ``codes``."""
-        if not 1 <= layers <= codes.shape[-1]:
-            raise ValueError(f"prefix of {layers} layers, expected 1 to {codes.shape[-1]}")
-        return self.decode(codes[..., :layers], dtype)
-
     def _require_start(self, action: str) -> None:
         if not self.initialized:
             raise RuntimeError(f"cannot {action}: the codebooks have not started (initialize)")

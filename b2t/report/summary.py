@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from b2t.config.flat import flattened
 from b2t.log import logger
 from b2t.monitor.health import TABLE, verdict
 from b2t.records import finite, require_writable, write_atomically
@@ -207,7 +208,7 @@ def _sections(plots: Sequence[Plot]) -> list[tuple[str, list[Plot]]]:
 def _differences(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
     """Keys that may alter weights and are not the same in all runs, with each run's value."""
     kept = ("data", "model", "optim", "phases", "temperature", "codebook_start", "run")
-    flat = [_flatten({k: v for k, v in run.config.items() if k in kept}) for run in runs]
+    flat = [flattened({k: v for k, v in run.config.items() if k in kept}) for run in runs]
     keys = sorted({key for one in flat for key in one} - {"run.dir", "data.workers"})
     rows = [(key, [str(one.get(key, "–")) for one in flat]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
@@ -218,17 +219,6 @@ def _scores_side_by_side(summaries: Sequence[RunSummary]) -> list[tuple[str, lis
     by_run = [{row["label"]: row["value"] for row in one.scores} for one in summaries]
     labels = dict.fromkeys(label for run in by_run for label in run)
     return [(label, [run.get(label, "–") for run in by_run]) for label in labels]
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        value = {str(index): item for index, item in enumerate(value)}
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for key, item in value.items():
-        found.update(_flatten(item, f"{prefix}.{key}" if prefix else str(key)))
-    return found
 
 
 def _figures_of_earlier(out: Path) -> list[str]:

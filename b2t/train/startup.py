@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from b2t.config import Config
+from b2t.config.flat import flattened
 from b2t.data.verification import verify_sample
 from b2t.errors import UserError
 from b2t.log import logger
@@ -172,8 +173,9 @@ def identity(config: Config, ds_file: DeepSpeedFile) -> dict[str, Any]:
 
     flat = {"b2t sources": hash_sources(b2t), "b2t_kernels sources": hash_sources(b2t_kernels)}
     flat |= {"torch": str(torch.__version__), "deepspeed": str(deepspeed.__version__)}
-    flat |= dict(_flatten(config.model_dump(mode="json"), "config"))
-    flat |= dict(_flatten(ds_file.raw, "DeepSpeed file"))
+    settings = {"config": config.model_dump(mode="json"), "DeepSpeed file": ds_file.raw}
+    for name, tree in settings.items():
+        flat |= {f"{name} {key}": json.dumps(value) for key, value in flattened(tree).items()}
     return flat
 
 
@@ -185,14 +187,6 @@ def hash_sources(package: Any) -> str:
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
-
-
-def _flatten(value: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _flatten(item, f"{prefix} {key}" if " " not in prefix else f"{prefix}.{key}")
-    else:
-        yield prefix, json.dumps(value)
 
 
 def checkpoint_bytes(model: nn.Module, averaged: bool = False) -> int:

@@ -311,7 +311,6 @@ class Trainer:
     ) -> StepContext:
         totals, last = result.totals, result.batches[-1]
         return StepContext(
-            step=self.progress.step,
             phase=self.phase.name,
             losses=self.window.last_losses,
             weights=result.weights,

@@ -159,11 +159,6 @@ def bucket(N: int) -> int:
     return max(1024, triton.next_power_of_2(N))
 
 
-def interpreted(kernel: Any) -> bool:
-    """Whether TRITON_INTERPRET=1 was set when the kernel was defined."""
-    return not isinstance(kernel, triton.JITFunction)
-
-
 _chosen: dict[tuple, triton.Config] = {}
 _unfit: dict[tuple, str] = {}
 _measures = False

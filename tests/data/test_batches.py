@@ -14,7 +14,6 @@ from b2t.data.augment import Augment
 from b2t.data.batches import (
     Batch,
     BatchPlan,
-    drop_long_texts,
     eval_batches,
     evaluation_batches,
     train_batches,
@@ -288,20 +287,11 @@ def test_an_empty_trial_is_named():
         list(eval_batches(broken, Bytes(), SESSIONS, batch_size=4))
 
 
-def test_long_text_is_refused_by_name_or_dropped_with_a_count(caplog):
+def test_long_text_is_refused_by_name():
     dataset = trials()
     with pytest.raises(UserError, match=r"day0/0/3.*8 tokens.*limit of 7 \(6 such rows\)"):
         next(eval_batches(dataset, Bytes(), SESSIONS, batch_size=4, max_tokens=7))
     next(eval_batches(dataset, Bytes(), SESSIONS, batch_size=4, max_tokens=8))
-    with caplog.at_level("WARNING"):
-        kept = drop_long_texts(dataset, Bytes(), 7)
-    assert len(kept) == 18 and "dropped 6 of 24" in caplog.text
-    expected = [5 + 7 * (index % 11) for index in range(24) if index % 4 != 3]
-    assert signal_lengths(kept).tolist() == expected
-    rows = {
-        name for batch in eval_batches(kept, Bytes(), SESSIONS, batch_size=5) for name in batch.rows
-    }
-    assert len(rows) == 18
 
 
 def test_a_tokenizer_without_eos_is_refused():

@@ -56,6 +56,6 @@ def test_all_rows_and_none():
 
 
 def test_rows_chosen_before_are_chosen_from():
-    """A dataset that is itself a selection, as after `drop_long_texts`."""
+    """A dataset that is itself a selection."""
     dataset = of_sessions(4, 4).select([7, 6, 5, 0])
     assert spread_over_sessions(dataset, 2) == [1, 3]

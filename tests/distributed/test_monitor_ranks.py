@@ -34,9 +34,7 @@ def reconstruction_metrics(rows):
     for step in range(6):
         target, output, mask = (x[rows] for x in signals(step))
         monitor.update(
-            StepContext(
-                step=step, phase="p", reconstruction=output, target=target, signal_mask=mask
-            )
+            StepContext(phase="p", reconstruction=output, target=target, signal_mask=mask)
         )
     found = monitor.metrics()
     return {name: value for name, value in found.items() if "spectral" not in name}
@@ -48,7 +46,7 @@ def ranks_differ(rank, same):
         quantizer.codebooks.embed[1, 3, 2] += 1e-6
     monitor = EMAMonitor(quantizer)
     report = SimpleNamespace(applied=True, revived=[0, 0])
-    monitor.update(StepContext(step=1, phase="p", update_report=report))
+    monitor.update(StepContext(phase="p", update_report=report))
     return monitor.metrics()["ema/ranks_differ"]
 
 

@@ -11,7 +11,7 @@ Q, K = 3, 16
 
 
 def step(counts, number=1):
-    return StepContext(step=number, phase="p", counts=torch.as_tensor(counts))
+    return StepContext(phase="p", counts=torch.as_tensor(counts))
 
 
 def history(updates, seed=0):
@@ -117,7 +117,7 @@ def test_a_longer_window_fills_up():
 
 def test_nothing_before_the_first_update_and_steps_without_counts_are_none():
     monitor = CodebookMonitor()
-    monitor.update(StepContext(step=1, phase="p"))
+    monitor.update(StepContext(phase="p"))
     assert monitor.metrics() == {} and monitor.usage() is None
     assert monitor.state_dict()["counts"] is None
 

@@ -27,9 +27,7 @@ def move(q, number):
     generator = torch.Generator().manual_seed(1000 + number)
     q.codebooks.embed += 0.1 * torch.randn(L, K, D, generator=generator)
     revived = torch.randint(0, 4, (L,), generator=generator).tolist()
-    return StepContext(
-        step=number, phase="p", update_report=SimpleNamespace(applied=True, revived=revived)
-    )
+    return StepContext(phase="p", update_report=SimpleNamespace(applied=True, revived=revived))
 
 
 def run(monitor, q, numbers):
@@ -107,9 +105,9 @@ def test_revivals_are_means_over_the_window():
 def test_steps_that_moved_no_codebook_do_not_count():
     q = quantizer()
     monitor = EMAMonitor(q)
-    monitor.update(StepContext(step=1, phase="p"))
+    monitor.update(StepContext(phase="p"))
     report = SimpleNamespace(applied=False, revived=[0, 0])
-    monitor.update(StepContext(step=2, phase="p", update_report=report))
+    monitor.update(StepContext(phase="p", update_report=report))
     assert monitor.metrics() == {} and monitor.updates == 0
 
 

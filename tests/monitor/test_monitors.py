@@ -30,7 +30,6 @@ def steps(rvq, numbers):
         report = rvq.update(out.stats)
         target = torch.randn(4, 60, 3, generator=generator)
         yield StepContext(
-            step=number,
             phase="p",
             losses={"total": x.mean().abs(), "reconstruction": x.var(), "commitment": x.var()},
             weights={"reconstruction": 1.0, "commitment": 0.2},
@@ -68,7 +67,7 @@ def test_health_is_the_worst_grade_of_the_codebooks(used, grade):
     counts = torch.full((2, 16), 100)
     counts[1, used:] = 0
     report = SimpleNamespace(applied=True, revived=[0, 0])
-    monitor.update(StepContext(step=1, phase="p", counts=counts, update_report=report))
+    monitor.update(StepContext(phase="p", counts=counts, update_report=report))
     found = monitor.metrics()
     assert found["codebook/utilization_worst"] == used / 16
     assert found["codebook/health"] == grade

@@ -18,7 +18,6 @@ def batch(number, phase="p", rows=3, bins=40, channels=4):
     mask[1:2, :7] = False
     output[~mask], target[~mask] = math.nan, 1e30
     return StepContext(
-        step=number,
         phase=phase,
         reconstruction=output,
         target=target,
@@ -123,7 +122,7 @@ def test_the_drop_is_from_the_best_log_step_of_the_phase():
 
 def test_all_masked_and_absent_reconstructions_give_no_number():
     monitor = ReconstructionMonitor(50.0)
-    monitor.update(StepContext(step=1, phase="p"))
+    monitor.update(StepContext(phase="p"))
     assert monitor.metrics() == {}
     context = batch(1)
     context.signal_mask = torch.zeros_like(context.signal_mask)

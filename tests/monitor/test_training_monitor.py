@@ -14,7 +14,7 @@ def context(number, phase="p", **fields):
     values = np.random.default_rng(number).uniform(0.5, 2, 3)
     losses = dict(zip(WEIGHTS, map(torch.tensor, values), strict=True))
     losses["total"] = sum(WEIGHTS[name] * losses[name] for name in WEIGHTS)
-    return StepContext(step=number, phase=phase, losses=losses, weights=WEIGHTS, **fields)
+    return StepContext(phase=phase, losses=losses, weights=WEIGHTS, **fields)
 
 
 def run(monitor, contexts):
@@ -54,11 +54,11 @@ def test_the_codebook_loss_has_its_share():
     losses = {"reconstruction": 2.0, "commitment": 5.0, "codebook": 3.0}
     losses = {name: torch.tensor(value) for name, value in losses.items()}
     losses["total"] = 0.5 * losses["reconstruction"] + 0.2 * losses["commitment"] + 3.0
-    one = StepContext(step=1, phase="p", losses=losses, weights=WEIGHTS)
+    one = StepContext(phase="p", losses=losses, weights=WEIGHTS)
     found = run(TrainingMonitor(), [one]).metrics()
     shares = {n.split("/")[1]: v for n, v in found.items() if n.startswith("loss_share/")}
     assert shares == pytest.approx({"reconstruction": 0.2, "commitment": 0.2, "codebook": 0.6})
-    found = run(TrainingMonitor(), [StepContext(1, "p", losses, {"codebook": 0.0})]).metrics()
+    found = run(TrainingMonitor(), [StepContext("p", losses, {"codebook": 0.0})]).metrics()
     assert found["loss_share/codebook"] == 0.0, "unless its weight is named"
 
 

@@ -33,13 +33,12 @@ def monitors():
     found = Monitors(
         {"quantizer": RVQMonitor(quantizer, 5), "reconstruction": ReconstructionMonitor(50.0)}, ()
     )
-    for step in (1, 2):
+    for _ in (1, 2):
         target = torch.randn(2, 90, 6)
         mask = torch.ones(2, 90, dtype=torch.bool)
         mask[0, 60:] = False
         found.update(
             StepContext(
-                step=step,
                 phase="p",
                 counts=torch.randint(0, 9, (3, 8)),
                 update_report=SimpleNamespace(applied=True, revived=[0, 0, 0]),

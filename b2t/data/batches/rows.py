@@ -15,7 +15,6 @@ from b2t.data.options import AugmentOptions
 from b2t.data.trials import read_signal, require_finite, row_id
 from b2t.errors import UserError
 from b2t.labels import UNSEEN_SESSION
-from b2t.log import logger
 
 
 class TrialRows(TorchDataset):
@@ -170,22 +169,6 @@ def encode_texts(texts: Sequence[str | None], tokenizer: Any) -> list[np.ndarray
 
 def _texts(dataset: Dataset) -> list[str | None]:
     return dataset.with_format("arrow").select_columns(["text"])[:]["text"].to_pylist()
-
-
-def drop_long_texts(dataset: Dataset, tokenizer: Any, max_tokens: int) -> Dataset:
-    """Return ``dataset`` without rows of more than ``max_tokens`` labels, logging how many."""
-    labels = encode_texts(_texts(dataset), tokenizer)
-    kept = [index for index, ids in enumerate(labels) if len(ids) <= max_tokens]
-    dropped = len(labels) - len(kept)
-    if not dropped:
-        return dataset
-    logger(__name__).warning(
-        "dropped %d of %d rows whose text is longer than %d tokens",
-        dropped,
-        len(labels),
-        max_tokens,
-    )
-    return dataset.select(kept)
 
 
 def checked_signal(table: Any, name: str) -> np.ndarray:

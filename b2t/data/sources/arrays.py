@@ -14,8 +14,6 @@ from b2t.data.sources.recording import CutRecording, Recording, WholeTrials
 from b2t.data.sources.sessions import subject_name
 from b2t.errors import UserError
 
-LAYOUTS = ("time-first", "channels-first")
-
 
 @dataclass(frozen=True)
 class Array:
