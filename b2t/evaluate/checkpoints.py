@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from b2t.config import Config
@@ -11,6 +11,9 @@ from b2t.log import logger
 from b2t.manifest import find_problem
 from b2t.model.trained import trained_components
 from b2t.run_files import CHECKPOINTS
+
+if TYPE_CHECKING:
+    from b2t.model import BrainToText
 
 BEST = Path(CHECKPOINTS) / "best"
 MODEL_FILE = "config.json"
@@ -71,7 +74,7 @@ def is_training_checkpoint(folder: Path) -> bool:
     return (folder / STATE_FILE).is_file() or folder.name.startswith(STEP_PREFIX)
 
 
-def load_training_checkpoint(folder: Path, best: Path) -> Any:
+def load_training_checkpoint(folder: Path, best: Path) -> "BrainToText":
     """Read the model of a checkpoint that training goes on from.
 
     Averaged weights (`optim.weight_ema`) are taken where there are any, as validation does.

@@ -1,7 +1,7 @@
 """Discrete codes of trials, for people who want neural tokens."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -9,10 +9,13 @@ from b2t.data.batches import Batch
 from b2t.errors import UserError
 from b2t.evaluate.decode import to_model
 
+if TYPE_CHECKING:
+    from b2t.model.brain_to_text import BrainToText
+
 
 @torch.no_grad()
 def tokenize_trials(
-    model: Any, batches: Iterable[Batch], layers: int | None = None
+    model: "BrainToText", batches: Iterable[Batch], layers: int | None = None
 ) -> dict[str, list[list[int]]]:
     """Encode trials to codes.
 
@@ -32,6 +35,7 @@ def tokenize_trials(
     for batch in batches:
         batch = to_model(batch, model)
         encoded = model.encode_batch(batch.signal, batch.signal_mask, batch.session)
+        assert encoded.codes is not None and model.quantizer is not None
         codes, mask = encoded.codes[..., :layers].cpu(), encoded.frame_mask.cpu()
         for row, row_codes, keep in zip(batch.rows, codes, mask, strict=True):
             valid = row_codes[keep]

@@ -7,13 +7,16 @@ on brain signals; the error rate of a control is what the real one has to be com
 import dataclasses
 import zlib
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from b2t.data.batches import Batch
+
+if TYPE_CHECKING:
+    from b2t.model.brain_to_text import BrainToText
 
 Item = TypeVar("Item")
 
@@ -90,7 +93,7 @@ def spectrum_batch(batch: Batch, seed: int = 0) -> Batch:
 
 
 @torch.no_grad()
-def shuffled_codes(model: Any, output: Any, rows: Sequence[str], seed: int = 0) -> Any:
+def shuffled_codes(model: "BrainToText", output: Any, rows: Sequence[str], seed: int = 0) -> Any:
     """Return a model's output with the codes of each trial in another order.
 
     Which codes occur stays, their order in time is lost: a decoder that knows sentences by how

@@ -1,7 +1,7 @@
 """Free-running decoding: what a model says of a signal without being shown the target."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -9,6 +9,11 @@ from torch import Tensor
 from b2t.data.batches import Batch
 from b2t.model.ctc_search import best_path
 from b2t.model.tokenizer import decode_texts
+
+if TYPE_CHECKING:
+    from b2t.evaluate.rescoring import WordReader
+    from b2t.model.brain_to_text import BrainToText
+    from b2t.model.outputs import Encoded
 
 BLANK = 0
 
@@ -29,7 +34,7 @@ def collapse_ctc(logits: Tensor, mask: Tensor) -> list[list[int]]:
 
 
 @torch.no_grad()
-def decode_text(model: Any, batch: Batch, tokenizer: Any, **generation: Any) -> list[str]:
+def decode_text(model: "BrainToText", batch: Batch, tokenizer: Any, **generation: Any) -> list[str]:
     """Decode the text of each row with ``model.generate``.
 
     Args:
@@ -46,7 +51,9 @@ def decode_text(model: Any, batch: Batch, tokenizer: Any, **generation: Any) -> 
 
 
 @torch.no_grad()
-def decode_encoded(model: Any, encoded: Any, tokenizer: Any, **generation: Any) -> list[str]:
+def decode_encoded(
+    model: "BrainToText", encoded: "Encoded", tokenizer: Any, **generation: Any
+) -> list[str]:
     """Decode texts of latents that are there, as `decode_text` does of signals.
 
     Args:
@@ -60,7 +67,7 @@ def decode_encoded(model: Any, encoded: Any, tokenizer: Any, **generation: Any) 
 
 
 def decode_batches(
-    model: Any, batches: Iterable[Batch], tokenizer: Any, **generation: Any
+    model: "BrainToText", batches: Iterable[Batch], tokenizer: Any, **generation: Any
 ) -> Iterator[tuple[str, str]]:
     """Yield (row id, text) for every row of ``batches``, the model in evaluation mode."""
     training = model.training
@@ -76,7 +83,9 @@ def decode_batches(
 
 
 @torch.no_grad()
-def read_batches(model: Any, batches: Iterable[Batch], words: Any) -> Iterator[tuple[str, str]]:
+def read_batches(
+    model: "BrainToText", batches: Iterable[Batch], words: "WordReader"
+) -> Iterator[tuple[str, str]]:
     """Yield (row id, text) for every row, words read by a `WordReader`, jointly where it can."""
     for batch in batches:
         output = model.eval()(to_model(batch, model), weights={"phoneme": 1.0})
@@ -86,7 +95,7 @@ def read_batches(model: Any, batches: Iterable[Batch], words: Any) -> Iterator[t
 
 @torch.no_grad()
 def rank_batches(
-    model: Any, batches: Iterable[Batch], words: Any, number: int
+    model: "BrainToText", batches: Iterable[Batch], words: "WordReader", number: int
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yield (row id, hypotheses) for every row: their `text`, `score` and its parts, best first."""
     for batch in batches:
@@ -94,7 +103,7 @@ def rank_batches(
         yield from zip(batch.rows, words.ranked(output, number), strict=True)
 
 
-def to_model(batch: Batch, model: Any) -> Batch:
+def to_model(batch: Batch, model: "BrainToText") -> Batch:
     """Move a batch to the device and floating-point type of the model's parameters."""
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     return batch.to(parameter.device, parameter.dtype)

@@ -11,6 +11,7 @@ from b2t.run_files import METRICS_FILE
 
 if TYPE_CHECKING:
     from b2t.evaluate.results import Evaluation
+    from b2t.model.brain_to_text import BrainToText
 
 COMPARISON_FILE = "comparison.json"
 
@@ -164,7 +165,7 @@ def _controls(args: argparse.Namespace) -> tuple[str, ...]:
     return () if args.no_noise else CONTROLS
 
 
-def open_words(model: Any, folder: Path | None, rescoring: bool = True) -> Any | None:
+def open_words(model: "BrainToText", folder: Path | None, rescoring: bool = True) -> Any | None:
     """Open the language model of `--lm`, None where there is none.
 
     Args:
@@ -189,7 +190,7 @@ def open_words(model: Any, folder: Path | None, rescoring: bool = True) -> Any |
 
 
 def generation_options(
-    run: Any, model: Any, beams: int | None, max_new_tokens: int | None
+    run: Any, model: "BrainToText", beams: int | None, max_new_tokens: int | None
 ) -> dict[str, Any]:
     """Options of text generation: the arguments, else the run's own, else the model's."""
     options: dict[str, Any] = {}

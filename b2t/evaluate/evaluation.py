@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from b2t.evaluate.scoring import score
 from b2t.evaluate.signal import SignalSums
 from b2t.evaluate.soundness import note_soundness
 from b2t.evaluate.traces import collect_traces
+
+if TYPE_CHECKING:
+    from b2t.model.brain_to_text import BrainToText
 
 CONTROLS = ("spectrum", "codes", "lm_alone")
 """Controls besides white noise: noise of equal spectrum, codes in another order, and the language
@@ -39,7 +42,7 @@ class ReadsWords(Protocol):
 
 
 def evaluate_model(
-    model: Any,
+    model: "BrainToText",
     batches: Iterable[Batch],
     tokenizer: Any | None = None,
     *,
@@ -100,7 +103,7 @@ def evaluate_model(
     return result
 
 
-def codebook_size(model: Any) -> int | None:
+def codebook_size(model: "BrainToText") -> int | None:
     """Codes per layer of the model's quantizer, None where it has none."""
     quantizer = _part(model, "quantizer")
     return int(quantizer.codebook_size) if quantizer is not None else None
@@ -124,7 +127,7 @@ class _Share:
         self.counts = counts if self.counts is None else self.counts + counts
 
 
-def _part(model: Any, name: str) -> Any | None:
+def _part(model: "BrainToText", name: str) -> Any | None:
     return getattr(model, name, None)
 
 
@@ -132,7 +135,7 @@ def _part(model: Any, name: str) -> Any | None:
 class _Speaker:
     """A model and what turns its outputs into text."""
 
-    model: Any
+    model: "BrainToText"
     tokenizer: Any | None
     words: ReadsWords | None
     generation: dict[str, Any]

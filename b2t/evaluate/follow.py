@@ -5,7 +5,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from b2t.evaluate.raw_bins import RawBins
 from b2t.evaluate.word_stream import WordStream
 from b2t.model.streaming import Frames, Stream
 from b2t.model.tokenizer import decode_texts
+
+if TYPE_CHECKING:
+    from b2t.model.brain_to_text import BrainToText
 
 BLANK = 0
 
@@ -40,7 +43,12 @@ class Sentence:
     """
 
     def __init__(
-        self, model: Any, session: str | None, words: Any, tokenizer: Any, generation: dict
+        self,
+        model: "BrainToText",
+        session: str | None,
+        words: Any,
+        tokenizer: Any,
+        generation: dict,
     ) -> None:
         self.model, self.tokenizer, self.generation = model, tokenizer, generation
         self.stream = Stream(model, session)

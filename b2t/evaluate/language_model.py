@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,6 +21,9 @@ from b2t.evaluate.rescoring import Rescoring, WordReader, require_text_decoder
 from b2t.evaluate.surface import learn_surface, read_surface
 from b2t.evaluate.words import SearchOptions, WordDecoder, emissions
 from b2t.records import write_atomically
+
+if TYPE_CHECKING:
+    from b2t.model.brain_to_text import BrainToText
 
 ARPA_FILE = "lm.arpa"
 LEXICON_FILE = "lexicon.txt"
@@ -206,7 +209,7 @@ def open_decoder(folder: Path, **search: float) -> tuple[WordDecoder, LanguageMo
     return WordDecoder(folder / ARPA_FILE, lexicon, options), card
 
 
-def open_reader(folder: Path, model: Any, rescoring: bool = True) -> WordReader:
+def open_reader(folder: Path, model: "BrainToText", rescoring: bool = True) -> WordReader:
     """Open a folder to read words of what a model makes of signals.
 
     Args:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from b2t.data.batches.rows import encode_texts
 from b2t.errors import UserError
 from b2t.labels import IGNORE
+
+if TYPE_CHECKING:
+    from b2t.model.brain_to_text import BrainToText
 
 PAIRS = 64
 """Sentences in one forward of a model."""
@@ -45,7 +48,7 @@ def ctc_log_likelihood(frames: Tensor, labels: Sequence[Sequence[int]]) -> list[
 
 @torch.no_grad()
 def text_decoder_log_likelihood(
-    model: Any, output: Any, rows: Sequence[int], texts: Sequence[str]
+    model: "BrainToText", output: Any, rows: Sequence[int], texts: Sequence[str]
 ) -> list[float]:
     """Log-probability of texts, end token included, under the text decoder of a `BrainToText`.
 

@@ -8,6 +8,8 @@ from b2t.evaluate.evaluate_command import add_checkpoint, positive
 
 if TYPE_CHECKING:
     from b2t.evaluate.language_model import LanguageModelCard, TextSource
+    from b2t.evaluate.ngram import NGramModel
+    from b2t.model.brain_to_text import BrainToText
 
 SUMMARY = "make an n-gram language model and a lexicon, which read words from phonemes"
 EPILOG = """\
@@ -115,7 +117,7 @@ def read_source(name: str, split: str) -> "TextSource":
     return TextSource(name, [texts[i] for i in kept], [labels[i] for i in kept])
 
 
-def _tell(card: "LanguageModelCard", model: Any, folder: Path) -> None:
+def _tell(card: "LanguageModelCard", model: "NGramModel", folder: Path) -> None:
     grams = " / ".join(f"{len(grams):,}" for grams in model.log_probability)
     print(
         f"{card.sentences:,} sentences, {card.words:,} words ({card.learnt:,} pronounced as the "
@@ -186,7 +188,7 @@ def _tune_jointly(
     args: argparse.Namespace,
     card: "LanguageModelCard",
     decoder: Any,
-    model: Any,
+    model: "BrainToText",
     causal: Any | None,
     batches: Any,
 ) -> None:
@@ -226,7 +228,7 @@ def _tune_jointly(
     )
 
 
-def phoneme_logits(model: Any, batches: Any) -> tuple[list[Any], list[str]]:
+def phoneme_logits(model: "BrainToText", batches: Any) -> tuple[list[Any], list[str]]:
     """Logits [P, 41] of the real frames of every row with text, and the texts.
 
     Raises:

@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from b2t.evaluate.results import EVALUATION_FILE
 from b2t.evaluate.verdict import KINDS, NAMES
+
+if TYPE_CHECKING:
+    from b2t.model.brain_to_text import BrainToText
 
 CARD_FILE = "README.md"
 
@@ -37,7 +40,7 @@ def read_evaluation(folder: Path, label: str) -> dict[str, Any] | None:
 
 
 def model_card(
-    model: Any, name: str, license: str | None, evaluation: dict[str, Any] | None
+    model: "BrainToText", name: str, license: str | None, evaluation: dict[str, Any] | None
 ) -> str:
     """Write the card of a model.
 
@@ -68,7 +71,7 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _what(model: Any) -> str:
+def _what(model: "BrainToText") -> str:
     config, parameters = model.config, sum(p.numel() for p in model.parameters())
     parts = [f"A b2t model that reads recordings of the brain ({parameters:,} parameters)."]
     if model.quantizer is not None:
@@ -156,7 +159,7 @@ def _licence(license: str | None) -> str:
     return f"`{license}`. What the recordings may be used for may bind what is trained on them."
 
 
-def _use(model: Any, name: str) -> str:
+def _use(model: "BrainToText", name: str) -> str:
     session = (model.config.sessions or ["day0"])[0]
     text = ""
     if model.text_decoder is not None:

@@ -1,7 +1,7 @@
 """What a score is a score of: which split, chosen how, and how much of it was seen in training."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from b2t.errors import UserError
 from b2t.evaluate.metrics import normalise_text
@@ -10,10 +10,16 @@ from b2t.evaluate.prior import text_prior
 if TYPE_CHECKING:
     from b2t.evaluate.results import Evaluation
     from b2t.evaluate.run_folder import Run
+    from b2t.model.brain_to_text import BrainToText
 
 
 def note_provenance(
-    result: "Evaluation", run: "Run", model: Any, path: str, asked: str | None, seed: int = 0
+    result: "Evaluation",
+    run: "Run",
+    model: "BrainToText",
+    path: str,
+    asked: str | None,
+    seed: int = 0,
 ) -> None:
     """Write into a result which split it is of, whether it chose the model, and what it shares.
 
@@ -92,7 +98,7 @@ def note_language_model(result: "Evaluation", folder: Path, path: str) -> None:
         )
 
 
-def _role(split: str, run: "Run", model: Any, path: str) -> str | None:
+def _role(split: str, run: "Run", model: "BrainToText", path: str) -> str | None:
     """Return what the split was to the training, None where it was nothing or is not known."""
     from b2t.data.dataset import dataset_info
 

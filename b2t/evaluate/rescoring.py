@@ -29,6 +29,7 @@ from b2t.model.tokenizer import decode_texts
 
 if TYPE_CHECKING:
     from b2t.data.batches import Batch
+    from b2t.model.brain_to_text import BrainToText
 
 _GRID: dict[str, tuple[float, ...]] = {
     "lm_weight": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0),
@@ -109,7 +110,7 @@ class WordReader:
 
     decoder: WordDecoder
     rescoring: Rescoring | None = None
-    model: Any | None = None
+    model: "BrainToText | None" = None
     surface: SurfaceForms = SurfaceForms()  # noqa: RUF009  # frozen
     causal: CausalScorer | None = None
 
@@ -219,6 +220,7 @@ class WordReader:
             assert self.causal is not None
             scores = self.causal(texts)
         else:
+            assert self.model is not None
             rows = [row for (row, _), some in zip(places, ways, strict=True) for _ in some]
             scores = text_decoder_log_likelihood(self.model, output, rows, texts)
         each = iter(scores)
@@ -230,7 +232,7 @@ class WordReader:
 
 @torch.no_grad()
 def collect(
-    reader: WordReader, model: Any, batches: Iterable["Batch"]
+    reader: WordReader, model: "BrainToText", batches: Iterable["Batch"]
 ) -> tuple[list[list[Candidate]], list[str]]:
     """Candidates of every row with text, and the texts."""
     trials, targets = [], []
@@ -290,7 +292,7 @@ def tune_rescoring(
     return best, cost(best)[0], cost(start)[0], len(tried)
 
 
-def require_text_decoder(model: Any, weights: Rescoring, where: str) -> Any | None:
+def require_text_decoder(model: "BrainToText", weights: Rescoring, where: str) -> Any | None:
     """Return the model where its text decoder judges, None where none does.
 
     Raises:

@@ -22,6 +22,7 @@ from b2t.signal_spec import SignalSpec, compare, require_fit
 
 if TYPE_CHECKING:
     from b2t.data.batches import Batch
+    from b2t.model.brain_to_text import BrainToText
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def open_run(folder: str | Path, checkpoint: str = "best") -> Run:
     return Run(folder, choose_checkpoint(folder, checkpoint), load_config(config_file))
 
 
-def load_model(run: Run, device: str | None = None) -> tuple[Any, Any | None]:
+def load_model(run: Run, device: str | None = None) -> "tuple[BrainToText, Any | None]":
     """Load the model, in evaluation mode, and its tokenizer.
 
     Args:
@@ -159,7 +160,7 @@ def choose_split(path: str, split: str | None) -> str:
 
 def load_batches(
     run: Run,
-    model: Any,
+    model: "BrainToText",
     path: str,
     split: str,
     tokenizer: Any | None,
@@ -209,7 +210,7 @@ def load_batches(
 
 
 def require_same_kind(
-    run: Run, model: Any, path: str, trials: Any, force: bool = False
+    run: Run, model: "BrainToText", path: str, trials: Any, force: bool = False
 ) -> list[int] | None:
     """Refuse trials of another kind than the model was trained on; see `require_fit`."""
     from b2t.data.dataset import dataset_info
@@ -237,14 +238,14 @@ def require_same_kind(
     return order
 
 
-def _smoothing(run: Run, model: Any) -> float:
+def _smoothing(run: Run, model: "BrainToText") -> float:
     """Return the smoothing of the model; older ones leave it to the run's configuration."""
     if model.config.signal is not None:
         return float(model.config.signal["smoothing_bins"])
     return run.config.data.augment.smoothing_bins if run.config else 0.0
 
 
-def is_simulated(model: Any, path: str) -> bool:
+def is_simulated(model: "BrainToText", path: str) -> bool:
     """Whether the model or the dataset says that its recordings are simulated."""
     from b2t.data.dataset import dataset_info
 

@@ -1,11 +1,12 @@
 """Reasons why a score may mean nothing: untrained components, trials out of range."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from b2t.evaluate.results import Evaluation
+    from b2t.model.brain_to_text import BrainToText
 
 _FACTOR = 100.0
 """A trial this much louder or quieter than a typical one of the training is out of range."""
@@ -18,7 +19,7 @@ _SAYS = {
 }
 
 
-def note_soundness(result: "Evaluation", model: Any, rms: dict[str, float]) -> None:
+def note_soundness(result: "Evaluation", model: "BrainToText", rms: dict[str, float]) -> None:
     """Write into a result what was never trained, and which trials are out of range.
 
     Args:

@@ -1,13 +1,16 @@
 """Signals to codes as one `torch.export` program, which runs without b2t."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from b2t.errors import UserError
+
+if TYPE_CHECKING:
+    from b2t.model.brain_to_text import BrainToText
 
 PROGRAM_FILE = "tokenizer.pt2"
 
@@ -22,7 +25,7 @@ class Tokenizer(nn.Module):
         UserError: it has no quantizer, one that never started, or one that searches by a beam.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: "BrainToText") -> None:
         super().__init__()
         quantizer = model.quantizer
         if quantizer is None or not quantizer.initialized:
@@ -68,7 +71,7 @@ class Tokenizer(nn.Module):
 
 
 @torch.no_grad()
-def save_program(model: Any, folder: Path) -> int:
+def save_program(model: "BrainToText", folder: Path) -> int:
     """Write `tokenizer.pt2` and compare it with the model on signals of several lengths.
 
     Args:
@@ -98,7 +101,7 @@ def save_program(model: Any, folder: Path) -> int:
 
 
 @torch.no_grad()
-def require_parity(model: Any, program: Any, shortest: int) -> int:
+def require_parity(model: "BrainToText", program: Any, shortest: int) -> int:
     """Compare codes and quantized latents on random signals; return the frames compared.
 
     Raises:
@@ -110,6 +113,7 @@ def require_parity(model: Any, program: Any, shortest: int) -> int:
         session = torch.tensor([-1 if bins == shortest else 0])
         codes, quantized = program(signal, session)
         wanted = model.encode_batch(signal, None, session)
+        assert wanted.codes is not None
         frames += len(codes)
         if not torch.equal(codes, wanted.codes[0]):
             share = float((codes != wanted.codes[0]).float().mean())

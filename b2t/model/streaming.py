@@ -1,6 +1,6 @@
 """A causal model on bins as they come: what it makes of a sentence grows with the sentence."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +9,9 @@ from b2t.errors import UserError
 from b2t.model.inference import session_index
 from b2t.model.patches import num_patches
 from b2t.smoothing import reach, smooth
+
+if TYPE_CHECKING:
+    from b2t.model.brain_to_text import BrainToText
 
 
 class Frames(NamedTuple):
@@ -42,7 +45,7 @@ class Stream:
         UserError: the encoder looks ahead, or the session is unknown.
     """
 
-    def __init__(self, model: Any, session: str | int | None = None) -> None:
+    def __init__(self, model: "BrainToText", session: str | int | None = None) -> None:
         require_causal(model)
         self.model = model
         self._session = -1 if session is None else session_index(session, model.config.sessions)
@@ -53,7 +56,7 @@ class Stream:
         self._pending = 0
         self._waiting: Tensor | None = None
         """Adapted bins [n, C] of patches that are not complete."""
-        self._state = model.encoder.body.start()
+        self._state: Any = model.encoder.body.start()  # each kind of body has its own
         self.bins = 0
         self.frames = 0
 
@@ -140,7 +143,7 @@ class Stream:
         return Frames(quantized[0], codes, None if head is None else head(quantized)[0])
 
 
-def require_causal(model: Any) -> None:
+def require_causal(model: "BrainToText") -> None:
     """Refuse a model whose encoder looks at bins that have not come.
 
     Raises:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from b2t.monitor.context import StepContext
+from b2t.quantize import ResidualVQ
 
 
 class EMAMonitor:
@@ -43,7 +44,7 @@ class EMAMonitor:
 
     def __init__(
         self,
-        quantizer: Any,
+        quantizer: ResidualVQ,
         *,
         every: int = 10,
         window: int = 20,

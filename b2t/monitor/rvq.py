@@ -6,6 +6,7 @@ from b2t.monitor.codebook import CodebookMonitor
 from b2t.monitor.context import StepContext
 from b2t.monitor.ema import EMAMonitor
 from b2t.monitor.health import GRADES, TABLE, verdict
+from b2t.quantize import ResidualVQ
 
 
 class RVQMonitor:
@@ -18,7 +19,7 @@ class RVQMonitor:
         window: updates looked back on.
     """
 
-    def __init__(self, quantizer: Any, window: int = 100) -> None:
+    def __init__(self, quantizer: ResidualVQ, window: int = 100) -> None:
         self.usage = CodebookMonitor(window)
         self.codes = EMAMonitor(quantizer)
 

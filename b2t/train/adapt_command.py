@@ -4,9 +4,12 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from b2t.arguments import finite, seed
+
+if TYPE_CHECKING:
+    from b2t.model.brain_to_text import BrainToText
 
 SUMMARY = "adapt a trained model to a new session without labels"
 EPILOG = """\
@@ -133,7 +136,7 @@ class _Trials:
     def __init__(
         self,
         opened: Any,
-        model: Any,
+        model: "BrainToText",
         trials: Any,
         split: str,
         order: list[int] | None,

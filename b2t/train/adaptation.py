@@ -8,7 +8,7 @@ language model the phonemes that CTC hears are the labels.
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ from b2t.errors import UserError
 from b2t.evaluate.decode import collapse_ctc, to_model
 from b2t.evaluate.metrics import phoneme_error_rate
 from b2t.model.brain_to_text import COMPONENTS
+
+if TYPE_CHECKING:
+    from b2t.evaluate.words import WordDecoder
+    from b2t.model.brain_to_text import BrainToText
 
 
 class PseudoLabel(NamedTuple):
@@ -49,7 +53,7 @@ class AdaptationOptions:
     keep: float = 0.8
 
 
-def add_sessions(model: Any, names: Sequence[str]) -> Any:
+def add_sessions(model: "BrainToText", names: Sequence[str]) -> "BrainToText":
     """Return a copy of a model with maps for more sessions, each the mean of the others.
 
     Args:
@@ -74,7 +78,9 @@ def add_sessions(model: Any, names: Sequence[str]) -> Any:
 
 
 @torch.no_grad()
-def hear(model: Any, batches: Iterable[Batch], words: Any | None = None) -> dict[str, PseudoLabel]:
+def hear(
+    model: "BrainToText", batches: Iterable[Batch], words: "WordDecoder | None" = None
+) -> dict[str, PseudoLabel]:
     """Label every row by what the model hears in it.
 
     Args:
@@ -122,7 +128,7 @@ class Round(NamedTuple):
 
 
 def adapt(
-    model: Any,
+    model: "BrainToText",
     sessions: Sequence[int],
     heard: Callable[[], dict[str, PseudoLabel]],
     batches: Callable[[int, set[str]], Iterable[Batch]],
@@ -144,7 +150,8 @@ def adapt(
         UserError: nothing is heard in any trial.
     """
     model.freeze([name for name in COMPONENTS if name != "adapter"])
-    maps = [model.adapter.weight, model.adapter.bias]
+    assert model.adapter is not None
+    maps: list[Tensor] = [model.adapter.weight, model.adapter.bias]
     fixed = torch.ones(len(maps[1]), dtype=torch.bool, device=maps[1].device)
     fixed[list(sessions)] = False
     optimizer = torch.optim.AdamW(maps, lr=options.lr, weight_decay=0.0)
@@ -164,7 +171,11 @@ def adapt(
 
 
 def _learn(
-    model: Any, batch: Batch, optimizer: torch.optim.Optimizer, maps: list[Tensor], fixed: Tensor
+    model: "BrainToText",
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    maps: list[Tensor],
+    fixed: Tensor,
 ) -> tuple[float, float]:
     """Take one step; return the sum of the CTC losses, and the phonemes that it is over."""
     batch = to_model(batch, model)

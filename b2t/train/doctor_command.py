@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from b2t.errors import UserError
 from b2t.train.interfaces import ENV_FILE, interfaces, write_env
+
+if TYPE_CHECKING:
+    from b2t.config import Config
 
 SUMMARY = "check this machine, and optionally a configuration, before training on it"
 EPILOG = """\
@@ -387,7 +390,7 @@ def check_deepspeed_file(path: str) -> Iterator[Finding]:
         )
 
 
-def check_training(config: Any, ds_path: str | None, ranks: int | None) -> Iterator[Finding]:
+def check_training(config: Config, ds_path: str | None, ranks: int | None) -> Iterator[Finding]:
     """Data, batch and memory of the run that the configuration describes."""
     import torch
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from b2t.log import logger
+from b2t.monitor.context import StepContext
 from b2t.train.callback import Callback, Run
 
 log = logger(__name__)
@@ -138,7 +139,7 @@ class Pace(Callback):
         if trainer.ds_file.zero_stage < 3:
             self._clock = EncoderClock(trainer.model.encoder, trainer.ranks.device)
 
-    def on_step(self, trainer: Run, context: Any) -> None:
+    def on_step(self, trainer: Run, context: StepContext) -> None:
         """Count the step."""
         self._steps += 1
 

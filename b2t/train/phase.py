@@ -1,6 +1,6 @@
 """One phase while it is trained: its engine, what it freezes, its averages and its batches."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -137,7 +137,7 @@ def phase_batches(
     ds_file: DeepSpeedFile,
     ranks: Ranks,
     consumed: int,
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch], None, None]:
     """Iterate over this rank's micro-batches of each step of a phase, without end; close it.
 
     Args:
@@ -183,7 +183,7 @@ def _sentences(
     ds_file: DeepSpeedFile,
     ranks: Ranks,
     consumed: int,
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch], None, None]:
     assert materials.sentences is not None
     rows = SentenceRows(
         materials.sentences,
@@ -203,7 +203,7 @@ def _sentences(
     )
 
 
-def _unpacked(loader: Any) -> Iterator[list[Batch]]:
+def _unpacked(loader: Any) -> Generator[list[Batch], None, None]:
     try:
         for _, _, micro_batches in loader:
             yield micro_batches

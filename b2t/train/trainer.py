@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -258,7 +258,7 @@ class Trainer:
             self.ranks, self.window, self._budget,
         )  # fmt: skip
 
-    def _batches(self) -> Any:
+    def _batches(self) -> Generator[list[Batch], None, None]:
         return phase_batches(
             self.config, self.progress.phase, self.materials, self.plan, self.ds_file,
             self.ranks, self.progress.consumed,

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from b2t.evaluate.signal import decibels
+from b2t.model.outputs import BrainToTextOutput
+from b2t.quantize import UpdateReport
 from b2t.train.ranks import Ranks
 
 _COUNTERS = ("steps", "frames", "bins", "padded", "seconds", "data_s", "revived", "nonfinite")
@@ -42,14 +44,16 @@ class Window:
         self._nonfinite: Tensor | float = 0.0
 
     @torch.no_grad()
-    def add(self, output: Any, accumulation: int) -> None:
+    def add(self, output: BrainToTextOutput, accumulation: int) -> None:
         """Take in one micro-batch of the current step."""
+        assert output.losses is not None and output.loss is not None
         values = {f"loss/{name}": loss.detach().float() for name, loss in output.losses.items()}
         values["loss/total"] = output.loss.detach().float()
         values = {name: value / accumulation for name, value in values.items()}
+        metrics = output.metrics or {}
         for name in _POOLED:
-            if name in (output.metrics or {}):
-                values[name] = output.metrics[name].detach().double()
+            if name in metrics:
+                values[name] = metrics[name].detach().double()
         for name, value in values.items():
             self._step[name] = self._step[name] + value if name in self._step else value
 
@@ -68,7 +72,7 @@ class Window:
         self._step = {}
 
     def close_step(
-        self, totals: dict[str, float], step_s: float, data_s: float, report: Any
+        self, totals: dict[str, float], step_s: float, data_s: float, report: UpdateReport | None
     ) -> None:
         """Add the current step, which was applied, to the window."""
         self._share_losses()

@@ -1,6 +1,6 @@
 """Batches of sentences without signals."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,7 @@ def sentence_batches(
     accumulation: int = 1,
     rank: int = 0,
     world: int = 1,
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch], None, None]:
     """Yield this rank's micro-batches of each step, without end; read in this process.
 
     Args:
