@@ -114,7 +114,8 @@ def shuffled_codes(model: "BrainToText", output: Any, rows: Sequence[str], seed:
         quantized[row, real] = output.quantized[row, moved]
         if codes is not None:
             codes[row, real] = output.codes[row, moved]
-    logits = None if output.phoneme_logits is None else model.phoneme_head(quantized)
+    head = model.phoneme_head
+    logits = None if output.phoneme_logits is None or head is None else head(quantized)
     return dataclasses.replace(output, quantized=quantized, codes=codes, phoneme_logits=logits)
 
 

@@ -1,8 +1,8 @@
 """The model on a user's own arrays: codes, and text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from b2t.smoothing import smooth
 
 if TYPE_CHECKING:
     from b2t.data.batches import Batch
+    from b2t.model.brain_to_text import BrainToText
 
 Array = Tensor | np.ndarray
 Sessions = str | int | Sequence[str] | Array | None
@@ -65,7 +66,7 @@ class Inference:
             UserError: wrong shape, NaN or infinity, an unknown session, or signals of another
                 rate, unit or with other channels than the model was trained on.
         """
-        model: Any = self
+        model = cast("BrainToText", self)
         given = read_signals(model, signal, signal_mask, session, sampling_rate, channels, force)
         with _inference(model):
             found = model.encode_batch(given.signal, given.mask, given.session)
@@ -109,7 +110,7 @@ class Inference:
             UserError: the model has no text decoder, too many tokens are asked for, or signals
                 that `encode` refuses.
         """
-        model: Any = self
+        model = cast("BrainToText", self)
         _require_text_decoder(model)
         if isinstance(signal, (Tensor, np.ndarray)):
             given = read_signals(
@@ -145,7 +146,7 @@ class Inference:
         Raises:
             UserError: as in `generate`, and where the model was saved without its tokenizer.
         """
-        model: Any = self
+        model = cast("BrainToText", self)
         _require_text_decoder(model)
         if model.tokenizer is None:
             raise UserError(
@@ -158,7 +159,7 @@ class Inference:
 
 
 def read_signals(
-    model: Any,
+    model: "BrainToText",
     signal: Array,
     mask: Array | None,
     session: Sessions,
@@ -274,7 +275,7 @@ def _sessions(session: Sessions, rows: int, known: Sequence[str]) -> np.ndarray 
     return np.array([session_index(item, known) for item in given], np.int64)
 
 
-def session_index(item: Any, known: Sequence[str]) -> int:
+def session_index(item: str | int, known: Sequence[str]) -> int:
     """Return the index of a session among the known ones, −1 for −1, their mean.
 
     Raises:
@@ -296,7 +297,7 @@ def session_index(item: Any, known: Sequence[str]) -> int:
     return int(item)
 
 
-def _require_text_decoder(model: Any) -> None:
+def _require_text_decoder(model: "BrainToText") -> None:
     if model.text_decoder is None:
         raise UserError(
             "this model has no text decoder (text_decoder.enabled=false): it tokenizes signals; "
@@ -305,7 +306,7 @@ def _require_text_decoder(model: Any) -> None:
 
 
 @contextmanager
-def _inference(model: Any) -> Any:
+def _inference(model: "BrainToText") -> Iterator[None]:
     """No gradient and no dropout inside; the mode it came in afterwards."""
     training = model.training
     model.eval()

@@ -1,7 +1,7 @@
 """Learning without labels: what was there, told from what stands around it."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,14 +12,16 @@ from b2t.quantize import StepNorms
 
 if TYPE_CHECKING:
     from b2t.data.batches import Batch
+    from b2t.model.signal_decoder import SignalDecoder
 
 
 class MaskedPrediction:
     """The objective `masked` of `BrainToText`: encoder and signal decoder, past the quantizer."""
 
-    latents: Any
-    signal_decoder: Any
-    _counted: Any
+    if TYPE_CHECKING:
+        signal_decoder: SignalDecoder
+        latents: Callable[..., tuple[Tensor, Tensor]]
+        _counted: Callable[[StepNorms, Batch, Tensor], StepNorms]
 
     def _predict_hidden(self, batch: "Batch") -> tuple[Tensor, Tensor, Tensor]:
         """Squared error over the hidden bins of signals that were encoded without them.

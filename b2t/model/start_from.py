@@ -128,8 +128,8 @@ def _maps(
     here, there = _pairs(places)
     sessions = {name: number for number, name in enumerate(source.config.sessions)}
     for number in range(len(weight)):
-        name = model.config.sessions[number] if model.config.sessions else None
-        given = sessions.get(name)
+        named = model.config.sessions
+        given = sessions.get(named[number]) if named else None
         theirs, shift = (
             (source.adapter.weight.mean(0), source.adapter.bias.mean(0))
             if given is None

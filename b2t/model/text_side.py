@@ -1,6 +1,6 @@
 """What the text decoder reads and learns: latents, or phonemes heard in signals or in labels."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,16 +14,19 @@ from b2t.quantize import StepNorms
 
 if TYPE_CHECKING:
     from b2t.data.batches import Batch
+    from b2t.model.configuration import BrainToTextConfig
+    from b2t.model.phoneme_head import PhonemeHead
 
 
 class TextSide:
     """The half of `BrainToText` that writes text."""
 
-    text_decoder: Any
-    phoneme_head: Any
-    config: Any
-    frame_mask: Any
-    _counted: Any
+    text_decoder: Any  # one of three kinds, asked by what it declares
+    if TYPE_CHECKING:
+        phoneme_head: PhonemeHead | None
+        config: BrainToTextConfig
+        frame_mask: Callable[[Tensor], Tensor]
+        _counted: Callable[[StepNorms, Batch, Tensor], StepNorms]
 
     @property
     def reads_phonemes(self) -> bool:
@@ -60,7 +63,7 @@ class TextSide:
             return encoded.quantized, encoded.frame_mask
         if labelled is not None:
             return memory.of_labels(labelled.phonemes, labelled.phoneme_lengths)
-        assert encoded is not None
+        assert encoded is not None and self.phoneme_head is not None
         with torch.no_grad():
             logits = self.phoneme_head(encoded.quantized)
         return memory.of_logits(logits, encoded.frame_mask)
