@@ -23,6 +23,7 @@ COMMANDS = {
     "export": "b2t.evaluate.export_command",
     "report": "b2t.report.report_command",
     "watch": "b2t.report.watch_command",
+    "plan": "b2t.train.plan_command",
     "doctor": "b2t.train.doctor_command",
 }
 

@@ -207,5 +207,9 @@ def peak_flops(device: torch.device) -> float | None:
     """Peak 16-bit operations per second of a known GPU, else None."""
     if device.type != "cuda":
         return None
-    name = re.sub(r"^((NVIDIA|Tesla|GeForce) )+", "", torch.cuda.get_device_name(device))
+    return peak_of(re.sub(r"^((NVIDIA|Tesla|GeForce) )+", "", torch.cuda.get_device_name(device)))
+
+
+def peak_of(name: str) -> float | None:
+    """Peak 16-bit operations per second by the name behind NVIDIA, Tesla or GeForce, else None."""
     return next((peak for part, peak in PEAK_FLOPS.items() if re.fullmatch(part, name)), None)

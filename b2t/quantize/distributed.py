@@ -39,6 +39,12 @@ def all_reduce_sum(tensors: list[Tensor], group: ProcessGroup | None = None) -> 
     return [t for t in result if t is not None]
 
 
+def message_sizes(tensors: list[Tensor]) -> list[int]:
+    """Bytes of each collective that `all_reduce_sum` takes for ``tensors`` on several ranks."""
+    dtypes = dict.fromkeys(t.dtype for t in tensors)
+    return [sum(t.numel() * t.element_size() for t in tensors if t.dtype == d) for d in dtypes]
+
+
 def all_gather_rows(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """Rows of every rank's ``tensor`` [n, …], ranks in order; n may differ between ranks."""
     ranks = world_size(group)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from b2t.quantize.distributed import all_gather_rows, all_reduce_sum
+from b2t.quantize.distributed import all_gather_rows, all_reduce_sum, message_sizes
 from b2t.quantize.layers import Walk
 
 
@@ -163,6 +163,10 @@ class QuantizerStats:
         mine = self._tensors()
         summed = all_reduce_sum(list(mine.values()), group)
         return self._with(dict(zip(mine, summed, strict=True)), self.pool)
+
+    def message_sizes(self) -> list[int]:
+        """Bytes of each collective that `all_reduce` takes, on several ranks."""
+        return message_sizes(list(self._tensors().values()))
 
 
 @dataclass

@@ -34,15 +34,13 @@ def keep_global_batch(ds_file: DeepSpeedFile, run_dir: Path, world: int) -> Deep
             f"which {world} ranks cannot share equally: use a number of ranks that divides "
             f"{wanted}, or another run.dir"
         )
-    share = wanted // world
-    micro = next(size for size in range(ds_file.micro_batch, 0, -1) if share % size == 0)
+    micro, accumulation = cut_share(wanted // world, ds_file.micro_batch)
     if micro != ds_file.micro_batch and state["config"]["data"].get("max_frames") is not None:
         raise UserError(
             f"run.dir={run_dir} holds a run of {wanted // ds_file.micro_batch} micro-batches of at "
             f"most data.max_frames per step, which {world} ranks cannot share equally: use a "
             "number of ranks that divides them"
         )
-    accumulation = share // micro
     logger(__name__).warning(
         "%d ranks continue a run of %d: the global batch stays %d = %d × %d accumulated × %d "
         "(%s says %d × %d)",
@@ -50,6 +48,12 @@ def keep_global_batch(ds_file: DeepSpeedFile, run_dir: Path, world: int) -> Deep
         ds_file.path, ds_file.micro_batch, ds_file.accumulation,
     )  # fmt: skip
     return replace(ds_file, micro_batch=micro, accumulation=accumulation)
+
+
+def cut_share(trials: int, micro_batch: int) -> tuple[int, int]:
+    """Return micro-batch, of at most ``micro_batch``, and accumulation for a rank's ``trials``."""
+    micro = next(size for size in range(micro_batch, 0, -1) if trials % size == 0)
+    return micro, trials // micro
 
 
 def global_batch_of(state: dict[str, Any]) -> int:

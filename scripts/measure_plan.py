@@ -1,0 +1,223 @@
+"""Hold `b2t plan` against what ranks measure: bytes that torch allocates, bytes that they send.
+
+    torchrun --nproc_per_node 2 scripts/measure_plan.py
+
+Each case is a model, a DeepSpeed file and a size of trials. Ranks take three steps of it with the
+engine, step and codebook update that training uses, on noise. Memory is what torch's profiler
+sees its CPU allocator hand out, from before the model is built: every tensor and every workspace
+of an operator, but no Python and no library. Traffic is what reaches `torch.distributed`. CPU ranks
+hold the host's float32 copies of the weights in the same memory, so that the plan adds them.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from b2t.config import Config, load_config
+from b2t.log import quiet_libraries
+from b2t.model.brain_to_text import BrainToText
+from b2t.train.budget import PhaseBudget
+from b2t.train.ds_config import DeepSpeedFile, load_ds_config
+from b2t.train.engine import initial_masters
+from b2t.train.main import name_accelerator
+from b2t.train.phase import TrainedPhase
+from b2t.train.planning.plan import Planner
+from b2t.train.planning.traffic import plan_traffic
+from b2t.train.planning.workload import Workload, architecture, assumed
+from b2t.train.progress import Progress
+from b2t.train.ranks import Ranks, join, leave
+from b2t.train.step import OptimizerStep
+from b2t.train.window import Window
+
+MIB = 2**20
+Traffic = Counter[tuple[str, int]]
+_WIDE = ["model.encoder.dim=256", "model.signal_decoder.depth=3"]
+_CODES = ["model.quantizer.num_quantizers=8", "model.quantizer.codebook_size=1024"]
+CASES: dict[str, dict[str, Any]] = {
+    # phase, overrides, micro-batch, accumulation, seconds of a trial, zero_optimization
+    "demo": {"phase": 2, "micro": 8, "seconds": 6.0},
+    "demo, tokenizer": {"phase": 0, "micro": 8, "seconds": 6.0},
+    "demo, frozen encoder": {"phase": 1, "micro": 8, "seconds": 6.0},
+    "accumulated": {"phase": 2, "micro": 4, "times": 3, "seconds": 6.0},
+    "long trials": {"phase": 2, "micro": 4, "seconds": 20.0},
+    "checkpointing": {
+        "phase": 2, "micro": 4, "seconds": 20.0,
+        "overrides": [f"model.activation_checkpointing.{part}=1"
+                      for part in ("encoder", "signal_decoder", "text_decoder")],
+    },
+    "wide": {"phase": 2, "micro": 2, "times": 2, "seconds": 6.0, "overrides": _WIDE},
+    "large codebooks": {"phase": 2, "micro": 4, "seconds": 6.0, "overrides": _CODES},
+    "ZeRO-1": {"phase": 2, "micro": 4, "seconds": 6.0, "zero": {"stage": 1}},
+    "reduce_scatter": {"phase": 2, "micro": 4, "seconds": 6.0, "zero": {"reduce_scatter": True}},
+    "bf16": {"phase": 2, "micro": 4, "seconds": 6.0, "precision": {"bf16": {"enabled": True}}},
+}  # fmt: skip
+
+
+class Counted(TorchDispatchMode):
+    """Counts the collectives that reach torch.distributed, and their bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: Traffic = Counter()
+
+    def __torch_dispatch__(  # type: ignore[override]
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Take note of a collective by its tensor: that which it leaves its result in."""
+        if func.namespace == "c10d":
+            tensors = [t for t in tree_leaves(args[0]) if isinstance(t, torch.Tensor)]
+            name = func._schema.name.split("::")[1]
+            kind = "all_gather" if "allgather" in name else "all_reduce"
+            self.sent[kind, sum(t.numel() * t.element_size() for t in tensors)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def read_case(name: str, folder: Path) -> tuple[Config, DeepSpeedFile, Workload]:
+    """Return configuration, DeepSpeed file and trials of a case."""
+    case = CASES[name]
+    config = load_config("demo", case.get("overrides", []))
+    zero = {"stage": 2, "overlap_comm": False, "reduce_scatter": False,
+            "reduce_bucket_size": 500_000, "allgather_bucket_size": 500_000}  # fmt: skip
+    file = folder / "ds.json"
+    file.write_text(json.dumps({
+        "train_micro_batch_size_per_gpu": case["micro"],
+        "gradient_accumulation_steps": case.get("times", 1),
+        "gradient_clipping": 1.0,
+        **case.get("precision", {}),
+        "zero_optimization": {**zero, **case.get("zero", {})},
+    }))  # fmt: skip
+    seconds = case["seconds"]
+    workload = assumed(64, 50.0, seconds, seconds, 4, config.data.max_text_tokens)
+    return config, load_ds_config(file), workload
+
+
+def measure(
+    config: Config, ds_file: DeepSpeedFile, workload: Workload, number: int, ranks: Ranks
+) -> tuple[int, Traffic]:
+    """Take three steps of a phase; return the most bytes allocated and the third step's traffic."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        torch.manual_seed(config.run.seed)
+        model = BrainToText(architecture(config, workload))
+        knobs = config.model.activation_checkpointing
+        model.checkpoint_activations(knobs.encoder, knobs.signal_decoder, knobs.text_decoder)
+        assert model.quantizer is not None
+        model.quantizer.codebooks.start_random(model.quantizer.num_quantizers, False)
+        model.quantizer.revival_enabled = False
+        masters = initial_masters(model)
+        trained = TrainedPhase(model, config, number, ds_file, masters, {}, None, lambda: 0.0)
+        sent = take_steps(model, config, ds_file, workload, number, ranks, trained)
+        trained.engine.close()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    live = most = 0
+    for _, change in changes:
+        live += change
+        most = max(most, live)
+    return most, sent
+
+
+def take_steps(
+    model: BrainToText, config: Config, ds_file: DeepSpeedFile, workload: Workload,
+    number: int, ranks: Ranks, trained: TrainedPhase,
+) -> Traffic:  # fmt: skip
+    """Take three steps on noise; return what the last of them sent."""
+    progress, window = Progress(phase=number), Window(ranks)
+    stepping = OptimizerStep(
+        model, trained.engine, config, progress, ds_file, ranks, window,
+        PhaseBudget(config.phases[number], progress),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(ranks.rank)
+    batches = []
+    for _ in range(ds_file.accumulation):
+        batch = workload.batch(ds_file.micro_batch, torch.float32)
+        batch.signal.normal_(generator=generator)
+        batch.target.copy_(batch.signal)
+        batches.append(batch.to("cpu", trained.engine.dtype))
+    sent: Traffic = Counter()
+    for _ in range(3):
+        model.quantizer.revival_enabled = False
+        with Counted() as counted:
+            totals = stepping.totals(batches, None, False)
+            stepping.phase = config.phases[number].model_copy(update={"revival": False})
+            result = stepping.take(batches, totals)
+            report = None
+            if "quantizer" in config.phases[number].trainable:
+                report = model.quantizer.update(result.stats)
+            window.close_step(totals, 1.0, 0.0, report)
+        sent = counted.sent
+    return sent
+
+
+def planned(
+    config: Config, ds_file: DeepSpeedFile, workload: Workload, number: int, world: int
+) -> tuple[int, Traffic]:
+    """Return what the plan says of the same."""
+    planner, phase = Planner(config, ds_file, world, workload), config.phases[number]
+    memory = planner.memory(phase)
+    step = planner.step(phase, ds_file.micro_batch, workload.bins)
+    sent: Traffic = Counter()
+    for message in plan_traffic(planner.model, phase, config.optim, ds_file, world, step):
+        sent[message.kind, message.size] += message.times
+    return memory.peak + memory.host, sent
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure the cases and print them; 1 where one is off."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    options = parser.parse_args(argv)
+    quiet_libraries()
+    name_accelerator()
+    ranks = join()
+    found = []
+    for name in options.cases or CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            case = read_case(name, Path(folder))
+        number = CASES[name]["phase"]
+        most, sent = measure(*case, number, ranks)
+        expected, messages = planned(*case, number, ranks.world)
+        most = max(ranks.gather(most))
+        found.append({
+            "case": name, "measured": most, "planned": expected,
+            "messages": sum(sent.values()), "exact": sent == messages,
+            "sent": sum(size * times for (_, size), times in sent.items()),
+        })  # fmt: skip
+    leave()
+    if ranks.is_main:
+        show(found)
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    good = [one["exact"] and abs(one["planned"] / one["measured"] - 1) < 0.1 for one in found]
+    return 0 if all(good) else 1
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    """Print the cases."""
+    table = Table()
+    for name in ("case", "planned, MiB", "measured, MiB", "off", "collectives", "KB", "traffic"):
+        table.add_column(name, justify="left" if name in ("case", "traffic") else "right")
+    for one in found:
+        table.add_row(
+            one["case"], f"{one['planned'] / MIB:.1f}", f"{one['measured'] / MIB:.1f}",
+            f"{one['planned'] / one['measured'] - 1:+.1%}", str(one["messages"]),
+            f"{one['sent'] / 1e3:.1f}", "exact" if one["exact"] else "DIFFERS",
+        )  # fmt: skip
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
