@@ -22,6 +22,7 @@ from b2t.config import PhaseConfig
 from b2t.data.batches import Batch
 from b2t.model.brain_to_text import BrainToText
 from b2t.model.outputs import BrainToTextOutput
+from b2t.quantize.norms import StepNorms
 from b2t.train.phase import components
 from b2t.train.planning.workload import Workload, fake_copy
 from b2t.train.step import COUNTED
@@ -200,8 +201,9 @@ def _share_usage(model: BrainToText, batch: Batch, tracer: Tracer, found: MicroS
 
 def _forward(model: BrainToText, batch: Batch, phase: PhaseConfig) -> BrainToTextOutput:
     counts = dict.fromkeys(COUNTED, 1.0)
-    labels = phase.text_from == "labels"
-    return model(batch, counts, phase.losses.model_dump(), text_from_labels=labels)
+    labels = phase.text_from != "signals"
+    norms = StepNorms(counts=counts)
+    return model(batch, norms, phase.losses.model_dump(), text_from_labels=labels)
 
 
 def _take_gradients(model: BrainToText, found: MicroStep, tracer: Tracer) -> list[Any]:

@@ -91,8 +91,8 @@ def of_dataset(config: Config, tokens: int) -> Workload:
         UserError: data that cannot be read.
     """
     path = config.data.path
-    if path is None:
-        raise UserError("data.path is not set")
+    if not isinstance(path, str):
+        raise UserError(f"data.path={path}: a plan is made for one dataset: name one")
     info, train = dataset_info(path), load_trials(path, config.data.train_split)
     lengths = signal_lengths(train)
     phonemes = [len(p) for p in train["phonemes"] if p] if info.has_phonemes else []
@@ -110,6 +110,11 @@ def architecture(config: Config, workload: Workload) -> BrainToTextConfig:
     Raises:
         UserError: a checkpoint that cannot be read.
     """
+    if config.data.max_frames is not None:
+        raise UserError(
+            f"data.max_frames={config.data.max_frames}: micro-batches are planned by their trials: "
+            "set data.max_frames=null, and train_micro_batch_size_per_gpu to as many of the longest"
+        )
     section = config.model.text_decoder
     tokenizer: Any = None
     if section.enabled and workload.info.has_text:

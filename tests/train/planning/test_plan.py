@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from b2t.cli import main
 from b2t.config import load_config
 from b2t.model import BrainToText
+from b2t.quantize.norms import StepNorms
 from b2t.train.ds_config import load_ds_config
 from b2t.train.flops import forward_flops, phase_flops
 from b2t.train.phase import components
@@ -20,6 +21,7 @@ from b2t.train.planning.plan import Planner
 from b2t.train.planning.trace import trace_step
 from b2t.train.planning.traffic import Message, bucket_sizes, plan_traffic
 from b2t.train.planning.workload import architecture, assumed, meta_model
+from b2t.train.step import COUNTED
 
 SMALL = ["model.encoder.depth=1", "model.text_decoder.depth=1", "model.quantizer.codebook_size=64"]
 WORKLOAD = assumed(16, 50.0, 4.0, 2.0, 2, 16)
@@ -57,9 +59,9 @@ def test_bytes_of_a_traced_step_are_those_of_the_allocator(checkpointed):
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     batch = WORKLOAD.batch(8, torch.float32)
     batch.signal.normal_()
-    counts = dict.fromkeys(("bins", "hidden", "tokens", "phonemes", "rows", "frames"), 1.0)
+    norms = StepNorms(counts=dict.fromkeys(COUNTED, 1.0))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        output = model(batch, counts, phase.losses.model_dump())  # held, as the step holds it
+        output = model(batch, norms, phase.losses.model_dump())  # held, as the step holds it
         output.loss.backward()
     live, most = 0, 0
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
