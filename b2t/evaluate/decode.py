@@ -11,6 +11,8 @@ from b2t.model.ctc_search import best_path
 from b2t.model.tokenizer import decode_texts
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from b2t.evaluate.rescoring import WordReader
     from b2t.model.brain_to_text import BrainToText
     from b2t.model.outputs import Encoded
@@ -34,7 +36,9 @@ def collapse_ctc(logits: Tensor, mask: Tensor) -> list[list[int]]:
 
 
 @torch.no_grad()
-def decode_text(model: "BrainToText", batch: Batch, tokenizer: Any, **generation: Any) -> list[str]:
+def decode_text(
+    model: "BrainToText", batch: Batch, tokenizer: "PreTrainedTokenizerBase", **generation: Any
+) -> list[str]:
     """Decode the text of each row with ``model.generate``.
 
     Args:
@@ -52,7 +56,10 @@ def decode_text(model: "BrainToText", batch: Batch, tokenizer: Any, **generation
 
 @torch.no_grad()
 def decode_encoded(
-    model: "BrainToText", encoded: "Encoded", tokenizer: Any, **generation: Any
+    model: "BrainToText",
+    encoded: "Encoded",
+    tokenizer: "PreTrainedTokenizerBase",
+    **generation: Any,
 ) -> list[str]:
     """Decode texts of latents that are there, as `decode_text` does of signals.
 
@@ -67,7 +74,10 @@ def decode_encoded(
 
 
 def decode_batches(
-    model: "BrainToText", batches: Iterable[Batch], tokenizer: Any, **generation: Any
+    model: "BrainToText",
+    batches: Iterable[Batch],
+    tokenizer: "PreTrainedTokenizerBase",
+    **generation: Any,
 ) -> Iterator[tuple[str, str]]:
     """Yield (row id, text) for every row of ``batches``, the model in evaluation mode."""
     training = model.training

@@ -20,6 +20,8 @@ from b2t.evaluate.soundness import note_soundness
 from b2t.evaluate.traces import collect_traces
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from b2t.model.brain_to_text import BrainToText
 
 CONTROLS = ("spectrum", "codes", "lm_alone")
@@ -44,7 +46,7 @@ class ReadsWords(Protocol):
 def evaluate_model(
     model: "BrainToText",
     batches: Iterable[Batch],
-    tokenizer: Any | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     *,
     split: str = "val",
     simulated: bool = False,
@@ -136,7 +138,7 @@ class _Speaker:
     """A model and what turns its outputs into text."""
 
     model: "BrainToText"
-    tokenizer: Any | None
+    tokenizer: "PreTrainedTokenizerBase | None"
     words: ReadsWords | None
     generation: dict[str, Any]
     reads: ReadsPhonemes | None = None

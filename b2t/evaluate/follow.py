@@ -19,6 +19,8 @@ from b2t.model.streaming import Frames, Stream
 from b2t.model.tokenizer import decode_texts
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from b2t.model.brain_to_text import BrainToText
 
 BLANK = 0
@@ -47,7 +49,7 @@ class Sentence:
         model: "BrainToText",
         session: str | None,
         words: Any,
-        tokenizer: Any,
+        tokenizer: "PreTrainedTokenizerBase",
         generation: dict,
     ) -> None:
         self.model, self.tokenizer, self.generation = model, tokenizer, generation

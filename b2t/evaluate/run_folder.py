@@ -21,6 +21,8 @@ from b2t.run_files import CONFIG_FILE
 from b2t.signal_spec import SignalSpec, compare, require_fit
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from b2t.data.batches import Batch
     from b2t.model.brain_to_text import BrainToText
 
@@ -163,7 +165,7 @@ def load_batches(
     model: "BrainToText",
     path: str,
     split: str,
-    tokenizer: Any | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
     batch_size: int,
     limit: int | None = None,
     force: bool = False,

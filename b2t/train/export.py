@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -12,12 +12,15 @@ from b2t.model.brain_to_text import BrainToText
 from b2t.train.checkpoint import is_whole
 from b2t.train.replacing import recover_folder, replace_folder, sync_files, writing
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def export_model(
     folder: Path,
     model: BrainToText,
     masters: Mapping[str, Tensor],
-    tokenizer: Any | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
     phase: str,
 ) -> None:
     """Write config, float32 weights (safetensors) and tokenizer, replacing an earlier export whole.

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,11 +21,14 @@ from b2t.data.masking import Masking
 from b2t.data.trials import signal_lengths
 from b2t.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def train_batches(
     dataset: Dataset,
     plan: BatchPlan,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase | None",
     sessions: Sequence[str],
     augment: Augment | None,
     *,
@@ -96,7 +99,7 @@ def _steps(
 
 def eval_batches(
     dataset: Dataset,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase | None",
     sessions: Sequence[str],
     *,
     augment: Augment | None = None,

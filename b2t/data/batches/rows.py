@@ -1,7 +1,7 @@
 """Rows of a dataset: read, checked, augmented, their texts tokenized."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,6 +15,9 @@ from b2t.data.options import AugmentOptions
 from b2t.data.trials import read_signal, require_finite, row_id
 from b2t.errors import UserError
 from b2t.labels import UNSEEN_SESSION
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class TrialRows(TorchDataset):
@@ -37,7 +40,7 @@ class TrialRows(TorchDataset):
     def __init__(
         self,
         dataset: Dataset,
-        tokenizer: Any,
+        tokenizer: "PreTrainedTokenizerBase | None",
         sessions: Sequence[str],
         augment: Augment | None = None,
         *,
@@ -134,7 +137,7 @@ _LABELS: WeakKeyDictionary[Any, dict[str, list[np.ndarray]]] = WeakKeyDictionary
 not at each validation."""
 
 
-def _labels(dataset: Dataset, tokenizer: Any) -> list[np.ndarray]:
+def _labels(dataset: Dataset, tokenizer: "PreTrainedTokenizerBase | None") -> list[np.ndarray]:
     if tokenizer is None:
         return encode_texts(_texts(dataset), None)
     known = _LABELS.setdefault(tokenizer, {})
@@ -143,7 +146,9 @@ def _labels(dataset: Dataset, tokenizer: Any) -> list[np.ndarray]:
     return known[dataset._fingerprint]
 
 
-def encode_texts(texts: Sequence[str | None], tokenizer: Any) -> list[np.ndarray]:
+def encode_texts(
+    texts: Sequence[str | None], tokenizer: "PreTrainedTokenizerBase | None"
+) -> list[np.ndarray]:
     """Tokenize to label ids [L] as the tokenizer frames a target text, ending in eos.
 
     A row without text gets an empty array, and so does every row without a tokenizer.

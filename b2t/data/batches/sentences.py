@@ -1,7 +1,7 @@
 """Batches of sentences without signals."""
 
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch.utils.data import Dataset as TorchDataset
@@ -12,6 +12,9 @@ from b2t.data.batches.order import BatchPlan
 from b2t.data.batches.rows import encode_texts
 from b2t.data.texts import Sentence
 from b2t.labels import UNSEEN_SESSION
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class SentenceRows(TorchDataset):
@@ -28,7 +31,7 @@ class SentenceRows(TorchDataset):
     def __init__(
         self,
         sentences: Sequence[Sentence],
-        tokenizer: Any,
+        tokenizer: "PreTrainedTokenizerBase",
         channels: int,
         *,
         seed: int,

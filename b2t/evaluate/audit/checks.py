@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -18,6 +18,9 @@ from b2t.evaluate.audit.reading import NotFinite, read_trials
 from b2t.evaluate.audit.sentences import shared_sentences
 from b2t.evaluate.audit.swapped import SwapCheck
 from b2t.evaluate.audit.units import check_units
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class AuditOptions:
     limit: int | None = None
     seconds: float | None = None
     patches: Patches | None = None
-    tokenizer: Any = None
+    tokenizer: "PreTrainedTokenizerBase" = None
     max_tokens: int | None = None
     progress: bool = False
 

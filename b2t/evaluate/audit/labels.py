@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -11,6 +11,9 @@ from b2t.data.trials import row_ids, signal_lengths
 from b2t.evaluate.audit.findings import CRITICAL, NOTE, WARNING, Finding
 from b2t.evaluate.metrics import normalise_text
 from b2t.model.patches import num_patches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FRAMES, TEXTS = "CTC frames", "texts"
 _MANY = 0.05
@@ -92,7 +95,9 @@ def check_frames(splits: Mapping[str, Dataset], patches: Patches | None) -> Find
 
 
 def check_texts(
-    splits: Mapping[str, Dataset], tokenizer: Any, max_tokens: int | None = None
+    splits: Mapping[str, Dataset],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_tokens: int | None = None,
 ) -> Finding:
     """Write every text in tokens and read it again.
 
@@ -133,7 +138,7 @@ def check_texts(
     )
 
 
-def text_problem(text: str, tokenizer: Any, max_tokens: int | None) -> str:
+def text_problem(text: str, tokenizer: "PreTrainedTokenizerBase", max_tokens: int | None) -> str:
     """Say what is wrong with a text; empty where nothing is."""
     if "\ufffd" in text:
         return "holds U+FFFD, which stands for a letter that was lost in decoding"
