@@ -57,6 +57,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="trials per step (16)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the runs (0)")
     parser.add_argument("--order", type=int, default=3, help="of the language model (3)")
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="score text decoders alone, without lexicon and n-grams",
+    )
     parser.add_argument("--tune-trials", type=int, help="tune decoders on so many trials (all)")
     parser.add_argument("--every", type=int, default=200, help="steps between validations (200)")
     parser.add_argument(
@@ -97,6 +102,7 @@ def known_or_new(args: argparse.Namespace, setting: str, folder: Path) -> dict:
         "dataset": args.dataset,
         "setting": setting,
         **{name: getattr(args, name) for name in names},
+        **({"alone": True} if args.alone else {}),
     }
     if path.is_file():
         record = json.loads(path.read_text())
@@ -126,7 +132,13 @@ def compare_one(args: argparse.Namespace, setting: str, folder: Path) -> dict:
         command("train_ds", "--deepspeed_config", folder / "deepspeed.json", *overrides)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     found = {}
-    for name, options in {"lexicon": ["--lexicon-only"], "lm": ["--order", args.order]}.items():
+    readers = {"lexicon": ["--lexicon-only"], "lm": ["--order", args.order]}
+    if args.alone:
+        readers = {}
+        out = folder / "by_lm"
+        command("b2t.cli", "evaluate", run, "--split", "test", "--out", out)
+        found = json.loads((out / "evaluation.json").read_text())
+    for name, options in readers.items():
         model, out = folder / name, folder / f"by_{name}"
         if args.tune_trials is not None:
             options = [*options, "--limit", args.tune_trials]
@@ -204,14 +216,11 @@ def command(module: str, *arguments: object) -> None:
 
 def predictions(folder: Path) -> list[dict[str, Any]]:
     """Predictions of each test trial, in the order of the rows, by all decoders."""
-    lexicon, rows = (
-        [
-            json.loads(line)
-            for line in (folder / f"by_{name}" / "predictions.jsonl").read_text().splitlines()
-        ]
-        for name in ("lexicon", "lm")
+    rows, lexicon = (
+        [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        for path in (folder / f"by_{name}" / "predictions.jsonl" for name in ("lm", "lexicon"))
     )
-    for row, other in zip(rows, lexicon, strict=True):
+    for row, other in zip(rows, lexicon, strict=bool(lexicon)):
         row["lexicon_prediction"] = other.get("lm_prediction")
     return rows
 

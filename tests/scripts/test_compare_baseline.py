@@ -53,6 +53,14 @@ def test_edits_are_those_of_phonemes_and_of_words_read_from_them(compare, tmp_pa
     assert mixed["per"].edits.tolist() == [3, 3] and mixed["wer_lm"].edits.tolist() == [2, 2]
 
 
+def test_a_text_decoder_can_be_scored_alone(compare, tmp_path):
+    (tmp_path / "by_lm").mkdir()
+    row = {"target": "Hello, you.", "prediction": "hello", "target_phonemes": [1], "phonemes": [1]}
+    (tmp_path / "by_lm" / "predictions.jsonl").write_text(json.dumps(row) + "\n")
+    found = compare.edits(compare.predictions(tmp_path))
+    assert found["wer"].edits.tolist() == [1] and found.keys() == {"per", "wer"}
+
+
 def test_phases_share_the_minutes_of_a_setting(compare, tmp_path):
     parser_like = SimpleNamespace(dataset="d", seed=3, minutes=12.0, every=50, batch=16)
     plain = compare.training(parser_like, "phonemes", tmp_path)
