@@ -51,12 +51,16 @@ POINTER_TYPES = {
     "chunks_ptr": "*i64",
     "bits_ptr": "*i32",
     "row_keys_ptr": "*i64",
+    "paths_ptr": "*i64",
+    "longer_ptr": "*i64",
     "code_keys_ptr": "*i64",
 }
 # Pointers whose type depends on the kernel.
 OTHER_TYPES = {
     ("extent_kernel", "statistics_ptr"): "*i32",
     ("total_kernel", "codes_ptr"): "*i64",
+    ("candidates_kernel", "keys_ptr"): "*i32",
+    ("winners_kernel", "keys_ptr"): "*i32",
 }
 CLASSES = {
     "multiply-add": r"FFMA|FADD|FMUL|HFMA2|HADD2",
@@ -134,8 +138,9 @@ def jobs(kernels: set[str], architectures: set[int], widths: set[int]) -> Iterat
 
     for architecture in sorted(architectures):
         for kernel in sorted(kernels & tuning.PLAIN_KERNELS.keys()):
-            _, blocks, warps = tuning.PLAIN_KERNELS[kernel]
-            yield Job(kernel, architecture, max(widths), PLAIN, tuple(blocks.items()), warps, 3)
+            warps = tuning.PLAIN_KERNELS[kernel][2]
+            for blocks in tuning.plain_variants(kernel):
+                yield Job(kernel, architecture, max(widths), PLAIN, tuple(blocks.items()), warps, 3)
         for D in sorted(widths):
             width = padded_width(D)
             for kernel, space, variants in tuning.spaces(architecture, width):

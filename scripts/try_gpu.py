@@ -152,7 +152,8 @@ def correct_step(trial: Trial, limit: float) -> dict[str, Any]:
     tests = ROOT / "tests" / "kernels"
     if trial.device == "cuda":
         # Most of the time goes into compiling: several processes share it.
-        places = [tests / "kernel_checks.py", tests / "test_kernel_gpu.py"]
+        names = ("kernel_checks.py", "draw_checks.py", "test_kernel_gpu.py")
+        places = [tests / name for name in names]
         chosen = ["-k", "not test_kernels_on_the_gpu", "--numprocesses", "4"]
     else:
         places, chosen = [tests], ["-k", "test_kernel_ops and mistakes"] if trial.dry else []

@@ -180,7 +180,8 @@ class Layers:
             codes[:, q] = index
             if totals is not None and not self.joint:
                 seen = self.seen(residual)
-                totals[self.index(q)] += search.code_sums(seen, index, K, self.backend)
+                found = search.code_sums(seen, index, K, self.backend, counts[q])
+                totals[self.index(q)] += found
             if self.cosine:
                 unit = self.books[self.index(q)].detach()[index]
                 projection[q] = (residual * unit).sum()
@@ -222,7 +223,7 @@ class Layers:
         K = self.books.shape[1]
         for q in range(codes.shape[1]):
             layer = self.index(q)
-            totals[layer] += search.code_sums(left, codes[:, q], K, self.backend)
+            totals[layer] += search.code_sums(left, codes[:, q], K, self.backend, counts[q])
             totals[layer] += counts[q, :, None] * self.books[layer].detach()
 
     def sum_codes(self, codes: Tensor) -> Tensor:

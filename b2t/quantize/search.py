@@ -36,11 +36,16 @@ def nearest_and_usage(
     return b2t_kernels.search_usage(x, codebook, temperature, precision="exact", prepared=prepared)
 
 
-def code_sums(x: Tensor, codes: Tensor, K: int, backend: str = "kernels") -> Tensor:
-    """Sum [K, D] float32 of the frames ``x`` [N, D] of each code; the same bits every time."""
+def code_sums(
+    x: Tensor, codes: Tensor, K: int, backend: str = "kernels", counts: Tensor | None = None
+) -> Tensor:
+    """Sum [K, D] float32 of the frames ``x`` [N, D] of each code; the same bits every time.
+
+    ``counts`` [K] are those of ``codes``, where the search gave them.
+    """
     if backend == "reference":
         return reference.code_sums(x, codes, K)[0].float()
-    return b2t_kernels.code_sums(x, codes, K)[0]
+    return b2t_kernels.code_sums(x, codes, K, counts=counts)[0]
 
 
 def soft_usage(

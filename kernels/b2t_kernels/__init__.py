@@ -1,10 +1,11 @@
-"""Fused kernels for vector quantization: search, draws, usage, code sums; tensors in, tensors out.
+"""Fused kernels for vector quantization: search, beams, draws, usage, code sums of tensors.
 
 Triton on CUDA, blocked multi-threaded torch elsewhere. ``b2t_kernels.reference`` holds the naive
 versions that both are tested against.
 """
 
 from b2t_kernels.ops import (
+    beam_codes,
     code_sums,
     leave,
     nearest_code,
@@ -16,6 +17,7 @@ from b2t_kernels.usage_ops import SearchedUsage, code_usage, known_usage, search
 
 __all__ = [
     "SearchedUsage",
+    "beam_codes",
     "code_sums",
     "code_usage",
     "known_usage",

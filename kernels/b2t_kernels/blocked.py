@@ -18,7 +18,6 @@ from b2t_kernels.gumbel import noise
 ROW_BLOCK, CODE_BLOCK, GROUP = 512, 1024, 64
 USAGE_ELEMENTS = 1 << 21
 RESCORE_ELEMENTS = 1 << 18
-STEP_ROWS = 8192
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
@@ -301,22 +300,21 @@ def count_codes(indices: Tensor, K: int) -> Tensor:
     return torch.bincount(indices + 1, minlength=K + 1)[1:].clone()
 
 
-def code_sums(x: Tensor, indices: Tensor, K: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def code_sums(
+    x: Tensor, indices: Tensor, K: int, mask: Tensor | None, known: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See :func:`b2t_kernels.code_sums`: rows sorted by code, then summed in their own order."""
     indices = indices.masked_fill((indices < 0) | (indices >= K), -1)
     if mask is not None:
         indices = indices.masked_fill(~mask, -1)
-    bins = indices + 1
-    counts = torch.bincount(bins, minlength=K + 1)
-    order = bins.argsort(stable=True)
-    offsets = counts.cumsum(0) - counts
+    counts = count_codes(indices, K) if known is None else known.clone()
+    order = indices.argsort(stable=True)
+    left_out = x.shape[0] - int(counts.sum())
     rows = x.to(working_dtype(x))
     if not x.shape[0]:
-        return rows.new_zeros(K, x.shape[1]), counts[1:].clone()
-    sums = functional.embedding_bag(
-        order[int(counts[0]) :], rows, (offsets - counts[0])[1:], mode="sum"
-    )
-    return sums, counts[1:].clone()
+        return rows.new_zeros(K, x.shape[1]), counts
+    sums = functional.embedding_bag(order[left_out:], rows, counts.cumsum(0) - counts, mode="sum")
+    return sums, counts
 
 
 def _usable(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -427,34 +425,3 @@ def usage_backward(
         grad_codes.addcmul_(weight[:, None], codes.codes, value=-1)
     scale = soft.factor
     return grad_x.mul_(scale).to(x.dtype), grad_codes.mul_(scale)[:K].to(codebook.dtype)
-
-
-def _chosen(codebook: Tensor, indices: Tensor, gain: Tensor | None) -> Tensor:
-    vectors = codebook[indices.clamp(min=0)]
-    if gain is not None:
-        vectors *= gain
-    return vectors.masked_fill_((indices < 0)[:, None], 0.0)
-
-
-def leave(
-    residual: Tensor, codebook: Tensor, indices: Tensor, gain: Tensor | None, errors: Tensor | None
-) -> Tensor:
-    """See :func:`b2t_kernels.leave`."""
-    for start in range(0, residual.shape[0], STEP_ROWS):
-        rows = slice(start, start + STEP_ROWS)
-        residual[rows].sub_(_chosen(codebook, indices[rows], gain))
-    if errors is not None:
-        errors += residual
-    return residual.norm().square()
-
-
-def sum_codes(codebooks: Tensor, codes: Tensor, gain: Tensor | None) -> Tensor:
-    """See :func:`b2t_kernels.sum_codes`."""
-    total = codebooks.new_zeros(codes.shape[0], codebooks.shape[2])
-    for layer, indices in enumerate(codes.unbind(1)):
-        book = layer if codebooks.shape[0] > 1 else 0
-        for start in range(0, codes.shape[0], STEP_ROWS):
-            rows = slice(start, start + STEP_ROWS)
-            factor = None if gain is None else gain[book]
-            total[rows].add_(_chosen(codebooks[book], indices[rows], factor))
-    return total

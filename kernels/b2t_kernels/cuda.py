@@ -10,10 +10,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from b2t_kernels import blocked
+from b2t_kernels import blocked, blocked_beam, blocked_residual
 
 try:
-    from b2t_kernels import draw, nearest, prepare, residual, sums, tuning, usage
+    from b2t_kernels import beam, draw, nearest, prepare, residual, sums, tuning, usage
 
     MISSING = ""
 except ImportError as error:
@@ -113,16 +113,34 @@ def sample_code(
     )
 
 
+def beam_codes(
+    x: Tensor, codebooks: Sequence[Tensor], width: int, given: Sequence[Sequence[Tensor]] = ()
+) -> Tensor:
+    """See :func:`b2t_kernels.beam_codes`."""
+    why = obstacle(x, *codebooks)
+    if not why and width > beam.WIDEST_BEAM:
+        why = f"a beam of {width} exceeds the {beam.WIDEST_BEAM} sums that fit on chip"
+    entries = given or [()] * len(codebooks)
+
+    def kernels() -> Tensor:
+        codes = [_prepared(*pair) for pair in zip(codebooks, entries, strict=True)]
+        return beam.beam_codes(x, codebooks, codes, width)
+
+    return _run(
+        "beam_codes", why, x, kernels, lambda: blocked_beam.beam_codes(x, codebooks, width, given)
+    )
+
+
 def code_sums(
-    x: Tensor, indices: Tensor, K: int, mask: Tensor | None, atomic: bool
+    x: Tensor, indices: Tensor, K: int, mask: Tensor | None, counts: Tensor | None, atomic: bool
 ) -> tuple[Tensor, Tensor]:
     """See :func:`b2t_kernels.code_sums`."""
     return _run(
         "code_sums",
         obstacle(x),
         x,
-        lambda: sums.code_sums(x, indices, K, mask, atomic),
-        lambda: blocked.code_sums(x, indices, K, mask),
+        lambda: sums.code_sums(x, indices, K, mask, counts, atomic),
+        lambda: blocked.code_sums(x, indices, K, mask, counts),
     )
 
 
@@ -189,7 +207,7 @@ def leave(
         obstacle(left, codebook),
         left,
         lambda: residual.leave(left, codebook, indices, gain, errors),
-        lambda: blocked.leave(left, codebook, indices, gain, errors),
+        lambda: blocked_residual.leave(left, codebook, indices, gain, errors),
     )
 
 
@@ -200,5 +218,5 @@ def sum_codes(codebooks: Tensor, codes: Tensor, gain: Tensor | None) -> Tensor:
         obstacle(codebooks),
         codebooks,
         lambda: residual.sum_codes(codebooks, codes, gain),
-        lambda: blocked.sum_codes(codebooks, codes, gain),
+        lambda: blocked_residual.sum_codes(codebooks, codes, gain),
     )

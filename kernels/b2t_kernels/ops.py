@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from b2t_kernels import blocked, cuda
+from b2t_kernels import blocked, blocked_beam, blocked_residual, cuda
 from b2t_kernels.checks import check_devices, check_precision, check_rows, check_search
 
 Precision = Literal["fast", "exact"]
@@ -133,23 +133,57 @@ def sample_code(
     )
 
 
+@torch.no_grad()
+def beam_codes(
+    x: Tensor, codebooks: Sequence[Tensor], width: int, prepared: Sequence[Prepared] = ()
+) -> Tensor:
+    """Codes of each row whose sum is the nearest that a beam search over the layers finds.
+
+    Layer by layer, the ``width`` sums nearest to each row go on, and the nearest of the last is
+    taken. Candidates are compared in float64, the lower sum and code first among equals, so that a
+    row's codes do not depend on the rows beside it or on an offset. As in additive quantization
+    (Babenko & Lempitsky 2014) and faiss's ResidualQuantizer. Memory is O(N + K·D), time ``width``
+    times that of the nearest codes and more.
+
+    Args:
+        x: [N, D] finite rows.
+        codebooks: Q of [K, D] float32, in the order of the layers. A code that is not finite is
+            never chosen, nor one that an earlier code of its layer equals.
+        width: sums kept.
+        prepared: entries of :func:`prepare_codes`, one for each layer.
+
+    Returns:
+        [N, Q] int64.
+
+    Raises:
+        ValueError: shapes or devices do not fit, or the width is not positive.
+    """
+    if width < 1 or not codebooks:
+        raise ValueError(f"a beam of {width} over {len(codebooks)} layers searches nothing")
+    for codebook in codebooks:
+        check_search(x, codebook, None)
+    if x.is_cuda:
+        return cuda.beam_codes(x, codebooks, width, prepared)
+    return blocked_beam.beam_codes(x, codebooks, width, prepared)
+
+
 @torch.library.custom_op("b2t_kernels::code_sums", mutates_args=(), device_types="cpu")
 def _code_sums(
-    x: Tensor, indices: Tensor, K: int, mask: Tensor | None, atomic: bool
+    x: Tensor, indices: Tensor, K: int, mask: Tensor | None, counts: Tensor | None, atomic: bool
 ) -> tuple[Tensor, Tensor]:
-    return blocked.code_sums(x, indices, K, mask)
+    return blocked.code_sums(x, indices, K, mask, counts)
 
 
 @_code_sums.register_kernel("cuda")
 def _(
-    x: Tensor, indices: Tensor, K: int, mask: Tensor | None, atomic: bool
+    x: Tensor, indices: Tensor, K: int, mask: Tensor | None, counts: Tensor | None, atomic: bool
 ) -> tuple[Tensor, Tensor]:
-    return cuda.code_sums(x, indices, K, mask, atomic)
+    return cuda.code_sums(x, indices, K, mask, counts, atomic)
 
 
 @_code_sums.register_fake
 def _(
-    x: Tensor, indices: Tensor, K: int, mask: Tensor | None, atomic: bool
+    x: Tensor, indices: Tensor, K: int, mask: Tensor | None, counts: Tensor | None, atomic: bool
 ) -> tuple[Tensor, Tensor]:
     return (
         x.new_empty(K, x.shape[1], dtype=blocked.working_dtype(x)),
@@ -163,6 +197,7 @@ def code_sums(
     K: int,
     mask: Tensor | None = None,
     method: Literal["sorted", "atomic"] = "sorted",
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of the rows that chose each code, and their number: what an EMA update needs.
 
@@ -174,6 +209,8 @@ def code_sums(
         method: "sorted" adds the rows of a code in their own order, so that the same input gives
             the same bits; "atomic" is faster on a GPU and rounds differently from run to run. On a
             CPU both are the sorted sum.
+        counts: [K] int64, what the search counted with these indices; they are not counted again.
+            Without a mask only.
 
     Returns:
         sums [K, D] float32 and counts [K] int64. A row that is not finite enters the sums unless
@@ -188,7 +225,14 @@ def code_sums(
         raise ValueError(f"method is 'sorted' or 'atomic', found {method!r}")
     check_rows("indices", indices, x, torch.int64)
     check_rows("mask", mask, x, torch.bool)
-    return _code_sums(x, indices, K, mask, method == "atomic")
+    if counts is not None:
+        if mask is not None or counts.shape != (K,) or counts.dtype != torch.int64:
+            raise ValueError(
+                f"expected counts [{K}] torch.int64 and no mask, found {list(counts.shape)} "
+                f"{counts.dtype} and {'a' if mask is not None else 'no'} mask"
+            )
+        check_devices(x, counts=counts)
+    return _code_sums(x, indices, K, mask, counts, method == "atomic")
 
 
 @torch.no_grad()
@@ -220,7 +264,7 @@ def leave(
     check_rows("indices", indices, residual, torch.int64)
     if errors is not None and errors.shape != residual.shape:
         raise ValueError(f"expected errors {list(residual.shape)}, found {list(errors.shape)}")
-    room = cuda if residual.is_cuda else blocked
+    room = cuda if residual.is_cuda else blocked_residual
     return room.leave(residual, codebook, indices, gain, errors)
 
 
@@ -242,5 +286,5 @@ def sum_codes(codebooks: Tensor, codes: Tensor, gain: Tensor | None = None) -> T
             f"{list(codebooks.shape)} and {list(codes.shape)}"
         )
     check_devices(codebooks, codes=codes)
-    room = cuda if codes.is_cuda else blocked
+    room = cuda if codes.is_cuda else blocked_residual
     return room.sum_codes(codebooks, codes, gain)

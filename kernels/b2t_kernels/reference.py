@@ -4,6 +4,8 @@ Letters: N frames, K codes, D width. Every function takes and gives what the pub
 operator of the same name does; the tests compare the two, and a user who doubts a result can too.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -69,3 +71,21 @@ def code_sums(
     valid = (indices >= 0) if mask is None else (indices >= 0) & mask
     chosen = torch.nn.functional.one_hot(indices[valid], K)
     return chosen.double().T @ x[valid].double(), chosen.sum(dim=0)
+
+
+def beam_codes(x: Tensor, codebooks: Sequence[Tensor], width: int) -> Tensor:
+    """Codes [N, Q] of a beam search: all continuations of the ``width`` sums kept, every layer."""
+    left = x.double()[:, None]
+    paths = torch.zeros(x.shape[0], 1, 0, dtype=torch.int64, device=x.device)
+    for codebook in codebooks:
+        K = codebook.shape[0]
+        distances = torch.stack([squared_distances(rows, codebook) for rows in left.unbind(1)], 1)
+        equal = (codebook[:, None] == codebook[None, :]).all(dim=2)
+        distances[..., equal.tril(-1).any(dim=1)] = float("inf")
+        order = distances.flatten(1).sort(dim=1, stable=True).indices[:, :width]
+        origin, codes = order // K, order % K
+        left = left.gather(1, origin[..., None].expand(-1, -1, x.shape[1]))
+        left = left - torch.where(codebook.isfinite(), codebook, 0).double()[codes]
+        paths = paths.gather(1, origin[..., None].expand(-1, -1, paths.shape[2]))
+        paths = torch.cat([paths, codes[..., None]], dim=2)
+    return paths[:, 0]

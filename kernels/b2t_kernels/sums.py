@@ -94,7 +94,7 @@ def scatter_kernel(
 
 
 def code_sums(
-    x: Tensor, indices: Tensor, K: int, mask: Tensor | None, atomic: bool
+    x: Tensor, indices: Tensor, K: int, mask: Tensor | None, known: Tensor | None, atomic: bool
 ) -> tuple[Tensor, Tensor]:
     """See :func:`b2t_kernels.code_sums`."""
     x, (N, D), device = x.contiguous(), x.shape, x.device
@@ -111,8 +111,14 @@ def code_sums(
     # A narrower key takes fewer passes of the radix sort; what lies outside sorts first or last.
     narrow = bins.clamp(-1, K).to(torch.int16 if K < 1 << 15 else torch.int32)
     ordered, order = narrow.sort(stable=True)
-    offsets = torch.searchsorted(ordered, torch.arange(K + 1, dtype=narrow.dtype, device=device))
-    counts = offsets.diff()
+    if known is None:
+        every = torch.arange(K + 1, dtype=narrow.dtype, device=device)
+        offsets = torch.searchsorted(ordered, every)
+        counts = offsets.diff()
+    else:
+        # Those of no code come first. Counts of other indices must not lead out of the rows.
+        counts = known.clone()
+        offsets = torch.cat([(N - counts.sum())[None], counts]).cumsum(0).clamp_(0, N)
     further = (counts - 1).clamp(min=0) // CHUNK
     chunks = torch.cat([further.new_zeros(1), further.cumsum(0)])
     most = N // CHUNK

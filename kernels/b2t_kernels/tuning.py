@@ -80,6 +80,11 @@ def settle_config(W: int) -> triton.Config:
     return config(4, 1, BLOCK_N=32 if W <= 32 else 16, STEP=16)
 
 
+def beam_config() -> triton.Config:
+    """Configuration of the kernels that continue a beam, one frame each."""
+    return config(8, 1, BLOCK_D=32)
+
+
 def column_space(family: int, padded_D: int) -> Space:
     """Configurations of the pass that sums assignments over rows, codes on chip."""
     if padded_D > 128:
@@ -254,12 +259,27 @@ PLAIN_KERNELS: dict[str, tuple[str, dict[str, Any], int]] = {
         REFINE_WARPS,
     ),
     "drawn_kernel": ("draw", {"BLOCK_N": 16, "STEP": 16, "W": MOST_PARTS}, 4),
+    "candidates_kernel": (
+        "beam",
+        {"B": 16, "W": 16, "SLOTS": 16, "KEPT": 32, "BLOCK_D": 32},
+        8,
+    ),
+    "winners_kernel": ("beam", {"KEPT": 32, "BLOCK_D": 32}, 8),
     "segment_kernel": ("sums", {"BLOCK_N": 32, "BLOCK_D": 128, "CHUNK": 512}, 4),
     "gather_kernel": ("sums", {"BLOCK_N": 32, "BLOCK_D": 128}, 4),
     "scatter_kernel": ("sums", {"BLOCK_N": 16, "BLOCK_D": 128}, 4),
     "leave_kernel": ("residual", {"BLOCK_N": 16, "BLOCK_D": 128, "ERRORS": True}, 4),
     "total_kernel": ("residual", {"BLOCK_N": 16, "BLOCK_D": 128}, 4),
 }
+
+
+def plain_variants(name: str) -> Iterator[dict[str, Any]]:
+    """Blocks and flags of a kernel of `PLAIN_KERNELS`, for each way in which it is launched."""
+    blocks = PLAIN_KERNELS[name][1]
+    yield blocks
+    if name == "candidates_kernel":
+        yield {**blocks, "B": 1, "W": MOST_PARTS, "SLOTS": 8}
+        yield {**blocks, "B": 8, "W": 32, "SLOTS": 8, "KEPT": 4}
 
 
 def kernel(name: str) -> Any:

@@ -11,7 +11,6 @@ import triton
 
 from b2t_kernels import (
     cuda,
-    draw,
     gumbel,
     nearest,
     prepare,
@@ -179,7 +178,7 @@ def test_outputs_are_written_and_nothing_else(monkeypatch):
     total, found = soft(x, codebook, tau, None)
     lse = found.lse
     gradients = soft_gradients(torch.linspace(-1, 1, 70), x, codebook, tau, lse)
-    summed, _ = sums.code_sums(x, indices, 70, None, False)
+    summed, _ = sums.code_sums(x, indices, 70, None, None, False)
     monkeypatch.undo()
     assert torch.equal(indices, reference.nearest_code(x, codebook)[0])
     for result in (total, lse, *gradients, summed):
@@ -215,60 +214,12 @@ def test_usage_and_its_gradients(N, K, D, offset):
     assert not found[0][~valid].any()
 
 
-def draws(x, codebook, tau, keys):
-    codes = prepare.prepare(codebook)
-    return draw.sample_code(x, codebook, torch.tensor(tau), *keys, codes)
-
-
-def keys_of(N, K):
-    return gumbel.mix(torch.arange(N) - 7), gumbel.mix(-torch.arange(K) - 1)
-
-
-@pytest.mark.parametrize(
-    ("N", "K", "D", "offset"), [(63, 130, 63, 100.0), (130, 1000, 20, 0.0), (5, 70, 1000, 0.0)]
-)
-def test_draws_are_those_of_the_same_noise_in_float64(N, K, D, offset, monkeypatch):
-    x, codebook = rows_and_codes(N, K, D, offset=offset)
-    x[3], codebook[K // 2] = torch.nan, torch.inf
-    keys, tau, seen = keys_of(N, K), float(D) ** 0.5, []
-    logits = -reference.squared_distances(torch.where(x.isfinite(), x, 0), codebook) / tau
-    best = (logits + gumbel.noise(*keys)).topk(2)
-    clear = (best.values[:, 0] - best.values[:, 1] > 0.05) & reference.valid_rows(x)
-    assert clear.double().mean() > 0.5
-    for multiprocessors in (1, 500):
-        monkeypatch.setattr(tuning, "multiprocessors", lambda device, n=multiprocessors: n)
-        indices, counts = draws(x, codebook, tau, keys)
-        assert torch.equal(indices[clear], best.indices[clear, 0])
-        assert indices[3] == -1
-        assert torch.equal(counts, torch.bincount(indices[indices >= 0], minlength=K))
-        seen.append(indices)
-    assert torch.equal(*seen), "a draw must not depend on how the codes are split"
-    alone = draws(x[1:2], codebook, tau, (keys[0][1:2], keys[1]))[0]
-    assert alone == seen[0][1], "nor on the rows beside it"
-
-
-def test_draws_follow_the_soft_assignment():
-    """Pearson's χ² of 6000 draws of one row against softmax probabilities in float64."""
-    x, codebook = rows_and_codes(1, 24, 8)
-    probabilities = (-reference.squared_distances(x, codebook)[0] / 6.0).softmax(0)
-    assert probabilities.max() > 0.15
-    _, counts = draws(x.expand(6000, -1), codebook, 6.0, keys_of(6000, 24))
-    expected = 6000 * probabilities
-    likely = expected > 5
-    squares = ((counts - expected).square() / expected)[likely].sum()
-    freedom = int(likely.sum()) - 1
-    # A thousandth of the χ² distribution lies beyond, by Wilson and Hilferty's approximation.
-    assert freedom > 10
-    assert squares < freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
-    assert counts.sum() == 6000
-
-
 @pytest.mark.parametrize("atomic", [False, True])
 def test_sums(atomic):
     x, _ = rows_and_codes(300, 1, 33)
     indices = torch.randint(-1, 40, (300,), generator=seeded(4))
     mask = torch.arange(300) % 7 != 3
-    found, counts = sums.code_sums(x, indices, 40, mask, atomic)
+    found, counts = sums.code_sums(x, indices, 40, mask, None, atomic)
     expected, expected_counts = reference.code_sums(x, indices, 40, mask)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(counts, expected_counts)
@@ -300,7 +251,7 @@ def test_what_a_cuda_tensor_runs(monkeypatch):
     x, mask, tau = x.half(), torch.arange(64) % 3 > 0, torch.tensor(4.0)
     indices, counts = cuda.nearest_code(x, codebook, mask, True)
     assert torch.equal(indices, reference.nearest_code(x, codebook, mask)[0])
-    summed, number = cuda.code_sums(x, indices, 20, mask, False)
+    summed, number = cuda.code_sums(x, indices, 20, mask, None, False)
     assert torch.equal(number, counts)
     expected = reference.code_sums(x, indices, 20, mask)[0]
     torch.testing.assert_close(summed.double(), expected, rtol=1e-4, atol=1e-4)
@@ -310,6 +261,12 @@ def test_what_a_cuda_tensor_runs(monkeypatch):
     torch.testing.assert_close(total.sum(), mask.sum().float(), rtol=1e-3, atol=0)
     given = cuda.prepare_codes(codebook[None])[0]
     gradients = cuda.usage_backward(torch.linspace(0, 1, 20), x, codebook, tau, lse, given=given)
+    drawn, drawn_counts = cuda.sample_code(
+        x, codebook, tau, gumbel.mix(torch.arange(64)), gumbel.mix(-torch.arange(20)), given
+    )
+    assert torch.equal(drawn_counts, torch.bincount(drawn, minlength=20))
+    paths = cuda.beam_codes(x[:2], [codebook] * 2, 2, [given] * 2)
+    assert torch.equal(paths, reference.beam_codes(x[:2], [codebook] * 2, 2))
     assert gradients[0].dtype == torch.float16
     assert gradients[1].dtype == torch.float32
     assert not gradients[0][~mask].any()
@@ -410,7 +367,7 @@ def test_only_the_gradients_asked_for(monkeypatch):
 def test_sums_leave_out_indices_beyond_the_codes(atomic):
     x, _ = rows_and_codes(40, 1, 8)
     indices = torch.arange(40) % 8 - 2
-    found, counts = sums.code_sums(x, indices, 4, None, atomic)
+    found, counts = sums.code_sums(x, indices, 4, None, None, atomic)
     expected, expected_counts = reference.code_sums(x, indices.where(indices < 4, -1), 4)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(counts, expected_counts)
@@ -420,11 +377,17 @@ def test_sums_of_a_collapsed_codebook_are_cut_in_chunks():
     """One code with nearly all rows: more programs than codes, and the same sum."""
     x, _ = rows_and_codes(3000, 1, 8)
     indices = torch.where(torch.arange(3000) % 50 == 0, torch.arange(3000) % 7, 3)
-    found, counts = sums.code_sums(x, indices, 7, None, False)
+    found, counts = sums.code_sums(x, indices, 7, None, None, False)
     expected, expected_counts = reference.code_sums(x, indices, 7)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
     assert torch.equal(counts, expected_counts)
     assert counts[3] > 5 * sums.CHUNK
+    indices[::9] = -1
+    expected, expected_counts = reference.code_sums(x, indices, 7)
+    again, _ = sums.code_sums(x, indices, 7, None, None, False)
+    found, counts = sums.code_sums(x, indices, 7, None, expected_counts, False)
+    assert torch.equal(found, again), "known counts are no other sum"
+    assert torch.equal(counts, expected_counts)
 
 
 @pytest.mark.parametrize("gain", [None, 1.7])

@@ -14,9 +14,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 def test_kernels_on_the_gpu(repository):
-    checks = Path(__file__).with_name("kernel_checks.py")
+    checks = [str(Path(__file__).with_name(f"{name}_checks.py")) for name in ("kernel", "draw")]
     finished = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(checks)],
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *checks],
         cwd=repository,
         env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
         capture_output=True,

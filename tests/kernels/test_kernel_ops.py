@@ -195,6 +195,19 @@ def test_sums_equal_one_hot_product(shape, method):
     assert torch.equal(counts, expected_counts)
 
 
+def test_sums_take_the_counts_of_the_search():
+    x, codebook = rows_and_codes(300, 20, 6)
+    x[5] = torch.nan
+    indices, counts = b2t_kernels.nearest_code(x, codebook)
+    x[5] = 0.0
+    expected = b2t_kernels.code_sums(x, indices, 20)
+    found = b2t_kernels.code_sums(x, indices, 20, counts=counts)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    with pytest.raises(ValueError, match="and a mask"):
+        b2t_kernels.code_sums(x, indices, 20, indices > 0, counts=counts)
+
+
 def test_sums_are_the_same_bits_with_masked_rows_dropped():
     x, codebook = rows_and_codes(500, 20, 8)
     indices, _ = b2t_kernels.nearest_code(x, codebook)
@@ -255,7 +268,7 @@ def operator_samples():
     prepared = b2t_kernels.prepare_codes(codebook[None])[0]
     yield ops.nearest_code, (x, codebook, mask, True, prepared)
     yield ops.nearest_code, (x.bfloat16(), codebook, None, False, [])
-    yield ops.code_sums, (x, indices, 5, mask, False)
+    yield ops.code_sums, (x, indices, 5, mask, None, False)
     grads = (x.clone().requires_grad_(), codebook.clone().requires_grad_())
     yield ops.usage_forward, (*grads, tau, mask, None, prepared)
     yield ops.usage_forward, (*grads, tau, mask, True, [])
@@ -374,6 +387,43 @@ def test_a_device_with_too_little_shared_memory_is_named(monkeypatch, caplog):
     assert tried == list(space), "what did not fit is not tried again"
     assert len(caplog.records) == 1
     assert "no tile of scan_kernel fits the device" in caplog.records[0].message
+
+
+def test_what_is_measured_is_kept_for_its_own_case(monkeypatch):
+    """The fastest that fits is chosen for sizes and flags together, and timed on request only."""
+    times, timed = {64: 2.0, 128: 1.0}, []
+
+    def milliseconds(run, candidate):
+        timed.append(candidate)
+        run(candidate)
+        return times[candidate.kwargs["BLOCK_N"]]
+
+    def run(candidate):
+        if candidate.kwargs["BLOCK_N"] == 32:
+            raise tuning.OutOfResources(200_000, 65_536, "shared memory")
+        return candidate.kwargs["BLOCK_N"]
+
+    class Kernel:
+        __name__ = "some_kernel"
+
+    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    space = tuple(tuning.config(4, 2, BLOCK_N=n) for n in (64, 32, 128))
+
+    def launch(*sizes):
+        kernel = Kernel()
+        kernel.__name__ = "some_kernel"
+        return tuning.launch(kernel, space, sizes, run, torch.device("cuda", 0))
+
+    assert launch(2000, 64, False) == 64 and not timed
+    with tuning.measuring():
+        assert launch(2000, 64, False) == 128
+        assert len(timed) == 3
+        times[128] = 3.0
+        assert launch(2000, 64, True) == 64, "another flag is another case"
+        assert launch(1800, 64, False) == 128, "lengths of one bucket share a choice"
+    assert launch(2000, 64, False) == 128 and launch(2000, 128, False) == 64
+    assert len(timed) == 6
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Beam search against exhaustive search, faiss and the nearest codes."""
 
 import itertools
+import logging
 
 import faiss
 import numpy as np
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from b2t.errors import UserError
-from b2t.quantize import ResidualVQ, StepNorms, beam
+from b2t.quantize import ResidualVQ, StepNorms
 from b2t.quantize.beam import beam_search
 from b2t.quantize.layers import Layers
+from b2t_kernels import blocked_beam, cuda, reference
 
 
 def layers_of(books, gain=None, cosine=False):
@@ -102,10 +104,29 @@ def test_a_frame_does_not_depend_on_those_beside_it(N, width, seed):
     assert torch.equal(together, alone)
 
 
+def test_agrees_with_the_naive_reference():
+    x, books = random_problem(60, 3, 40, 8, offset=20.0)
+    books[1, 20:] = books[1, :20]
+    books[2, 3] = torch.nan
+    expected = reference.beam_codes(x, list(books), 6)
+    assert torch.equal(beam_search(layers_of(books), x, 3, 6), expected)
+
+
+def test_a_beam_too_wide_for_the_kernels_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    caplog.set_level(logging.WARNING)
+    cuda._say_once.cache_clear()
+    x, books = random_problem(10, 2, 40, 8)
+    for _ in range(3):
+        codes = cuda.beam_codes(x, list(books), 17)
+    assert torch.equal(codes, reference.beam_codes(x, list(books), 17))
+    assert ["a beam of 17 exceeds" in record.message for record in caplog.records] == [True]
+
+
 def test_blocks_of_any_size_give_the_same(monkeypatch):
     x, books = random_problem(300, 3, 64, 8)
     whole = beam_search(layers_of(books), x, 3, 4)
-    monkeypatch.setitem(beam._BLOCK_ELEMENTS, "cpu", 4 * 64 * 7)
+    monkeypatch.setitem(blocked_beam._BLOCK_ELEMENTS, "cpu", 4 * 64 * 7)
     assert torch.equal(beam_search(layers_of(books), x, 3, 4), whole)
 
 
