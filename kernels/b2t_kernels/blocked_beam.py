@@ -13,15 +13,29 @@ from torch import Tensor
 
 from b2t_kernels.blocked import GROUP, CentredCodes, centre_codes, centred
 
-_BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
+_BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}
 
 
 class _Book(NamedTuple):
-    """Codes [K, D], the same centred, and how many of them may be chosen."""
+    """Codes [K, D], the same ready for the scores, and how many of them may be chosen.
+
+    lengthened: [K′, D + 2], the centred codes, −½|c|² and 1, so that one product with rows that end
+    in 1 and −½|r|² gives −½|r − c|² without another pass over the scores.
+    """
 
     codes: Tensor
-    centred: CentredCodes
+    lengthened: Tensor
+    mean: Tensor
     choices: int
+
+    def scores(self, residuals: Tensor) -> Tensor:
+        """−½|r − c|² of residuals [n, b, D], −inf where a code may not be chosen: [n, b, K′]."""
+        moved = residuals - self.mean
+        rows = torch.cat(
+            [moved, torch.ones_like(moved[..., :1]), -0.5 * moved.square().sum(2, keepdim=True)], 2
+        )
+        scores = rows.flatten(0, 1) @ self.lengthened.T
+        return scores.view(*residuals.shape[:2], -1)
 
 
 def beam_codes(
@@ -40,18 +54,21 @@ def beam_codes(
 def _book(codes: Tensor, known: CentredCodes | None) -> _Book:
     """Prepare a codebook; of identical codes only the first may be chosen, NaN never."""
     made = known or centre_codes(codes, torch.float32)
-    made = made._replace(bias=made.bias.masked_fill(~made.allowed(), -torch.inf))
-    return _Book(codes, made, max(1, int((made.bias > -torch.inf).sum())))
+    bias = made.bias.masked_fill(~made.allowed(), -torch.inf)[:, None]
+    lengthened = torch.cat([made.codes, bias, torch.ones_like(bias)], 1)
+    return _Book(codes, lengthened, made.mean, max(1, int((bias > -torch.inf).sum())))
 
 
 def _search(block: Tensor, books: list[_Book], width: int) -> Tensor:
     """Codes [n, Q] of a block of frames [n, D]."""
     residuals = block[:, None]
     paths = torch.zeros(*residuals.shape[:2], 0, dtype=torch.int64, device=block.device)
-    for book in books:
-        origin, codes = _nearest_sums(residuals, book, width)
-        residuals = _taken(residuals, origin) - book.codes[codes]
+    for q, book in enumerate(books):
+        last = q == len(books) - 1
+        origin, codes = _nearest_sums(residuals, book, 1 if last else width)
         paths = torch.cat([_taken(paths, origin), codes[..., None]], -1)
+        if not last:
+            residuals = _taken(residuals, origin) - book.codes[codes]
     return paths[:, 0]
 
 
@@ -62,32 +79,36 @@ def _nearest_sums(residuals: Tensor, book: _Book, width: int) -> tuple[Tensor, T
         Which residual [n, width] and which code [n, width], the nearest first; fewer where there
         are not so many.
     """
-    n, beams, _ = residuals.shape
-    moved, padded = book.centred.centre(residuals), book.centred.codes.shape[0]
-    scores = torch.addmm(book.centred.bias, moved.flatten(0, 1), book.centred.codes.T)
-    scores = scores.view(n, beams, padded) - 0.5 * moved.square().sum(2, keepdim=True)
+    padded = book.lengthened.shape[0]
+    scores = book.scores(residuals).flatten(1)
     # Twice as many as wanted, so that rounding decides only among those that lose anyway.
-    near = _greatest(scores.flatten(1), min(2 * width, beams * book.choices))
-    near = near.sort(dim=1).values
+    wanted = min(max(4, 2 * width), residuals.shape[1] * book.choices)
+    near = _greatest(scores, wanted).sort(dim=1).values
     origin, codes = near // padded, near % padded
-    left = _taken(residuals, origin).double() - book.codes[codes].double()
-    order = left.square().sum(2).sort(dim=1, stable=True).indices[:, :width]
+    left = _taken(residuals, origin).double().sub_(book.codes[codes])
+    order = left.square_().sum(2).sort(dim=1, stable=True).indices[:, :width]
     return origin.gather(1, order), codes.gather(1, order)
 
 
-def _greatest(scores: Tensor, wanted: int) -> Tensor:
+def _greatest(scores: Tensor, wanted: int, sizes: tuple[int, ...] = (GROUP, 8)) -> Tensor:
     """Places of the ``wanted`` greatest of each row of ``scores`` [n, whole groups], in any order.
 
-    They lie in the groups of the greatest maxima, which are found in one fast pass.
+    They lie in the groups of the greatest maxima, which are found in one fast pass, and there in
+    the smaller groups of the greatest maxima.
     """
-    groups = scores.unflatten(1, (-1, GROUP))
-    if groups.shape[1] <= wanted:
+    if not sizes:
         return scores.topk(wanted, sorted=False).indices
+    size, smaller = sizes[0], sizes[1:]
+    groups = scores.unflatten(1, (-1, size))
+    if groups.shape[1] <= wanted:
+        return _greatest(scores, wanted, smaller)
     chosen = groups.amax(2).topk(wanted, sorted=False).indices
-    places = _taken(groups, chosen).flatten(1).topk(wanted, sorted=False).indices
-    return chosen.gather(1, places // GROUP) * GROUP + places % GROUP
+    places = _greatest(_taken(groups, chosen).flatten(1), wanted, smaller)
+    return chosen.gather(1, places // size) * size + places % size
 
 
 def _taken(values: Tensor, index: Tensor) -> Tensor:
     """Select ``index`` [n, k] along the second axis of ``values`` [n, b, …]."""
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[2]))
+    n, b, width = values.shape
+    first = torch.arange(0, n * b, b, device=index.device)[:, None]
+    return values.reshape(n * b, width)[index + first]
