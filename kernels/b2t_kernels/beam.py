@@ -302,7 +302,8 @@ def _extend(
     (n, D), K, layer = (x.shape[0] // beams, x.shape[1]), codebook.shape[0], paths.shape[1]
     left = torch.empty(0 if last else n * wanted, D, dtype=torch.float32, device=x.device)
     longer = torch.empty(n * wanted, layer + 1, dtype=torch.int64, device=x.device)
-    kept_keys = max(4, triton.next_power_of_2(2 * wanted))
+    # Ties that float32 cannot tell apart must all be there.
+    kept_keys = max(16, triton.next_power_of_2(2 * wanted))
     keys = torch.empty(n, kept_keys, dtype=torch.int32, device=x.device)
     options = {"KEPT": kept_keys, **tuning.options(tuning.beam_config())}
     candidates_kernel[(n,)](

@@ -35,7 +35,7 @@ class _Book(NamedTuple):
             [moved, torch.ones_like(moved[..., :1]), -0.5 * moved.square().sum(2, keepdim=True)], 2
         )
         scores = rows.flatten(0, 1) @ self.lengthened.T
-        return scores.view(*residuals.shape[:2], -1)
+        return scores.view(*residuals.shape[:2], self.lengthened.shape[0])
 
 
 def beam_codes(
@@ -64,10 +64,9 @@ def _search(block: Tensor, books: list[_Book], width: int) -> Tensor:
     residuals = block[:, None]
     paths = torch.zeros(*residuals.shape[:2], 0, dtype=torch.int64, device=block.device)
     for q, book in enumerate(books):
-        last = q == len(books) - 1
-        origin, codes = _nearest_sums(residuals, book, 1 if last else width)
+        origin, codes = _nearest_sums(residuals, book, width)
         paths = torch.cat([_taken(paths, origin), codes[..., None]], -1)
-        if not last:
+        if q < len(books) - 1:
             residuals = _taken(residuals, origin) - book.codes[codes]
     return paths[:, 0]
 
@@ -82,7 +81,7 @@ def _nearest_sums(residuals: Tensor, book: _Book, width: int) -> tuple[Tensor, T
     padded = book.lengthened.shape[0]
     scores = book.scores(residuals).flatten(1)
     # Twice as many as wanted, so that rounding decides only among those that lose anyway.
-    wanted = min(max(4, 2 * width), residuals.shape[1] * book.choices)
+    wanted = min(2 * width, residuals.shape[1] * book.choices)
     near = _greatest(scores, wanted).sort(dim=1).values
     origin, codes = near // padded, near % padded
     left = _taken(residuals, origin).double().sub_(book.codes[codes])

@@ -279,7 +279,7 @@ def plain_variants(name: str) -> Iterator[dict[str, Any]]:
     yield blocks
     if name == "candidates_kernel":
         yield {**blocks, "B": 1, "W": MOST_PARTS, "SLOTS": 8}
-        yield {**blocks, "B": 8, "W": 32, "SLOTS": 8, "KEPT": 4}
+        yield {**blocks, "B": 8, "W": 32, "SLOTS": 8, "KEPT": 16}
 
 
 def kernel(name: str) -> Any:
