@@ -148,6 +148,20 @@ class WandbConfig(Options):
     """Tags."""
 
 
+class ProfileConfig(Options):
+    """A look inside, written below `profile/` of the run folder by every rank."""
+
+    steps: Annotated[int, Field(ge=0)] = 0
+    """Steps that torch's profiler traces, with the operators that took longest; 0 traces none."""
+    after: Annotated[int, Field(ge=0)] = 20
+    """Applied steps before them, from the start or the resume on."""
+    memory: bool = False
+    """Record what allocates GPU memory, and write a snapshot when it runs out."""
+    collectives: bool = False
+    """Remember the last collectives, and write them when a rank has waited too long for the others
+    (NCCL's flight recorder; gloo's on CPU ranks)."""
+
+
 class LogConfig(Options):
     """What is printed and recorded."""
 
@@ -159,6 +173,8 @@ class LogConfig(Options):
     """Write the HTML report when the run warns and when it ends (as `b2t report` does)."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
+    profile: ProfileConfig = ProfileConfig()
+    """Traces of steps, memory and collectives."""
 
 
 class MonitorConfig(Options):

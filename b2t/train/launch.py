@@ -10,6 +10,7 @@ from b2t.errors import UserError
 from b2t.log import logger
 from b2t.monitor.monitors import Monitors
 from b2t.monitor.training import peak_flops
+from b2t.run_files import PROFILE
 from b2t.train.admission import prepare_run
 from b2t.train.build import Materials, build
 from b2t.train.callback import Callback, Run
@@ -19,6 +20,7 @@ from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.flops import flops_of_phases
 from b2t.train.monitoring import Watch, build_monitors
 from b2t.train.pace import Pace
+from b2t.train.profiling import Profiler, record_collectives
 from b2t.train.ranks import Ranks, WaitedTooLong, join, leave, timed_out
 from b2t.train.settings import check_lengths, check_losses
 from b2t.train.signals import StopSignals
@@ -45,6 +47,8 @@ def prepare_torch(config: Config, ds_file: DeepSpeedFile) -> None:
     """
     check_precision(ds_file)
     check_lengths(config)
+    if config.log.profile.collectives:
+        record_collectives(config.run.dir / PROFILE)
     if config.run.deterministic:
         # cuBLAS reads this when the device is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -135,6 +139,9 @@ class Launch:
         flops = flops_of_phases(config, materials, ds_file.accumulation) if known else None
         monitors = build_monitors(config, materials, ranks, flops)
         shared: list[Callback] = [Pace(), Watch(monitors)] if ranks.world > 1 else [Watch(monitors)]
+        profile = config.log.profile
+        if profile.steps or profile.memory:
+            shared.append(Profiler(profile, config.run.dir, ranks.rank))
         return [*shared, *main_callbacks(config, monitors)] if ranks.is_main else shared
 
 

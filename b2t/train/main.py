@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from b2t.config import COMPONENTS, Config, describe, load_config, preset_names
 from b2t.errors import UserError
 from b2t.log import configure, logger, quiet_libraries
+from b2t.run_files import PROFILE
 from b2t.train.ds_config import DeepSpeedFile, load_ds_config
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def train(config: Config, ds_file: DeepSpeedFile, resume: str) -> int:
             print(f"train_ds.py: error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except Exception as error:
-        _leave_crashed(error, ranks)
+        _leave_crashed(error, ranks, config)
     finally:
         stop.close()
         launch.leave()
@@ -177,13 +178,17 @@ def _leave_at_once(status: int, message: str) -> NoReturn:
     os._exit(status)
 
 
-def _leave_crashed(error: Exception, ranks: "Ranks") -> NoReturn:
+def _leave_crashed(error: Exception, ranks: "Ranks", config: Config) -> NoReturn:
     """Say why, and leave at once: the other ranks may wait in a collective for this one.
 
     The launcher then ends them too.
     """
+    from b2t.train.profiling import write_collectives
     from b2t.train.ranks import WaitedTooLong, timed_out, waiting_in
 
+    if config.log.profile.collectives:
+        written = write_collectives(config.run.dir / PROFILE, ranks.rank)
+        print(f"rank {ranks.rank}: its last collectives are in {written}", file=sys.stderr)
     if isinstance(error, WaitedTooLong):
         _leave_at_once(EXIT_WAITED, str(error))
     if ranks.world > 1 and timed_out(error):

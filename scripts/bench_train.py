@@ -1,0 +1,315 @@
+"""Throughput of training, beside plain DistributedDataParallel and Hugging Face's Trainer.
+
+    python scripts/bench_train.py --data data/demo/prepared
+    torchrun --standalone --nproc_per_node 2 scripts/bench_train.py --data data/demo/prepared
+    python scripts/bench_train.py --data data/demo/prepared --alone b2t      # and ddp, hf: memory
+
+Each line is one phase of the configuration with one setting of what can be switched: the kernels
+(`reference` are their naive versions) and activation checkpointing. Segments of a few steps of the
+trainer alternate with those of the other loop, A B B A, as in `bench_overhead.py`, which has the
+details; the ratio is the median over pairs of segments. All loops train the same model on the same
+batches with the same losses, optimizer groups, learning rates, clipping and codebook updates; the
+trainer alone logs, watches and draws its dropout anew in each micro-batch.
+
+Frames are valid latent frames of all ranks. Data wait is the share of the trainer's time in which
+rank 0 waits for a batch. MFU and HFU need a GPU whose peak is known. Memory can only be told apart
+in processes of their own: `--alone` trains one loop, and prints the most that a rank held.
+"""
+
+import argparse
+import csv
+import logging
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
+
+from bench_overhead import Turns  # noqa: E402
+from throughput.bare import Bare, BareTorch  # noqa: E402
+from throughput.peers import HuggingFace, PlainDDP  # noqa: E402
+
+from b2t.config import Config, load_config  # noqa: E402
+from b2t.log import configure, quiet_libraries  # noqa: E402
+from b2t.monitor.context import StepContext  # noqa: E402
+from b2t.monitor.training import peak_flops  # noqa: E402
+from b2t.train.admission import prepare_run  # noqa: E402
+from b2t.train.build import build  # noqa: E402
+from b2t.train.callback import Callback, Run  # noqa: E402
+from b2t.train.ds_config import DeepSpeedFile, load_ds_config  # noqa: E402
+from b2t.train.flops import flops_of_phases  # noqa: E402
+from b2t.train.launch import main_callbacks  # noqa: E402
+from b2t.train.main import default_ds_config, name_accelerator  # noqa: E402
+from b2t.train.monitoring import Watch, build_monitors  # noqa: E402
+from b2t.train.ranks import Ranks, join, leave  # noqa: E402
+from b2t.train.trainer import Trainer  # noqa: E402
+
+PEERS: dict[str, type[Bare]] = {"ddp": PlainDDP, "hf": HuggingFace, "torch": BareTorch}
+GIB = 2**30
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Options of this script."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="prepared dataset")
+    parser.add_argument("--config", default="demo", help="preset or YAML file (default: demo)")
+    parser.add_argument("--deepspeed_config", help="DeepSpeed file (default: as train_ds.py)")
+    parser.add_argument("--against", nargs="+", choices=sorted(PEERS), default=["ddp", "hf"])
+    parser.add_argument("--phases", nargs="+", type=int, help="numbers from 0 (default: all)")
+    parser.add_argument(
+        "--kernels", nargs="+", choices=("kernels", "reference"), default=["kernels"]
+    )
+    parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off"])
+    parser.add_argument("--segments", type=int, default=30, help="timed pairs (default: 30)")
+    parser.add_argument("--warmup", type=int, default=4, help="untimed pairs (default: 4)")
+    parser.add_argument("--length", type=int, default=2, help="steps of a segment (default: 2)")
+    parser.add_argument("--alone", choices=["b2t", *sorted(PEERS)], help="one loop, its memory")
+    parser.add_argument("--csv", type=Path, help="append the lines to this file")
+    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_intermixed_args(argv)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line: a phase, what it is compared with, and what is switched."""
+
+    phase: int
+    against: str
+    kernels: str
+    checkpointing: str
+
+
+@dataclass
+class Line:
+    """What was measured of a case; `ratio` is steps per second of the trainer over the other's."""
+
+    phase: str
+    against: str
+    kernels: str
+    checkpointing: str
+    ranks: int
+    steps_per_s: float
+    frames_per_s: float
+    data_wait: float
+    mfu: float | None
+    hfu: float | None
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+
+
+class Frames(Callback):
+    """Counts valid frames of all ranks, and steps."""
+
+    def __init__(self) -> None:
+        self.frames = self.steps = 0.0
+
+    def on_step(self, trainer: Run, context: StepContext) -> None:
+        """Add the step."""
+        assert context.frames is not None
+        self.frames += float(context.frames)
+        self.steps += 1
+
+
+class Waits(Turns):
+    """Turns that also time how long the trainer waits for its own batches."""
+
+    waited: float = 0.0
+
+    def __next__(self) -> Any:
+        """Return the next batch, after the other's turn where one is due."""
+        if self.taken % self.length == 0:
+            self._turn(self.taken // self.length)
+        self.taken += 1
+        began = time.perf_counter()
+        batch = next(self.inner)
+        self.waited += time.perf_counter() - began
+        return batch
+
+
+def case_config(options: argparse.Namespace, case: Case, folder: str, steps: int) -> Config:
+    """Return the configuration of one phase alone, without validation and checkpoints."""
+    every = 1 if case.checkpointing == "on" else 0
+    switched = [
+        f"model.activation_checkpointing.{name}={every}"
+        for name in ("encoder", "signal_decoder", "text_decoder")
+    ]
+    config = load_config(
+        options.config,
+        [
+            f"data.path={options.data}", f"run.dir={folder}/run", "evaluation.decode_trials=0",
+            "evaluation.max_trials=1", "codebook_start.after_steps=0", "log.report=false",
+            "log.progress=false", *switched, *options.overrides,
+        ],
+    )  # fmt: skip
+    config.phases = [config.phases[case.phase].model_copy(update={"steps": steps})]
+    config.evaluation.every = config.checkpoint.every = steps + 1
+    return config
+
+
+def make_trainer(
+    case: Case, config: Config, ds_file: DeepSpeedFile, ranks: Ranks
+) -> tuple[Trainer, Frames]:
+    """Return the trainer of a case with all its hooks, ready to fit."""
+    materials = build(config)
+    if materials.model.quantizer is not None:
+        materials.model.quantizer.backend = case.kernels
+    monitors, frames = build_monitors(config, materials, ranks), Frames()
+    hooks = [Watch(monitors), *(main_callbacks(config, monitors) if ranks.is_main else []), frames]
+    trainer = Trainer(config, ds_file, materials, ranks, hooks)
+    prepare_run(trainer, "never")
+    return trainer, frames
+
+
+def measure(options: argparse.Namespace, case: Case, ranks: Ranks, folder: str) -> Line:
+    """Train the trainer and a peer in turn."""
+    ds_file = load_ds_config(options.deepspeed_config or default_ds_config())
+    pairs = options.warmup + options.segments
+    config = case_config(options, case, folder, pairs * options.length)
+    trainer, frames = make_trainer(case, config, ds_file, ranks)
+    peer = PEERS[case.against](trainer)
+    clock = Waits(trainer, peer, options.length, pairs, 1)
+    trainer._batches = lambda: clock  # type: ignore[method-assign]
+    start = peer.start
+
+    def started(of: Trainer) -> None:
+        start(of)
+        peer.model.quantizer.backend = case.kernels
+
+    peer.start = started  # type: ignore[method-assign]
+    trainer.fit()
+    ours, theirs = (
+        np.array(segments[options.warmup :])[:, 0] / options.length
+        for segments in (clock.ours, clock.theirs)
+    )
+    ratios, step_s = theirs / ours, float(np.median(ours))
+    low, high = np.percentile(ratios, [25, 75])
+    rate = frames.frames / frames.steps / step_s
+    mfu, hfu = utilization(config, trainer, rate)
+    return Line(
+        trainer.config.phases[0].name, case.against, case.kernels, case.checkpointing, ranks.world,
+        1 / step_s, rate, clock.waited / frames.steps / step_s, mfu, hfu,
+        float(np.median(ratios)), float(low), float(high),
+    )  # fmt: skip
+
+
+def utilization(
+    config: Config, trainer: Trainer, frames_per_s: float
+) -> tuple[float | None, float | None]:
+    """Return MFU and HFU, None where the device's peak is not known."""
+    peak, ds_file = peak_flops(trainer.ranks.device), trainer.ds_file
+    if peak is None or ds_file.precision == "fp32":
+        return None, None
+    flops = flops_of_phases(config, trainer.materials, ds_file.accumulation)
+    found = flops[config.phases[0].name]
+    mfu = frames_per_s * found.per_frame / (peak * trainer.ranks.world)
+    return mfu, mfu * (1 + found.recomputed)
+
+
+def alone(options: argparse.Namespace, case: Case, ranks: Ranks, folder: str) -> str:
+    """Train one loop, and say how much memory a rank held at most."""
+    ds_file = load_ds_config(options.deepspeed_config or default_ds_config())
+    steps = options.length * (options.warmup + options.segments)
+    config = case_config(options, case, folder, steps)
+    trainer, _ = make_trainer(case, config, ds_file, ranks)
+    before = held(ranks)
+    began = time.perf_counter()
+    if options.alone == "b2t":
+        trainer.fit()
+    else:
+        peer = PEERS[options.alone](trainer)
+        peer.start_alone(trainer)
+        peer.segment(steps)
+    taken = time.perf_counter() - began
+    most = max(ranks.gather(held(ranks)))
+    return (
+        f"{options.alone} alone, phase {config.phases[0].name}, {ranks.world} rank(s): at most "
+        f"{most / GIB:.3f} GiB held by a rank, {before / GIB:.3f} before it trained; {steps} steps "
+        f"in {taken:.1f} s with their start"
+    )
+
+
+def held(ranks: Ranks) -> int:
+    """Most memory that this rank has held so far, in bytes: of the GPU, or of the process."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(ranks.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def table(lines: list[Line]) -> str:
+    """Put the lines in columns."""
+    head = (
+        f"{'phase':12}{'against':8}{'kernels':11}{'ckpt':6}{'ranks':6}{'steps/s':>9}{'frames/s':>11}"
+        f"{'data wait':>11}{'MFU':>8}{'HFU':>8}  ratio (quartiles)"
+    )
+
+    def percent(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:.1f} %"
+
+    rows = [
+        f"{line.phase:12}{line.against:8}{line.kernels:11}{line.checkpointing:6}{line.ranks:<6}"
+        f"{line.steps_per_s:9.2f}{line.frames_per_s:11,.0f}{percent(line.data_wait):>11}"
+        f"{percent(line.mfu):>8}{percent(line.hfu):>8}  "
+        f"{line.ratio:.3f} ({line.ratio_low:.3f} – {line.ratio_high:.3f})"
+        for line in lines
+    ]
+    return "\n".join([head, *rows])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure all cases and print them."""
+    options = arguments(argv)
+    quiet_libraries()
+    name_accelerator()
+    ranks = join()
+    configure(ranks.rank)
+    logging.getLogger("b2t").setLevel(logging.WARNING)
+    phases = options.phases or range(len(load_config(options.config, []).phases))
+    peers = options.against[:1] if options.alone else options.against
+    chosen = product(phases, peers, options.kernels, options.checkpointing)
+    lines: list[Line] = []
+    try:
+        for case in (Case(*each) for each in chosen):
+            with tempfile.TemporaryDirectory() as scratch:
+                place = ranks.from_main(scratch)
+                if options.alone:
+                    said = alone(options, case, ranks, place)
+                else:
+                    lines.append(measure(options, case, ranks, place))
+                    said = table(lines[-1:]).splitlines()[1]
+                ranks.barrier()
+            if ranks.is_main:
+                print(said, flush=True)
+    finally:
+        leave()
+    if ranks.is_main and lines:
+        print(f"\n{table(lines)}")
+        if options.csv:
+            write(options.csv, lines)
+    return 0
+
+
+def write(path: Path, lines: list[Line]) -> None:
+    """Append lines to a CSV file."""
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(asdict(lines[0])))
+        if new:
+            writer.writeheader()
+        writer.writerows(asdict(line) for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""The loops that throughput is compared with take the trainer's steps; the columns are right."""
+
+import numpy as np
+import pytest
+
+from b2t.train.callbacks import Callback
+from tests.script_modules import script
+from tests.train.small_runs import SMALL, zero2
+
+SETTINGS = """
+    codebook_start.frames_per_code=2 model.adapter.dropout=0 model.encoder.dropout=0
+    model.text_decoder.dropout=0 model.phoneme_head.dropout=0 evaluation.max_trials=2
+    phases.2.warmup_steps=1
+""".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module")
+def bench(repository):
+    with script(repository, "bench_train") as module:
+        yield module
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.of_step = []
+
+    def on_step(self, trainer, context):
+        weights = context.weights.items()
+        self.of_step.append(sum(w * float(context.losses[n]) for n, w in weights if w))
+
+
+@pytest.mark.parametrize(("against", "accumulation"), [("ddp", 1), ("hf", 2)])
+def test_the_peer_takes_the_same_steps(
+    bench, against, accumulation, tiny_trials, tmp_path, one_rank, monkeypatch
+):
+    losses, clocks = Losses(), []
+    monkeypatch.setattr(bench, "main_callbacks", lambda *_: [losses])
+    made = bench.Waits.__post_init__
+    monkeypatch.setattr(
+        bench.Waits, "__post_init__", lambda clock: clocks.append(clock) or made(clock)
+    )
+    ds_path = zero2(tmp_path, 4 // accumulation, accumulation).path
+    options = bench.arguments(
+        ["--data", str(tiny_trials), "--deepspeed_config", str(ds_path), "--segments", "3",
+         "--warmup", "1", *SMALL, *SETTINGS, "phases.2.exact_regularizers=false"]
+    )  # fmt: skip
+    case = bench.Case(2, against, "kernels", "off")
+    line = bench.measure(options, case, one_rank, str(tmp_path))
+    assert len(losses.of_step) == 8 and len(set(losses.of_step)) == 8
+    if accumulation == 1:  # the peers' last loss is that of one micro-batch
+        np.testing.assert_allclose(clocks[0].losses, losses.of_step[1::2], rtol=1e-5)
+    assert len(clocks[0].theirs) == 4
+    assert line.phase == "joint" and line.mfu is None and 0 < line.data_wait < 1
+    assert line.frames_per_s / line.steps_per_s > 4  # frames of a step
+
+
+def test_activations_are_checkpointed_where_asked(bench, tmp_path):
+    options = bench.arguments(["--data", "x"])
+    for asked, every in (("on", 1), ("off", 0)):
+        case = bench.Case(0, "ddp", "kernels", asked)
+        config = bench.case_config(options, case, str(tmp_path), 7)
+        found = config.model.activation_checkpointing
+        assert (found.encoder, found.signal_decoder, found.text_decoder) == (every,) * 3
+        assert [phase.steps for phase in config.phases] == [7]
+
+
+def test_the_table_has_a_column_for_each_number(bench):
+    line = bench.Line(
+        "joint", "ddp", "kernels", "off", 2, 4.0, 1234.5, 0.05, 0.3, 0.4, 0.97, 0.9, 1
+    )
+    head, row = bench.table([line]).splitlines()
+    assert " ".join(head.split()).startswith("phase against kernels ckpt ranks steps/s frames/s")
+    assert " ".join(row.split()) == (
+        "joint ddp kernels off 2 4.00 1,234 5.0 % 30.0 % 40.0 % 0.970 (0.900 – 1.000)"
+    )
