@@ -183,6 +183,7 @@ def join(timeout_s: float = 1800.0) -> Ranks:
     else:
         device = torch.device("cpu")
         _share_cores()
+    wait_at_most(timeout)
     with redirect_stdout(io.StringIO()):  # it prints that it has built its operators
         deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
     control = dist.new_group(backend="gloo", timeout=timeout) if dist.get_world_size() > 1 else None
@@ -192,6 +193,18 @@ def join(timeout_s: float = 1800.0) -> Ranks:
     ranks.barrier()  # the others have opened this rank's buffer
     _remove_shared_buffer()
     return ranks
+
+
+def wait_at_most(timeout: timedelta) -> None:
+    """Make ``timeout`` that of all process groups made from now on, DeepSpeed's among them.
+
+    DeepSpeed makes its groups without one: its reductions would wait half an hour for a lost rank.
+    """
+    from torch.distributed import distributed_c10d as c10d
+
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        if getattr(c10d, name, None) is not None:  # NCCL's is None in builds without NCCL
+            setattr(c10d, name, timeout)
 
 
 def _own_gpu(local_rank: int, gpus: int) -> int:

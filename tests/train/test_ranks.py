@@ -4,7 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from b2t.train import ranks
 
@@ -69,3 +74,12 @@ def test_the_collective_that_waited_is_named(tmp_path, repository):
         ranks_[1].kill()
         ranks_[1].communicate()
     assert said == "all_reduce, called by add_up_gradients in <string>\n"
+
+
+def test_groups_that_others_make_wait_as_long(one_rank, monkeypatch):
+    """DeepSpeed makes its own without a timeout."""
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(c10d, name, getattr(c10d, name))
+    ranks.wait_at_most(timedelta(seconds=7))
+    group = dist.new_group(backend="gloo")
+    assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=7)
