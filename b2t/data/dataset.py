@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
+from b2t.data.description import SUFFIXES, describe, described_splits
 from b2t.data.examine import examine, first_line, remark_on_doubles
 from b2t.data.record import read_record, trusted_record
 from b2t.data.sources import FORMATS
@@ -79,7 +80,8 @@ def load_trials(path: str | Path, split: str) -> Dataset:
     """Return one split, checked.
 
     Args:
-        path: a folder written by `b2t prepare`, a glob of parquet files, or a Hugging Face id.
+        path: a folder written by `b2t prepare`, a glob of parquet files, a Hugging Face id, or a
+            YAML file that describes one of these.
         split: ``train``, ``val`` or ``test``.
 
     Raises:
@@ -171,7 +173,7 @@ def _open(path: str, stamp: tuple[float, ...]) -> Opened:
     info = DatasetInfo(
         channels=read_signal(first.with_format("arrow")[0]).shape[1],
         sampling_rate=_sampling_rate(splits, path),
-        sessions=sorted(splits.get("train", first).unique("session")),
+        sessions=_described_sessions(path) or sorted(splits.get("train", first).unique("session")),
         simulated=bool((record or read_record(Path(path))).get("simulated", False)),
         has_text=any(_has_values(dataset, "text") for dataset in splits.values()),
         has_phonemes=any(_has_values(dataset, "phonemes") for dataset in splits.values()),
@@ -186,8 +188,15 @@ def _open(path: str, stamp: tuple[float, ...]) -> Opened:
     return Opened(splits, info)
 
 
+def _described_sessions(path: str) -> list[str]:
+    """Return the sessions that a description names: the first rows of a stream may lack some."""
+    return sorted(describe(path).sessions) if Path(path).suffix in SUFFIXES else []
+
+
 def _load(path: str) -> dict[str, Dataset]:
     place = Path(path).expanduser()
+    if place.suffix in SUFFIXES and place.is_file():
+        return described_splits(path)
     if has_magic(path) or path.endswith(".parquet"):
         return _load_parquet(path)
     if place.is_dir():

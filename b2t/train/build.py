@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from b2t.config import Config
 from b2t.data.augment import Augment
-from b2t.data.batches import TrialRows, encode_texts
+from b2t.data.batches import StreamedTrials, TrialRows, encode_texts
 from b2t.data.dataset import DatasetInfo, load_trials, opened
+from b2t.data.description import is_stream
 from b2t.data.masking import Masking
 from b2t.data.mixture import mixed
 from b2t.data.texts import OF_TRIALS, Sentence, read_sentences, sentences_checksum
@@ -32,6 +33,7 @@ class Materials:
         info: facts about the dataset.
         train, validation: trials.
         sentences: what is learnt without signals, None where no phase does.
+        stream: what is trained on instead of ``train``, which then holds its first rows.
         weights: how often each training trial comes in an epoch, [rows]; None means once.
         tokenizer: None where no text is trained on.
         model: on the CPU, float32.
@@ -45,6 +47,7 @@ class Materials:
     model: BrainToText
     augment: Augment
     weights: np.ndarray | None = None
+    stream: StreamedTrials | None = None
     sentences: list[Sentence] | None = None
 
     @property
@@ -55,8 +58,8 @@ class Materials:
         return f"{self.info.fingerprint}+{sentences_checksum(self.sentences)}"
 
 
-def build(config: Config) -> Materials:
-    """Open the data and build tokenizer and model.
+def build(config: Config, rank: int = 0, world: int = 1) -> Materials:
+    """Open the data and build tokenizer and model; of a stream the share of a rank.
 
     Raises:
         UserError: on data that cannot be trained on.
@@ -95,7 +98,7 @@ def build(config: Config) -> Materials:
     return Materials(
         info, train, validation, tokenizer, model,
         Augment(**data.augment.at_rate(info.sampling_rate).model_dump()), weights,
-        sentences,
+        _stream(config, rank, world), sentences,
     )  # fmt: skip
 
 
@@ -122,6 +125,24 @@ def _short(
             len(sentences) - len(kept), len(sentences), limit,
         )  # fmt: skip
     return kept
+
+
+def _stream(config: Config, rank: int, world: int) -> StreamedTrials | None:
+    """Open what is trained on row by row; None where the data lie on this disk.
+
+    Raises:
+        UserError: other data beside it.
+    """
+    path = str(config.data.path)
+    described = [p for p in (path, *(m.path for m in config.data.more)) if is_stream(p)]
+    if not described:
+        return None
+    if config.data.more or config.data.sessions != "mixed":
+        raise UserError(
+            f"{described[0]} is a stream: data.more and data.sessions=stratified need to know all "
+            "trials; leave them out, or set streaming: false"
+        )
+    return StreamedTrials(path, config.data.train_split, rank, world)
 
 
 def _tokenizer(

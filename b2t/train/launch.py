@@ -127,7 +127,7 @@ class Launch:
         require_folder(ranks, config.run.dir)
         require_shared_folder(ranks, config.run.dir)
         ds_file = keep_global_batch(self.ds_file, config.run.dir, ranks.world)
-        materials = build(config)
+        materials = build(config, ranks.rank, ranks.world)
         check_losses(config, materials.model)
         check_data(ranks, str(config.data.path), config.run.seed)
         callbacks = self._callbacks(materials, ds_file)

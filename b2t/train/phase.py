@@ -9,7 +9,16 @@ from torch import Tensor
 
 from b2t.config import COMPONENTS, Config, PhaseConfig
 from b2t.data.augment import Augment
-from b2t.data.batches import Batch, BatchPlan, Budget, SentenceRows, sentence_batches, train_batches
+from b2t.data.batches import (
+    Batch,
+    BatchPlan,
+    Budget,
+    SentenceRows,
+    StreamedTrials,
+    TrialRows,
+    sentence_batches,
+    train_batches,
+)
 from b2t.data.trials import signal_lengths
 from b2t.errors import UserError
 from b2t.log import logger
@@ -116,6 +125,8 @@ def batch_plan(
     """
     data, train = config.data, materials.train
     budget = None
+    if materials.stream is not None:  # which plans its own batches; these are its first trials
+        return BatchPlan(signal_lengths(train), min(len(train), ds_file.global_batch(world)))
     if data.max_frames is not None:
         budget = Budget(data.max_frames, ds_file.micro_batch, ds_file.accumulation * world)
     stratified = data.sessions == "stratified"
@@ -154,6 +165,8 @@ def phase_batches(
     """
     if config.phases[number].text_from == "texts":
         return _sentences(config, number, materials, ds_file, ranks, consumed)
+    if materials.stream is not None:
+        return _streamed(config, number, materials, materials.stream, ds_file)
     epoch, position = plan.place(config.run.seed, number, consumed)
     loader = train_batches(
         materials.train,
@@ -200,6 +213,27 @@ def _sentences(
         accumulation=ds_file.accumulation,
         rank=ranks.rank,
         world=ranks.world,
+    )
+
+
+def _streamed(
+    config: Config,
+    number: int,
+    materials: Materials,
+    source: StreamedTrials,
+    ds_file: DeepSpeedFile,
+) -> Generator[list[Batch], None, None]:
+    rows = TrialRows(
+        materials.train, None, materials.info.sessions, _augment(config, number, materials),
+        seed=config.run.seed, phase=number, masking=masking_of(config, number),
+    )  # fmt: skip
+    return source.batches(
+        rows,
+        materials.tokenizer,
+        micro_batch=ds_file.micro_batch,
+        accumulation=ds_file.accumulation,
+        max_frames=config.data.max_frames,
+        max_tokens=config.data.max_text_tokens,
     )
 
 

@@ -24,6 +24,7 @@ class Progress:
         phase_seconds: time of this phase that its `minutes` count.
         best: what `checkpoints/best` holds; starts anew in each phase, whose losses differ.
         stopping: early stopping of this phase, None without.
+        streams: where each rank is in a streamed dataset, as last saved; empty without one.
         finished: all phases are done.
     """
 
@@ -38,6 +39,7 @@ class Progress:
     phase_seconds: float = 0.0
     best: Best = field(default_factory=Best)
     stopping: EarlyStopping | None = None
+    streams: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
 
     def enter_phase(

@@ -48,6 +48,7 @@ class Saving(Callback):
     def save(self, trainer: Run) -> None:
         """Copy this moment and let it be written. Collective."""
         trainer.ranks.place = f"saving after step {trainer.progress.step}"
+        _note_streams(trainer)
         self.wait()
         moments, numbers = trainer.engine.state()
         averages = trainer.gather_averages()
@@ -61,6 +62,7 @@ class Saving(Callback):
     def save_between_phases(self, trainer: Run) -> None:
         """Save the start of a phase, whose optimizer is new."""
         trainer.ranks.place = f"saving before phase {trainer.phase.name}"
+        _note_streams(trainer)
         self.wait()
         if trainer.ranks.is_main:
             self._write(trainer, trainer.masters, {}, trainer.averages, None, None)
@@ -110,6 +112,13 @@ class Saving(Callback):
             milestone=progress.finished or engine is None,
             spare={progress.restorable},
         )
+
+
+def _note_streams(trainer: Run) -> None:
+    """Take where every rank is in a streamed dataset into the clocks. Collective."""
+    stream = trainer.materials.stream
+    if stream is not None:
+        trainer.progress.streams = trainer.ranks.gather(stream.position)
 
 
 def _write_and_say(

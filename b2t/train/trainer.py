@@ -144,6 +144,9 @@ class Trainer:
             checkpoint, self.model, self.masters, self.callbacks
         )
         self._restored = checkpoint
+        if self.materials.stream is not None and self.progress.streams:
+            streams = self.progress.streams
+            self.materials.stream.go_to(streams[self.ranks.rank % len(streams)])
         metric, mode = self.best_by[self.progress.phase]
         former = self.progress.choose_best_by(metric, mode)
         if former is not None and former.best is not None:

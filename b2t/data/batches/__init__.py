@@ -5,6 +5,7 @@ from b2t.data.batches.loading import eval_batches, train_batches
 from b2t.data.batches.order import BatchPlan, Budget, evaluation_batches
 from b2t.data.batches.rows import TrialRows, checked_signal, encode_texts
 from b2t.data.batches.sentences import SentenceRows, sentence_batches
+from b2t.data.batches.streamed import StreamedTrials
 
 __all__ = [
     "Batch",
@@ -12,6 +13,7 @@ __all__ = [
     "Budget",
     "Example",
     "SentenceRows",
+    "StreamedTrials",
     "TrialRows",
     "checked_signal",
     "collate",

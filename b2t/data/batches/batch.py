@@ -147,9 +147,9 @@ def collate(examples: Sequence[Example]) -> Batch:
     def padded(name: str, value: float) -> torch.Tensor:
         rows = [getattr(example, name) for example in examples]
         longest = max(map(len, rows))
-        whole = np.full((len(rows), longest, *rows[0].shape[1:]), value, dtype=rows[0].dtype)
+        whole = np.empty((len(rows), longest, *rows[0].shape[1:]), dtype=rows[0].dtype)
         for place, row in zip(whole, rows, strict=True):
-            place[: len(row)] = row
+            place[: len(row)], place[len(row) :] = row, value
         return torch.from_numpy(whole)
 
     def padded_ids(name: str, value: int) -> torch.Tensor:
