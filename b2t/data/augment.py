@@ -60,11 +60,10 @@ class Augment(AugmentOptions):
         return Augmented(found[0].numpy(), target[0].numpy(), draws.mask())
 
     def evaluation(self, signal: np.ndarray) -> Augmented:
-        """Prepare ``signal`` [T, C] without chance: smoothing only."""
-        target = np.array(signal, dtype=np.float32)
-        return Augmented(
-            smooth(target, self.smoothing_bins), target, np.ones(len(target), dtype=bool)
-        )
+        """Prepare ``signal`` [T, C] without chance: smoothing only, or not even a copy."""
+        target = np.asarray(signal, dtype=np.float32)
+        smoothed = smooth(target, self.smoothing_bins) if self.smoothing_bins else target
+        return Augmented(smoothed, target, np.ones(len(target), dtype=bool))
 
     def draw(
         self, shape: tuple[int, ...], sampling_rate: float, generator: np.random.Generator

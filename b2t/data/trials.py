@@ -75,7 +75,16 @@ def signal_lengths(dataset: Dataset) -> np.ndarray:
 
 def read_signal(row: pa.Table) -> np.ndarray:
     """Return the signal of a one-row Arrow table, float32 [T, C] ([0, 0] for an empty trial)."""
-    bins = _storage(row.column("signal").combine_chunks()).flatten()
+    return signal_of(_storage(row.column("signal")))
+
+
+def signal_of(trial: pa.Array) -> np.ndarray:
+    """Return the signal of an Arrow list of one trial, float32 [T, C] ([0, 0] for an empty one).
+
+    Raises:
+        ValueError: bins of different channels.
+    """
+    bins = trial.flatten()
     if isinstance(bins, pa.FixedSizeListArray):
         channels = bins.type.list_size
     else:
@@ -96,7 +105,12 @@ def require_finite(signal: np.ndarray, name: str) -> None:
             f"trial {name} has no time bins: remove it, or leave out such trials with "
             "`b2t prepare --skip-bad-trials`"
         )
-    largest = max(signal.max(), -signal.min())  # no copy: every trial of training comes here
+    # Every trial of training comes here: a sum of squares reads it once and copies nothing.
+    flat = signal.reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if flat @ flat < _LARGEST**2:
+            return
+    largest = np.abs(signal).max()
     if largest < _LARGEST:
         return
     if np.isfinite(largest):
@@ -112,6 +126,38 @@ def require_finite(signal: np.ndarray, name: str) -> None:
         "finite values are expected: repair or remove the trial, or leave out such trials with "
         "`b2t prepare --skip-bad-trials`"
     )
+
+
+class TrialReader:
+    """Reads single rows of a dataset from its Arrow memory, without what `datasets` does around.
+
+    Args:
+        dataset: trials; its rows may be a selection.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        table = dataset.data
+        self._chosen = None if dataset._indices is None else dataset._indices.column(0).to_numpy()
+        self._columns = {
+            name: [_storage(chunk) for chunk in table.column(name).chunks]
+            for name in table.column_names
+        }
+        sizes = [len(chunk) for chunk in self._columns["signal"]]
+        self._starts = np.cumsum([0, *sizes])
+
+    def row(self, index: int) -> tuple[dict[str, Any], pa.Array]:
+        """Return the columns of a row but its signal, and its signal for `signal_of`."""
+        if not 0 <= index < (self._starts[-1] if self._chosen is None else len(self._chosen)):
+            raise IndexError(f"no row {index}")
+        place = index if self._chosen is None else int(self._chosen[index])
+        number = int(np.searchsorted(self._starts, place, side="right")) - 1
+        inner = place - int(self._starts[number])
+        row = {
+            name: chunks[number][inner].as_py()
+            for name, chunks in self._columns.items()
+            if name != "signal"
+        }
+        return row, self._columns["signal"][number].slice(inner, 1)
 
 
 def typical_rms(dataset: Dataset, limit: int = 32) -> float | None:
@@ -205,10 +251,14 @@ class Fingerprint:
 
 
 def _common_width(bins: pa.ListArray) -> int:
-    widths = pc.min_max(pc.list_value_length(bins)).as_py()
-    if widths["min"] != widths["max"]:
-        raise ValueError(f"time bins have between {widths['min']} and {widths['max']} channels")
-    return widths["max"] or 0
+    if not len(bins) or bins.null_count:
+        widths = np.asarray(pc.fill_null(pc.list_value_length(bins), 0))
+    else:
+        widths = np.diff(bins.offsets.to_numpy())
+    least, most = (int(widths.min()), int(widths.max())) if len(widths) else (0, 0)
+    if least != most:
+        raise ValueError(f"time bins have between {least} and {most} channels")
+    return most
 
 
 def _storage(array: pa.Array) -> pa.Array:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
@@ -12,7 +13,7 @@ from b2t.data.augment import Augment, row_generator
 from b2t.data.batches.batch import Example
 from b2t.data.masking import Masking
 from b2t.data.options import AugmentOptions
-from b2t.data.trials import read_signal, require_finite, row_id
+from b2t.data.trials import TrialReader, require_finite, row_id, signal_of
 from b2t.errors import UserError
 from b2t.labels import UNSEEN_SESSION
 
@@ -50,10 +51,12 @@ class TrialRows(TorchDataset):
         masking: Masking | None = None,
     ) -> None:
         self.masking = masking
-        self.dataset = dataset.with_format("arrow")
+        self.dataset = dataset
+        self._reader = TrialReader(dataset)
         self.labels = _labels(dataset, tokenizer)
         self.sessions = {name: index for index, name in enumerate(sessions)}
-        self.augment = augment
+        self.augment = augment or Augment(enabled=False)
+        self._options = AugmentOptions(**self.augment.model_dump())
         self.seed = seed
         self.phase = phase
         self._require_short(max_tokens)
@@ -75,9 +78,8 @@ class TrialRows(TorchDataset):
 
     def example(self, epoch: int | None, index: int, copy: int = 0) -> Example:
         """Read one row, and draw its augmentation: another one for each ``copy`` of an epoch."""
-        table = self.dataset[index]
-        row = {name: table[name][0].as_py() for name in table.column_names if name != "signal"}
-        signal = checked_signal(table, row_id(row))
+        row, trial = self._reader.row(index)
+        signal = checked_signal(trial, row_id(row))
         return self.example_of(row, signal, self.labels[index], epoch, copy)
 
     def example_of(
@@ -92,12 +94,10 @@ class TrialRows(TorchDataset):
         drawn_by = f"{row_id(row)} {copy}" if copy else row_id(row)
         name = row_id(row)
         session = self.sessions.get(row["session"], UNSEEN_SESSION)
-        augment = self.augment or Augment(enabled=False)
+        augment = self.augment
         draws = None
         if epoch is None or not augment.enabled:
             signal, target, mask = augment.evaluation(signal)
-            if not augment.smoothing_bins:
-                target = signal
         else:
             generator = row_generator(self.seed, self.phase, epoch, drawn_by)
             draws = augment.draw(signal.shape, row["sampling_rate"], generator)
@@ -114,7 +114,7 @@ class TrialRows(TorchDataset):
             text=row["text"],
             hidden=self._hidden(mask, drawn_by, epoch),
             draws=draws,
-            options=None if draws is None else AugmentOptions(**augment.model_dump()),
+            options=None if draws is None else self._options,
         )
 
     def _hidden(self, mask: np.ndarray, name: str, epoch: int | None) -> np.ndarray | None:
@@ -176,14 +176,14 @@ def _texts(dataset: Dataset) -> list[str | None]:
     return dataset.with_format("arrow").select_columns(["text"])[:]["text"].to_pylist()
 
 
-def checked_signal(table: Any, name: str) -> np.ndarray:
-    """Return the signal [T, C] of a one-row table, refusing what would poison training.
+def checked_signal(trial: pa.Array, name: str) -> np.ndarray:
+    """Return the signal [T, C] of an Arrow list of one trial, refusing what would poison training.
 
     Raises:
         UserError: the trial is empty, ragged, or holds NaN or infinity; the message names the row.
     """
     try:
-        signal = read_signal(table)
+        signal = signal_of(trial)
     except ValueError as error:
         raise UserError(f"trial {name}: {error}: every bin needs the same channels") from None
     require_finite(signal, name)
