@@ -4,12 +4,17 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from b2t.arguments import finite, seed
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from b2t.data.batches import Batch
+    from b2t.evaluate.run_folder import Run
     from b2t.model.brain_to_text import BrainToText
+    from b2t.train.adaptation import PseudoLabel
 
 SUMMARY = "adapt a trained model to a new session without labels"
 EPILOG = """\
@@ -105,7 +110,7 @@ def _check(args: argparse.Namespace) -> None:
     require_writable(args.out.parent, "--out")
 
 
-def _open(args: argparse.Namespace, opened: Any) -> tuple[Any, "_Trials", list[str]]:
+def _open(args: argparse.Namespace, opened: "Run") -> "tuple[BrainToText, _Trials, list[str]]":
     """Return the model with maps of the new sessions, their trials, and their names."""
     from b2t.data.dataset import load_trials
     from b2t.errors import UserError
@@ -135,9 +140,9 @@ class _Trials:
 
     def __init__(
         self,
-        opened: Any,
+        opened: "Run",
         model: "BrainToText",
-        trials: Any,
+        trials: "Dataset",
         split: str,
         order: list[int] | None,
         args: argparse.Namespace,
@@ -154,7 +159,7 @@ class _Trials:
         self.rows = TrialRows(trials, None, self.sessions, self.augment, seed=args.seed)
         self.labels = [list(said or []) for said in trials["phonemes"]]
 
-    def plain(self) -> Iterator[Any]:
+    def plain(self) -> "Iterator[Batch]":
         """Return batches of all trials without chance."""
         from b2t.data.batches import eval_batches
 
@@ -164,7 +169,7 @@ class _Trials:
         )
         return (self._aligned(batch) for batch in batches)
 
-    def epoch(self, number: int, chosen: set[str]) -> Iterator[Any]:
+    def epoch(self, number: int, chosen: set[str]) -> "Iterator[Batch]":
         """Yield augmented batches of the chosen rows, in an order of this epoch."""
         import numpy as np
 
@@ -178,7 +183,7 @@ class _Trials:
             examples = [self.rows.example(number, int(i)) for i in order[first : first + size]]
             yield self._aligned(collate(examples))
 
-    def error_rate(self, heard: dict[str, Any]) -> float | None:
+    def error_rate(self, heard: "dict[str, PseudoLabel]") -> float | None:
         """PER of what was heard, where the trials have labels."""
         from b2t.data.trials import row_ids
         from b2t.evaluate.metrics import phoneme_error_rate
@@ -187,7 +192,7 @@ class _Trials:
         pairs = [pair for pair in zip(self.labels, said, strict=True) if pair[0]]
         return phoneme_error_rate(*zip(*pairs, strict=True)) if pairs else None
 
-    def _aligned(self, batch: Any) -> Any:
+    def _aligned(self, batch: "Batch") -> "Batch":
         return batch if self.order is None else batch.with_channels(self.order)
 
 

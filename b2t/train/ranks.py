@@ -76,10 +76,10 @@ class Ranks:
     world: int
     local_rank: int
     device: torch.device
-    control: Any = None
+    control: dist.ProcessGroup | None = None
     timeout_s: float = 1800.0
     place: str = "starting"
-    board: Any = None
+    board: dist.Store | None = None
 
     @property
     def is_main(self) -> bool:
