@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=360, help="in the recordings (360)")
     parser.add_argument("--channels", type=int, default=512, help="of them (512)")
     parser.add_argument("--repeats", type=int, default=5, help="of each time (5)")
-    parser.add_argument("--limit", type=int, default=24, help="MiB that training may grow by (24)")
+    parser.add_argument("--limit", type=int, default=28, help="MiB that training may grow by (28)")
     parser.add_argument("--wait", metavar="DATASET", help="time the steps of preset demo on it")
     parser.add_argument("--steps", type=int, default=60, help="of --wait (60)")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")

@@ -20,7 +20,7 @@ from b2t.data.phonemes import PHONEMES
 from b2t.data.prepare.work import Plan, row_of, shard
 from b2t.data.sources import Source
 from b2t.data.sources.base import SPLITS
-from b2t.data.trials import Fingerprint, read_signal
+from b2t.data.trials import Fingerprint, TrialReader, signal_of
 from b2t.errors import UserError
 from b2t.signal_spec import Z_SCORE
 
@@ -100,11 +100,11 @@ def _marks(
     """
     marks = {split: Fingerprint() for split in splits}
     sums: dict[str, list[int]] = {split: [] for split in splits}
-    tables = {split: load_from_disk(str(folder / split)).with_format("arrow") for split in splits}
+    readers = {split: TrialReader(load_from_disk(str(folder / split))) for split in splits}
     places = dict.fromkeys(splits, 0)
     for index in tqdm(kept, desc="checksums", unit="trial", disable=None):
         split = plan.splits[index]
-        signal = read_signal(tables[split].select_columns(["signal"])[places[split]])
+        signal = signal_of(readers[split].row(places[split])[1])
         places[split] += 1
         row = row_of(source, index, split)
         marks[split].add(row, signal)
