@@ -87,6 +87,11 @@ class Packed:
         bands = self.numbers[:, _WHOLE : _WHOLE + 2 * self.bands]
         return bands.reshape(len(bands), -1, 2).tolist()
 
+    def with_channels(self, order: Sequence[int]) -> "Packed":
+        """Return the draws for signals whose channels are in this order."""
+        kept = self.kept[:, list(order)]
+        return Packed(self.numbers, self.whole, self.scale, kept, self.bands)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "Packed":
         """Return the draws with each tensor as ``function`` returns it."""
         whole, scale, kept = (function(each) for each in (self.whole, self.scale, self.kept))

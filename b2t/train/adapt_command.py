@@ -153,7 +153,8 @@ class _Trials:
         smoothing = (model.config.signal or {}).get("smoothing_bins") or 0.0
         given = {} if opened.config is None else opened.config.data.augment.model_dump()
         given = given or {"enabled": False}
-        self.augment = Augment(**{**given, "smoothing_ms": 0.0, "smoothing_bins": smoothing})
+        given |= {"smoothing_ms": 0.0, "smoothing_bins": smoothing, "session_mixing": 0.0}
+        self.augment = Augment(**given)
         self.trials, self.split, self.order, self.args = trials, split, order, args
         self.sessions = model.config.sessions
         self.rows = TrialRows(trials, None, self.sessions, self.augment, seed=args.seed)

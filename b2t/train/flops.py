@@ -123,4 +123,4 @@ def _median_trial(config: Config, materials: Materials) -> Batch:
         materials.info.sessions,
         max_tokens=config.data.max_text_tokens,
     )
-    return collate([rows.example(0, row)])
+    return collate([rows.example(0, row)]).to("cpu")

@@ -63,7 +63,9 @@ class Bench:
         """Training trials of a step, augmented."""
         epoch, place = divmod(step * size, len(self.rows) // size * size)
         order = np.random.default_rng([seed, epoch]).permutation(len(self.rows))
-        return collate([self.rows.example(epoch, int(i)) for i in order[place : place + size]])
+        return collate([self.rows.example(epoch, int(i)) for i in order[place : place + size]]).to(
+            "cpu"
+        )
 
     def _start(self, model: BrainToText, seed: int) -> None:
         """Start the codebooks on latents of training trials."""

@@ -82,6 +82,16 @@ def test_counts_of_a_batch_are_those_of_its_augmented_form():
     assert batch.counts()["bins"] == moved.counts()["bins"] == recorded
 
 
+def test_channels_are_chosen_before_or_after_augmentation_alike():
+    quiet = {"noise_std": 0.0, "offset_std": 0.0, "random_walk_std": 0.0, "channel_dropout": 0.5}
+    augment = Augment(**{**EVERYTHING, **quiet})
+    rows = TrialRows(trials(), Bytes(), SESSIONS, augment, seed=3)
+    batch = collate([rows.example(0, index) for index in range(9)])
+    before, after = batch.with_channels([2, 0]).to("cpu"), batch.to("cpu").with_channels([2, 0])
+    torch.testing.assert_close(before.signal, after.signal)
+    assert torch.equal(before.target, after.target)
+
+
 def test_switching_one_augmentation_leaves_the_others_as_they_were():
     draws = [
         Augment(**options).draw((90, 8), 50.0, row_generator(0, 0, 0, "a"))

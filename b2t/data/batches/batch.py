@@ -86,7 +86,10 @@ class Batch:
     def with_channels(self, order: Sequence[int]) -> "Batch":
         """Return the batch with the channels of signal and target in this order."""
         signal, target = self.signal[..., order], self.target[..., order]
-        return replace(self, signal=signal, target=target, _counts=None)
+        pending = self.pending
+        if pending is not None:
+            pending = pending._replace(draws=pending.draws.with_channels(order))
+        return replace(self, signal=signal, target=target, pending=pending, _counts=None)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Batch":
         """Move to ``device`` and augment there; ``dtype`` casts signal and target only."""
