@@ -103,9 +103,20 @@ def split_summary(trials: "Dataset") -> dict[str, Any]:
         "hours": float(seconds.sum() / 3600),
         "seconds": (float(np.median(seconds)), float(seconds.min()), float(seconds.max())),
         "sessions": Counter(_column(trials, "session")),
+        "groups": _groups(trials),
         "texts": texts,
         "words": Counter(word for text in texts for word in words(text)),
         "phonemes": sum(map(len, phonemes)),
+    }
+
+
+def _groups(trials: "Dataset") -> dict[str, set[Any]]:
+    """Return what trials belong to, by its kind."""
+    sessions = _column(trials, "session")
+    return {
+        "sessions": set(sessions),
+        "blocks": set(zip(sessions, _column(trials, "block"), strict=True)),
+        "subjects": set(_column(trials, "subject")),
     }
 
 
@@ -214,9 +225,11 @@ def _remarks(info: "DatasetInfo", summaries: dict[str, dict[str, Any]]) -> list[
             )
         elif train["texts"]:
             lines.append(f"{split}: no texts")
-        strangers = set(found["sessions"]) - set(info.sessions)
-        if strangers:
-            lines.append(f"{split}: {len(strangers)} sessions without training trials")
+        shared = [
+            f"{len(groups & train['groups'][kind])} of {len(groups)} {kind}"
+            for kind, groups in found["groups"].items()
+        ]
+        lines.append(f"{split}: {', '.join(shared)} occur in training")
     return lines
 
 

@@ -24,6 +24,8 @@ examples:
     b2t prepare new.edf data/new --like data/eeg
   epochs with words in their metadata; no word of one split in another:
     b2t prepare words-epo.fif data/words --text-column association --disjoint-text
+  leave one subject out, as the test split:
+    b2t prepare feis/ data/feis --text-column Label --split-by subject --hold-out 02
 
 Continuous recordings are split in time: the first 80 % of each is for training. Look at the result
 with `b2t inspect`; train on it with data.path=FOLDER.
@@ -52,6 +54,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_processing_arguments(parser)
     _add_signal_arguments(parser)
     parser.add_argument("--resample", metavar="HZ", type=float, help="new sampling rate in Hz")
+    _add_split_arguments(parser)
+    _add_cutting_arguments(parser)
+    parser.add_argument(
+        "--skip-bad-trials",
+        action="store_true",
+        help="leave out trials that are empty, hold NaN or occur twice, instead of stopping at the "
+        "first",
+    )
+    _add_output_arguments(parser)
+
+
+def _add_split_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split",
         metavar="A/B/C",
@@ -63,15 +77,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep all trials of one text in one split: no test sentence was seen in training",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of the random split (default: 0)")
-    _add_cutting_arguments(parser)
     parser.add_argument(
-        "--skip-bad-trials",
-        action="store_true",
-        help="leave out trials that are empty, hold NaN or occur twice, instead of stopping at the "
-        "first",
+        "--split-by",
+        choices=("trial", "session", "block", "subject", "sentence"),
+        default="trial",
+        help="what is never divided between splits; it replaces the source's own splits, and "
+        "recordings are not divided in time (default: trial)",
     )
-    _add_output_arguments(parser)
+    parser.add_argument(
+        "--hold-out",
+        metavar="NAME,…",
+        help="the sessions, blocks (SESSION/BLOCK), subjects or sentences of --split-by that are "
+        "the test split: leave one out; the others become train and val as without --split-by",
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of the random split (default: 0)")
 
 
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -223,6 +242,8 @@ def run(args: argparse.Namespace) -> int:
         like=None if like is None or args.normalize == "none" else str(args.like),
         fractions=parse_split(args.split),
         disjoint_text=args.disjoint_text,
+        split_by=args.split_by,
+        hold_out=_names(args.hold_out, "--hold-out") or (),
         skip_bad_trials=args.skip_bad_trials,
         seed=args.seed,
         overwrite=args.overwrite,
@@ -397,5 +418,5 @@ def _names(text: str | None, option: str = "--channels") -> tuple[str, ...] | No
         return None
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names:
-        raise UserError(f"{option} {text!r} names no channel")
+        raise UserError(f"{option} {text!r} names nothing")
     return names

@@ -21,18 +21,16 @@ import traceback
 import warnings
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import h5py
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from scipy.io import loadmat, savemat
 
 from b2t.config import load_config
 from b2t.data.dataset import dataset_info, load_trials
 from b2t.data.prepare import PrepareOptions, prepare
+from b2t.data.prepare import run as prepare_run
 from b2t.data.sources import SourceOptions, detect
 from b2t.data.trials import read_signal
 from b2t.data.verification import verify
@@ -44,7 +42,7 @@ from b2t.report.summary import summarize
 from b2t.report.watch import render_state
 from b2t.train.checkpoint import CheckpointStore
 from b2t.train.ds_config import load_ds_config
-from tests.data import damages
+from tests.data import damaged_content, damages
 
 SECONDS = 10
 MEMORY = 3 * 2**30
@@ -62,84 +60,13 @@ class Kind(NamedTuple):
     read: Callable[[Path, Path], Any]
 
 
-# ---- damage that keeps a file readable
-
-
-def hdf5_content(generator: np.random.Generator, path: Path) -> None:
-    """Another attribute, dataset or kind of object in one trial."""
-    strange: list[Any] = [
-        -1, 0, 3, 2**62, np.nan, np.inf, 1.5, "text", "", b"\xff\xfe", [1, 2], np.zeros((2, 2)),
-        np.zeros(0), 1j, True, "2023", np.full(9, -5), np.full((12, 4), 1e38),
-        np.full((12, 4), "a", dtype="S1"), np.zeros((12, 4)), np.ones((1, 4)), np.ones((12, 5)),
-        np.arange(48).reshape(12, 4), h5py.SoftLink("/gone"), h5py.ExternalLink("gone.h5", "/"),
-    ]  # fmt: skip
-    with h5py.File(path, "a") as file:
-        trial = file[str(generator.choice(sorted(file)))]
-        value = strange[int(generator.integers(0, len(strange)))]
-        name = str(
-            generator.choice(sorted(trial.attrs) if generator.random() < 0.5 else sorted(trial))
-        )
-        if name in trial.attrs and not isinstance(value, (h5py.SoftLink, h5py.ExternalLink)):
-            del trial.attrs[name]
-            trial.attrs[name] = value
-        elif name in trial:
-            del trial[name]
-            if generator.random() < 0.8:
-                trial[name] = value
-        else:
-            del trial.attrs[name]
-
-
-def set_content(generator: np.random.Generator, path: Path) -> None:
-    """Another value in a field of EEGLAB's struct, or a field less."""
-    strange: list[Any] = [
-        np.nan, -1.0, 0.0, 1e9, 1e300, "text", np.zeros((0, 0)), np.zeros((2, 2)), np.inf,
-        np.array([], dtype=object), {"a": 1.0}, 3.7, np.full((3, 600), np.nan), 1 + 2j,
-    ]  # fmt: skip
-    eeg = loadmat(path, struct_as_record=False, squeeze_me=True)["EEG"]
-    fields = {name: getattr(eeg, name) for name in eeg._fieldnames}
-    name = str(generator.choice(sorted(fields)))
-    fields[name] = strange[int(generator.integers(0, len(strange)))]
-    if generator.random() < 0.2:
-        del fields[name]
-    whole = fields if generator.random() < 0.95 else strange[int(generator.integers(0, 10))]
-    path.unlink()
-    savemat(path, {"EEG": whole}, appendmat=False)
-
-
-def parquet_content(generator: np.random.Generator, path: Path) -> None:
-    """Another type or other values in one column, or a column less."""
-    table = pq.read_table(path)
-    name = str(generator.choice(table.column_names))
-    place, rows = table.column_names.index(name), len(table)
-    strange: list[list[Any]] = [
-        [None], [1], [-1], [0.5], [float("nan")], ["text"], [b"\xff"], [[]], [[1, None]], [[[]]],
-        [[[1.0], [2.0, 3.0]]], [[[None]]], [[["a"]]], [{"a": 1}], [True], [2**62], [[float("inf")]],
-        [[[1e38] * 4]], [[[0.0] * 4] * 3], ["dev"], ["train"], [["text"]], [10**30],
-    ]  # fmt: skip
-    chosen = strange[int(generator.integers(0, len(strange)))]
-    if generator.random() < 0.1:
-        table = table.remove_column(place)
-    else:
-        values = table.column(name).to_pylist()
-        alone = generator.random() < 0.5
-        mixed = [*values[:-1], *chosen] if alone else chosen * rows
-        try:
-            table = table.set_column(place, name, pa.array(mixed))
-        except (pa.ArrowException, OverflowError, TypeError):
-            table = table.set_column(place, name, pa.array([str(value) for value in chosen * rows]))
-    path.unlink()
-    pq.write_table(table, path)
-
-
 # ---- who reads
 
 
-def read_recording(folder: Path, work: Path) -> Any:
-    """Prepare it, as `b2t prepare` does."""
+def read_recording(folder: Path, work: Path, **options: Any) -> Any:
+    """Prepare it, as `b2t prepare` does, but for the picture of its card."""
     out = work / "out"
-    release = any(folder.rglob("*.hdf5"))  # whose trials are not cut
-    source = detect(folder, SourceOptions() if release else SourceOptions(window=1.0))
+    source = detect(folder, SourceOptions(**options))
     content = prepare(source, out, PrepareOptions(overwrite=True))
     trials = [(info.session, info.text, info.phonemes, info.split) for info in source.trials]
     return [content["fingerprint"], content["channels"], content["sampling_rate"], trials]
@@ -197,16 +124,51 @@ _JSON = {"json_value": damages.json_value, "json_key": damages.json_key}
 _YAML = {"yaml_value": damages.yaml_value, "yaml_key": damages.yaml_key, "markup": damages.markup}
 _EDF = {"edf_field": damages.edf_field, "edf_numbers": damages.edf_numbers}
 _B = damages.BYTES
+_HDF5 = {**_B, "content": damaged_content.any_hdf5_content}
+_MAT = {**_B, "content": damaged_content.mat_content}
+_TABLE = {**_B, "content": damaged_content.table_content}
+
+
+def _recording(
+    count: int, files: str, damages: dict[str, damages.Damage | PathDamage], **options: Any
+) -> Kind:
+    return Kind(count, tuple(files.split()), damages, partial(read_recording, **options))
+
 
 KINDS = {
-    "hdf5": Kind(200, ("*/data_train.hdf5",), {**_B, "content": hdf5_content}, read_recording),
-    "fif": Kind(120, ("*.fif",), _B, read_recording),
-    "fif-epochs": Kind(80, ("*.fif",), _B, read_recording),
-    "edf": Kind(130, ("*.edf",), {**_B, **_EDF}, read_recording),
-    "bdf": Kind(80, ("*.bdf",), {**_B, **_EDF}, read_recording),
-    "set": Kind(130, ("*.set",), {**_B, "content": set_content}, read_recording),
-    "set-epochs": Kind(80, ("*.set",), {**_B, "content": set_content}, read_recording),
-    "parquet": Kind(50, ("train-*.parquet",), {**_B, "content": parquet_content}, read_dataset),
+    "hdf5": _recording(120, "*/data_train.hdf5", {**_B, "content": damaged_content.hdf5_content}),
+    "fif": _recording(80, "*.fif", _B, window=1.0),
+    "fif-epochs": _recording(50, "*.fif", _B),
+    "edf": _recording(80, "*.edf", {**_B, **_EDF}, window=1.0),
+    "bdf": _recording(50, "*.bdf", {**_B, **_EDF}, window=1.0),
+    "set": _recording(90, "*.set", {**_B, "content": damaged_content.set_content}, window=1.0),
+    "set-epochs": _recording(50, "*.set", {**_B, "content": damaged_content.set_content}),
+    "brainvision": _recording(
+        60, "*.vhdr *.vmrk", {**_B, "content": damaged_content.settings_content}, window=1.0
+    ),
+    "bids": _recording(40, "**/*.tsv **/*.json", _B, window=1.0),
+    "t12": _recording(60, "train/*.mat", _MAT),
+    "t12-73": _recording(50, "train/*.mat", _HDF5),
+    "pickle": _recording(100, "*.pkl", {**_B, "content": damaged_content.pickle_content}),
+    "zuco": _recording(60, "*.mat", _MAT),
+    "zuco-73": _recording(40, "*.mat", _HDF5, level="sentences"),
+    "nwb": _recording(50, "*.nwb", _HDF5, text_column="sentence"),
+    "labram": _recording(60, "*.hdf5", _HDF5, window=1.0),
+    "mat": _recording(60, "*.mat", _MAT, window=1.0),
+    "mat-73": _recording(40, "*.mat", _HDF5, window=1.0),
+    "numpy": _recording(
+        80,
+        "*.npy *.npz",
+        {**_B, "content": damaged_content.numpy_content},
+        window=1.0,
+        rate="50",
+    ),
+    "numpy-lines": _recording(60, "*.jsonl", {**_B, "value": damages.lines_value}, rate="50"),
+    "csv": _recording(70, "*.csv", _TABLE, text_column="word"),
+    "csv-zip": _recording(60, "*.zip", _B, text_column="word"),
+    "parquet": Kind(
+        50, ("train-*.parquet",), {**_B, "content": damaged_content.parquet_content}, read_dataset
+    ),
     "prepared": Kind(120, ("train/*.arrow", "*.npz"), _B, read_dataset),
     "prepared-json": Kind(80, ("*.json", "*/*.json"), {**_B, **_JSON}, read_dataset),
     "run": Kind(60, ("**/*.safetensors",), _B, read_run),
@@ -273,6 +235,9 @@ def damage(kind: Kind, name: str, seed: int, number: int, folder: Path) -> tuple
         file.unlink()  # the old one may be mapped into memory
         file.write_bytes(content)
     else:
+        content = file.read_bytes()
+        file.unlink()  # a reader may still hold the old one open
+        file.write_bytes(content)
         function(generator, file)
     return file, chosen
 
@@ -280,6 +245,7 @@ def damage(kind: Kind, name: str, seed: int, number: int, folder: Path) -> tuple
 def main(bases: Path, work: Path, seed: int, names: list[str]) -> None:
     """Read all inputs of the kinds ``names``."""
     quiet_libraries()
+    prepare_run.write_card = lambda *_: None  # a picture takes longer than all the reading
     heard = _Heard()
     root = logging.getLogger("b2t")
     root.handlers[:] = [heard]

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections import Counter
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -17,9 +16,11 @@ from b2t.data.prepare import PrepareOptions, prepare
 from b2t.data.sources import detect
 from b2t.evaluate import evaluate_command
 from b2t.train.checkpoint import Checkpoint, CheckpointStore
+from tests.data.damaged_bases import write_recordings
 from tests.evaluate.saved_runs import call, save_dataset, save_run
 
-mne = pytest.importorskip("mne")
+for package in ("mne", "mne_bids", "pynwb"):
+    pytest.importorskip(package)
 
 SEED = 20261124
 DEEPSPEED = "ds_configs/zero2_fp16.json"
@@ -39,6 +40,21 @@ UNSEEN = {
     "bdf": "samples; numbers of the header that remain numbers",
     "set": "samples; fields of the struct that remain of their kind (compressed files are checked)",
     "set-epochs": "the same",
+    "brainvision": "markers; settings that are allowed too",
+    "bids": "descriptions of channels and events; the recordings are not damaged here",
+    "t12": "values; MATLAB files that are not compressed have no checksums",
+    "t12-73": "the same",
+    "pickle": "values of signals and labels",
+    "zuco": "values; texts of words, which are not read",
+    "zuco-73": "the same",
+    "nwb": "values; descriptions",
+    "labram": "values",
+    "mat": "values; another rate that is possible",
+    "mat-73": "the same",
+    "numpy": "values; other shapes and types of numbers (ZIP has checksums of what it holds)",
+    "numpy-lines": "texts and names",
+    "csv": "numbers that remain numbers; texts",
+    "csv-zip": "names of files in the archive, which name sessions",
     "parquet": "values: pages have no checksums by default",
     "run-json": "results that people read; models and checkpoints have checksums",
     "run-lines": "metrics and predictions that people read; broken lines are counted",
@@ -50,23 +66,13 @@ UNSEEN = {
 
 Not in it: prepared folders, models and checkpoints, which carry checksums.
 """
-RATE = 50
-LABELS = ["Fz", "Cz", "Pz"]
 
 
 @pytest.fixture
 def bases(tmp_path, repository, t15_trial, write_edf, write_set):
     """One small whole input of each kind, in a folder of its own."""
     folder = tmp_path / "bases"
-    for name in ("hdf5/t15.2023.08.11", "fif", "fif-epochs", "edf", "bdf", "set", "set-epochs"):
-        (folder / name).mkdir(parents=True)
-    _write_release(folder / "hdf5", t15_trial)
-    microvolts = 50 * np.random.default_rng(0).standard_normal((3, 12 * RATE))
-    _write_fif(folder, microvolts * 1e-6)
-    write_edf(folder / "edf" / "a.edf", microvolts, RATE, LABELS)
-    write_edf(folder / "bdf" / "a.bdf", microvolts, RATE, LABELS)
-    write_set(folder / "set" / "a.set", microvolts, RATE, LABELS)
-    write_set(folder / "set-epochs" / "a.set", microvolts.reshape(3, RATE, 12), RATE, LABELS)
+    write_recordings(folder, t15_trial, write_edf, write_set)
     _write_datasets(folder)
     _write_run(folder)
     for name, source in (
@@ -76,25 +82,6 @@ def bases(tmp_path, repository, t15_trial, write_edf, write_set):
         (folder / name).mkdir()
         (folder / name / os.path.basename(source)).write_bytes((repository / source).read_bytes())
     return folder
-
-
-def _write_release(folder, t15_trial):
-    generator = np.random.default_rng(1)
-    for split, count in (("train", 3), ("val", 1)):
-        with h5py.File(folder / "t15.2023.08.11" / f"data_{split}.hdf5", "w") as file:
-            for index in range(count):
-                signal = generator.standard_normal((12 + index, 4)).astype(np.float32)
-                group = file.create_group(f"trial_{index:04d}")
-                t15_trial(group, signal, text="It is fine.", phonemes=[40, 3, 7], trial=index)
-
-
-def _write_fif(folder, volts):
-    info = mne.create_info(LABELS, RATE, "eeg")
-    raw = mne.io.RawArray(volts, info, verbose="ERROR")
-    raw.save(folder / "fif" / "a_raw.fif", verbose="ERROR")
-    events = np.stack([np.arange(0, 600, 50), np.zeros(12), np.ones(12)], 1).astype(int)
-    epochs = mne.EpochsArray(volts.reshape(3, 12, 50).swapaxes(0, 1), info, events, verbose="ERROR")
-    epochs.save(folder / "fif-epochs" / "a-epo.fif", verbose="ERROR")
 
 
 def _write_datasets(folder):

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-from datetime import datetime, timezone
 from types import SimpleNamespace
 
 import h5py
@@ -15,43 +14,21 @@ from b2t.data.phonemes import sentence_to_ids
 from b2t.data.sources import SourceOptions, detect
 from b2t.errors import UserError
 from tests.data import matlab_73
-
-BANDS = ("t1", "t2", "a1", "a2", "b1", "b2", "g1", "g2")
-SENTENCES = ["Bring it closer.", "It is fine.", "Where is it?"]
-
-
-def cells(values):
-    """A MATLAB cell array [1, N] for scipy."""
-    array = np.empty((1, len(values)), object)
-    for index, value in enumerate(values):
-        array[0, index] = value
-    return array
-
+from tests.data.release_files import (
+    BANDS,
+    SENTENCES,
+    cells,
+    days,
+    struct_array,
+    write_bids,
+    write_brainvision,
+    write_labram,
+    write_nwb,
+    write_t12,
+    zuco_sentences,
+)
 
 # ---- Brain-to-Text '24
-
-
-def write_t12(folder, version=5, *, columns=256, splits=("train", "test", "competitionHoldOut")):
-    generator = np.random.default_rng(0)
-    written = {}
-    for split in splits:
-        (folder / split).mkdir(parents=True)
-        crossings = [generator.poisson(1, (20 + i, columns)).astype(float) for i in range(3)]
-        power = [generator.gamma(1, 1, (20 + i, columns)) for i in range(3)]
-        path = folder / split / "t12.2022.04.28.mat"
-        blocks = np.array([[1], [1], [2]])
-        if version == 5:
-            content = {"tx1": cells(crossings), "spikePow": cells(power), "blockIdx": blocks}
-            if split != "competitionHoldOut":
-                content["sentenceText"] = np.array(SENTENCES)
-            savemat(path, content)
-        else:
-            content = {"tx1": crossings, "spikePow": power, "blockIdx": blocks.astype(float)}
-            if split != "competitionHoldOut":
-                content["sentenceText"] = list(SENTENCES)
-            matlab_73.save(path, content)
-        written[split] = crossings, power
-    return written
 
 
 @pytest.mark.parametrize("version", [5, 7.3])
@@ -98,20 +75,6 @@ def test_t12_that_does_not_fit_together(tmp_path):
 
 
 # ---- the pickle
-
-
-def days(count=2):
-    generator = np.random.default_rng(0)
-    return [
-        {
-            "sentenceDat": [generator.standard_normal((12 + i, 6)) for i in range(count)],
-            "transcriptions": SENTENCES[:count],
-            "phonemes": [np.array([7, 3, 40] + [0] * 497) for _ in range(count)],
-            "phoneLens": np.array([3] * count),
-            "timeSeriesLens": np.array([12 + i for i in range(count)]),
-        }
-        for _ in range(2)
-    ]
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
@@ -187,33 +150,6 @@ def test_a_pickle_of_something_else(tmp_path):
 # ---- ZuCo
 
 
-def zuco_sentences(electrodes=5):
-    generator = np.random.default_rng(0)
-    sentences = []
-    for index, text in enumerate(SENTENCES):
-        words = []
-        for number, word in enumerate(text.split()):
-            seen = (index, number) != (0, 1)
-            features = {
-                f"GD_{band}": generator.random((electrodes, 1)) if seen else np.zeros((0, 0))
-                for band in BANDS
-            }
-            words.append({"content": word, **features})
-        raw = generator.standard_normal((electrodes, 60 + index))
-        if index == 2:
-            words, raw = np.array([[np.nan]]), np.array([[np.nan]])
-        sentences.append({"content": text, "rawData": raw, "word": words})
-    return sentences
-
-
-def struct_array(items):
-    array = np.empty((1, len(items)), dtype=[(name, object) for name in items[0]])
-    for index, item in enumerate(items):
-        for name, value in item.items():
-            array[0, index][name] = struct_array(value) if isinstance(value, list) else value
-    return array
-
-
 @pytest.mark.parametrize("version", [5, 7.3])
 def test_zuco_by_words_and_by_sentences(tmp_path, version, caplog):
     sentences = zuco_sentences()
@@ -256,10 +192,7 @@ def test_zuco_options_that_mean_nothing(tmp_path):
 
 def test_labram_groups_are_sessions(tmp_path):
     values = np.random.default_rng(0).standard_normal((3, 1000)).astype(np.float32)
-    with h5py.File(tmp_path / "pretrain.hdf5", "w") as file:
-        for name in ("sub1", "sub2"):
-            data = file.create_group(name).create_dataset("eeg", data=values)
-            data.attrs["rsFreq"], data.attrs["chOrder"] = 200, ["FP1", "FP2", "F3"]
+    write_labram(tmp_path / "pretrain.hdf5", values, 200, ["FP1", "FP2", "F3"])
     source = detect(tmp_path, SourceOptions(channels=("F3", "FP1")))
     assert source.sampling_rate == 200 and source.channels == ["F3", "FP1"]
     assert {info.session for info in source.trials} == {"pretrain_sub1", "pretrain_sub2"}
@@ -273,35 +206,8 @@ def test_labram_groups_are_sessions(tmp_path):
 # ---- NWB
 
 
-@pytest.fixture
-def write_nwb():
-    pynwb = pytest.importorskip("pynwb")
-
-    def write(path, values, *, spikes=(), trials=(), rate=100.0):
-        content = pynwb.NWBFile("b2t", "b2t", datetime(2024, 1, 1, tzinfo=timezone.utc))
-        content.subject = pynwb.file.Subject(
-            subject_id="monkey1", species="Macaca mulatta", sex="U", age="P1Y"
-        )
-        if values is not None:
-            content.add_acquisition(
-                pynwb.TimeSeries(
-                    "lfp", values, unit="V", rate=rate, starting_time=1.0, conversion=1e-6
-                )
-            )
-        if trials:
-            content.add_trial_column("sentence", "what was said")
-            content.add_trial_column("split", "its split")
-        for start, stop, text, split in trials:
-            content.add_trial(start_time=start, stop_time=stop, sentence=text, split=split)
-        for times in spikes:
-            content.add_unit(spike_times=times)
-        with pynwb.NWBHDF5IO(str(path), "w") as io:
-            io.write(content)
-
-    return write
-
-
-def test_nwb_series_cut_by_trials(tmp_path, write_nwb):
+def test_nwb_series_cut_by_trials(tmp_path):
+    pytest.importorskip("pynwb")
     values = np.random.default_rng(0).standard_normal((1000, 3))
     trials = [(2.0, 3.0, "hello", "train"), (4.0, 4.5, "you", "val")]
     write_nwb(tmp_path / "a.nwb", values, trials=trials)
@@ -317,7 +223,8 @@ def test_nwb_series_cut_by_trials(tmp_path, write_nwb):
         detect(tmp_path, SourceOptions(text_column="word"))
 
 
-def test_nwb_spikes_are_counted_in_bins(tmp_path, write_nwb):
+def test_nwb_spikes_are_counted_in_bins(tmp_path):
+    pytest.importorskip("pynwb")
     generator = np.random.default_rng(0)
     spikes = [np.sort(generator.uniform(0, 10, count)) for count in (300, 500)]
     write_nwb(tmp_path / "a.nwb", None, spikes=spikes)
@@ -331,7 +238,8 @@ def test_nwb_spikes_are_counted_in_bins(tmp_path, write_nwb):
         np.testing.assert_allclose(source.read(index), np.stack(expected, 1), atol=1e-9)
 
 
-def test_nwb_asks_which_signal(tmp_path, write_nwb):
+def test_nwb_asks_which_signal(tmp_path):
+    pytest.importorskip("pynwb")
     write_nwb(tmp_path / "a.nwb", np.ones((500, 2)), spikes=[[0.1, 0.2]])
     assert detect(tmp_path).channels == ["channel0", "channel1"]
     with pytest.raises(UserError, match="no signal emg: --signal takes one of lfp, units"):
@@ -344,17 +252,12 @@ def test_nwb_asks_which_signal(tmp_path, write_nwb):
 
 
 def test_bids_runs_are_sessions_with_events(tmp_path, write_edf):
-    mne, mne_bids = pytest.importorskip("mne"), pytest.importorskip("mne_bids")
+    pytest.importorskip("mne_bids")
     microvolts = np.random.default_rng(0).standard_normal((2, 2000)) * 10
-    for subject in ("01", "02"):
-        write_edf(tmp_path / f"{subject}.edf", microvolts, 100, ["Fz", "Cz"])
-        raw = mne.io.read_raw_edf(tmp_path / f"{subject}.edf", verbose="ERROR")
-        raw.set_annotations(mne.Annotations([2.0, 5.0], [1.0, 1.0], ["yes", "no"]))
-        raw.info["line_freq"] = 50
-        place = mne_bids.BIDSPath(
-            subject=subject, task="speak", root=tmp_path / "study", datatype="eeg"
-        )
-        mne_bids.write_raw_bids(raw, place, verbose="ERROR")
+    files = {subject: tmp_path / f"{subject}.edf" for subject in ("01", "02")}
+    for file in files.values():
+        write_edf(file, microvolts, 100, ["Fz", "Cz"])
+    write_bids(tmp_path / "study", files)
     source = detect(tmp_path / "study", SourceOptions(annotations=True))
     assert source.format == "bids"
     assert [info.text for info in source.trials] == ["yes", "no"] * 2
@@ -365,17 +268,7 @@ def test_bids_runs_are_sessions_with_events(tmp_path, write_edf):
 def test_brainvision_as_written(tmp_path):
     pytest.importorskip("mne")
     values = np.random.default_rng(0).standard_normal((2000, 2)).astype("<f4") * 20
-    (tmp_path / "s1.eeg").write_bytes(values.tobytes())
-    (tmp_path / "s1.vmrk").write_text(
-        "Brain Vision Data Exchange Marker File, Version 1.0\n[Common Infos]\nDataFile=s1.eeg\n"
-        "[Marker Infos]\nMk1=Stimulus,S  1,301,1,0\n"
-    )
-    (tmp_path / "s1.vhdr").write_text(
-        "Brain Vision Data Exchange Header File Version 1.0\n[Common Infos]\nDataFile=s1.eeg\n"
-        "MarkerFile=s1.vmrk\nDataFormat=BINARY\nDataOrientation=MULTIPLEXED\nNumberOfChannels=2\n"
-        "SamplingInterval=10000\n[Binary Infos]\nBinaryFormat=IEEE_FLOAT_32\n[Channel Infos]\n"
-        "Ch1=Fz,,1,µV\nCh2=Cz,,1,µV\n"
-    )
+    write_brainvision(tmp_path, values, 10000)
     source = detect(tmp_path, SourceOptions(window=1.0))
     assert source.sampling_rate == 100 and source.channels == ["Fz", "Cz"]
     np.testing.assert_allclose(source.read(2), values[200:300] * 1e-6, rtol=1e-5)

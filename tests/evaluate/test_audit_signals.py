@@ -204,6 +204,11 @@ def test_swaps_are_those_that_were_made():
     again = np.corrcoef((generator.standard_normal((4000, 6)) @ mixing).T)[np.ix_(order, order)]
     assert sorted(swaps(again, usual)) == [(0, 5), (1, 8)]
     assert swaps(usual, usual) == []
+    for seed in range(20):  # another head
+        other = np.random.default_rng(seed).standard_normal((6, 12))
+        other[:, seed % 12] *= 0.1
+        noisy = generator.standard_normal((4000, 6)) @ other + generator.standard_normal((4000, 12))
+        assert swaps(np.corrcoef(noisy.T), usual) == []
 
 
 def test_numbers_of_a_trial_are_those_of_loops():

@@ -208,7 +208,8 @@ def _table(place: _Place) -> pa.Table:
                     raise UserError(f"{place} unpacks to more than {_LARGEST // 2**30} GiB")
                 content = io.BytesIO(archive.read(place.member))
         table = csv.read_csv(content, parse_options=csv.ParseOptions(delimiter=separator))
-    twice = [name for name in table.column_names if table.column_names.count(name) > 1]
+        names = table.column_names  # decoded here
+    twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise UserError(f"{place} names column {twice[0]!r} twice: rename one of them")
     if not len(table):

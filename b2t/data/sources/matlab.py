@@ -143,8 +143,14 @@ def _of_hdf5(item: Any, file: h5py.File) -> Any:
         return [_of_hdf5(file[reference], file) for reference in item[()].flatten()]
     values = item[()]
     if kind == "char":
-        return ["".join(chr(code) for code in row if code) for row in np.atleast_2d(values.T)]
+        return [_utf16(row) for row in np.atleast_2d(values.T)]
     return np.asarray(values).T
+
+
+def _utf16(codes: np.ndarray) -> str:
+    """Return a row of characters, which MATLAB keeps as UTF-16, without the zeros that pad it."""
+    content = codes[codes != 0].astype("<u2").tobytes()
+    return content.decode("utf-16-le", "replace")
 
 
 def _structs(group: h5py.Group, file: h5py.File) -> list[Struct]:

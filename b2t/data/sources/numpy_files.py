@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from b2t.data.phonemes import PHONEMES
 from b2t.data.remarks import Remarks
@@ -35,6 +35,8 @@ _KIND = (
     "it is damaged, cut short, or holds Python objects; save numbers with np.save",
 )
 
+_Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
 
 class Line(Options):
     """One line of the JSONL."""
@@ -49,9 +51,9 @@ class Line(Options):
     """Recording day; null means the array's folder, or `session`."""
     subject: str | None = None
     """Whose recording it is; null means the session."""
-    block: int = 0
+    block: _Int64 = 0
     """Block within the session."""
-    trial: int | None = None
+    trial: _Int64 | None = None
     """Number within the block; null counts the lines."""
     phonemes: list[int] | None = None
     """Classes 1 to 40 (`b2t.data.phonemes`)."""

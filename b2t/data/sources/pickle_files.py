@@ -6,7 +6,9 @@ It holds ``{"train", "test", "competition"}``, each a list of days, each day a d
 that builds arrays, lists, dictionaries, numbers and text and refuses everything else.
 """
 
+import mmap
 import pickle
+import pickletools
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ SAMPLING_RATE = 50.0
 SPLIT_NAMES = {"train": "train", "test": "val", "competition": "test"}
 _SUFFIXES = (".pkl", ".pickle", ".p")
 _LARGEST_DTYPE = 1024
+_REMEMBERING = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 
 
 def find(path: Path) -> list[Path]:
@@ -104,14 +107,30 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
+def _require_sound(content: Any) -> None:
+    """Refuse sizes and places beyond the file, for which unpickling would take memory first."""
+    places = 0
+    for operation, argument, _ in pickletools.genops(content):
+        if operation.name in _REMEMBERING:
+            if argument is not None and argument > places:
+                raise pickle.UnpicklingError(f"it remembers {places} things, and a {argument}th")
+            places += 1
+
+
 def load(file: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the days of each split.
 
     Raises:
         UserError: the pickle is damaged, asks for something else than data, or has another layout.
     """
-    with reading(file, "a pickle of data"), file.open("rb") as stream:
-        content = _Unpickler(stream).load()
+    with (
+        reading(file, "a pickle of data"),
+        file.open("rb") as stream,
+        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+    ):
+        _require_sound(mapped)
+        mapped.seek(0)
+        content = _Unpickler(mapped).load()
     if not isinstance(content, dict) or not set(SPLIT_NAMES) & set(content):
         found = (
             ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__

@@ -29,6 +29,7 @@ SAMPLING_RATE = 50.0
 FEATURES = {"tx1": "crossings", "spikePow": "power"}
 SPLIT_NAMES = {"train": "train", "test": "val", "competitionHoldOut": "test"}
 _FILE = re.compile(r"t12\.\d{4}\.\d{2}\.\d{2}\.mat")
+_MOST_BLOCKS = 2**31
 _AREA = 128
 """Columns of one area."""
 
@@ -89,6 +90,8 @@ def _open(file: Path, load: _Load, options: SourceOptions, remarks: Remarks) -> 
             f"of blockIdx, {len(texts)} of sentenceText: expected the same number of each; the "
             "file is damaged"
         )
+    if not (np.abs(blocks) < _MOST_BLOCKS).all():  # nor NaN
+        raise UserError(f"{file}, blockIdx holds {blocks.max():g}, where numbers of blocks belong")
     session = file.stem
     trials = []
     for index in range(count):
@@ -106,7 +109,8 @@ def _open(file: Path, load: _Load, options: SourceOptions, remarks: Remarks) -> 
                 split=SPLIT_NAMES.get(file.parent.name),
             )
         )
-    names = channel_names(cells["tx1"][0].shape[1] if count else 2 * _AREA)
+    columns = _signal(cells, 0, f"{file}, trial 0").shape[1] // 2 if count else 2 * _AREA
+    names = channel_names(columns)
     wanted = options.channels or (("*-6v-*",) if names[0].startswith("crossings-6v") else None)
     picks = choose_channels(names, wanted, file)
     return WholeTrials(

@@ -14,6 +14,9 @@ _FEWEST_BINS, _FEWEST_CHANNELS = 500, 6
 _BETTER, _UNUSUAL = 0.25, 4.0
 """A swap explains a pair's correlations so much better, and without it they are so unusual."""
 
+_COMPARABLE = 0.8
+"""Correlation between two sessions' tables of correlations from which on they can be compared."""
+
 
 class SwapCheck:
     """Compares which channels go together in a session with the dataset's other sessions.
@@ -50,15 +53,19 @@ class SwapCheck:
             )
         matrices = np.stack([_correlations(self._sums[name]) for name in usable])
         usual = np.median(matrices, axis=0) if len(usable) > 2 else matrices[0]
-        places = []
+        places, unlike = [], 0
         for name, matrix in zip(usable, matrices, strict=True):
             if len(usable) == 2 and name == usable[0]:
                 continue
-            for first, second in swaps(matrix, usual):
+            found = swaps(matrix, usual)
+            unlike += not found and not _comparable(matrix, usual)
+            for first, second in found:
                 pair = [self._channels[first], self._channels[second]]
                 places.append({"session": name, "channel": pair[0], "channels": pair})
         if not places:
             text = f"no two channels are swapped in {len(usable)} sessions"
+            if unlike:
+                text += f"; of these, {unlike} are too unlike the others to tell"
             return Finding(SWAPPED, NOTE, text, {"places": []})
         against = "the other sessions" if len(usable) > 2 else usable[0]
         return Finding(
@@ -103,10 +110,20 @@ def swaps(matrix: np.ndarray, usual: np.ndarray) -> list[tuple[int, int]]:
         matrix = matrix[np.ix_(order, order)]
         usable[[first, second]] = False
         chosen.append((first, second))
+    pairs = np.triu_indices(len(matrix), 1)
+    if not chosen or not _comparable(matrix, usual):
+        return []  # another head or array altogether: nothing can be told from it
     staying, crossing = _distances(matrix, usual)  # of the repaired matrix
-    typical = float(np.median(staying[np.triu_indices(len(matrix), 1)]))
+    typical = float(np.median(staying[pairs]))
     least = np.maximum(staying / _BETTER, _UNUSUAL * typical)
     return [pair for pair in chosen if crossing[pair] > least[pair]]
+
+
+def _comparable(matrix: np.ndarray, usual: np.ndarray) -> bool:
+    """Whether channels go together in a session about as they do in the others."""
+    pairs = np.triu_indices(len(matrix), 1)
+    x, y = matrix[pairs] - matrix[pairs].mean(), usual[pairs] - usual[pairs].mean()
+    return bool(x @ y >= _COMPARABLE * np.sqrt((x @ x) * (y @ y)))
 
 
 def _distances(matrix: np.ndarray, usual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,13 @@ from b2t.signal_spec import Z_SCORE
 UNITS = "units"
 _Z_RANGE = (0.2, 5.0)
 _TRAINABLE = (0.05, 20.0)
-_PLAUSIBLE = {"V": (1e-8, 5e-3), "T": (1e-16, 1e-9), "uV": (1e-2, 5e3), "µV": (1e-2, 5e3)}
+_PLAUSIBLE = {
+    "SI (V, T)": (1e-16, 5e-3),
+    "V": (1e-8, 5e-3),
+    "T": (1e-16, 1e-9),
+    "uV": (1e-2, 5e3),
+    "µV": (1e-2, 5e3),
+}
 """Standard deviations that recordings of a brain have, by unit."""
 _SESSION, _CHANNEL = 100.0, 1000.0
 
