@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from b2t.evaluate.audit import NOTE, is_clean, verdict
+from b2t.evaluate.audit import NOTE, AuditOptions, Subject, audit, is_clean, verdict
 from b2t.evaluate.audit.channels import look_at
 from b2t.evaluate.audit.labels import Patches, frames_needed, largest_patch
 from b2t.evaluate.audit.overlap import common_bins
@@ -155,7 +155,6 @@ def test_counts_of_quiet_electrodes_are_no_defect():
 
 
 def test_overlap_that_was_asked_for_is_a_note_within_a_split_alone():
-    from b2t.evaluate.audit import AuditOptions, Subject, audit
     from tests.evaluate.audit_data import as_splits
 
     rows = sound_rows()
@@ -168,6 +167,25 @@ def test_overlap_that_was_asked_for_is_a_note_within_a_split_alone():
     subject = Subject(as_splits(rows), NAMES, RATE, "z-score", overlap=0.5)
     bad = [f for f in audit(subject, AuditOptions()).findings if f.level != NOTE]
     assert [f.check for f in bad] == ["shared signals"] and bad[0].level == "critical"
+
+
+def test_channels_that_are_known_to_rest_are_not_found_again():
+    from tests.evaluate.audit_data import as_splits
+
+    rows = sound_rows()
+    dead(rows)
+    for record, found in (
+        ({"processing": {"bad_channels": ["E3"]}}, True),
+        ({"missing_channels": {"day1": ["E3"]}}, False),
+        ({"processing": None}, False),
+    ):
+        subject = Subject.of(as_splits(rows), len(NAMES), RATE, {"channels": NAMES, **record})
+        assert is_clean(audit(subject, AuditOptions()).findings) is found
+    for each in of_session(rows, "day1"):
+        each["session"] = "one:day1"
+    record = {"channels": NAMES, "missing_channels": {"one": ["E3"]}}
+    subject = Subject.of(as_splits(rows), len(NAMES), RATE, record)
+    assert is_clean(audit(subject, AuditOptions()).findings)
 
 
 def test_common_bins_are_counted_and_likeness_is_not_enough():

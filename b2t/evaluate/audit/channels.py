@@ -97,7 +97,7 @@ class ChannelChecks:
 
     Args:
         channels: C names.
-        absent: channels by the beginning of sessions' names that are known to be missing there.
+        absent: channels that are known to rest, by the beginning of sessions' names; "" is all.
     """
 
     def __init__(self, channels: list[str], absent: dict[str, list[str]] | None = None) -> None:
@@ -141,7 +141,7 @@ class ChannelChecks:
         known = {
             channel
             for source, lacking in self._absent.items()
-            if session.startswith(f"{source}:")
+            if not source or session.startswith(f"{source}:")
             for channel in lacking
         }
         names = [self.channels[channel] for channel in np.flatnonzero(dead)]

@@ -56,7 +56,7 @@ class Subject:
         sampling_rate: in Hz.
         unit: of the signals, None where it is not known.
         overlap: share of a window that the next one repeats, as it was prepared.
-        absent: channels that a source lacks, by its name.
+        absent: channels that a source lacks, by its name; those known to be bad everywhere by "".
     """
 
     splits: Mapping[str, Dataset]
@@ -83,7 +83,10 @@ class Subject:
             sampling_rate,
             record.get("unit"),
             float(record.get("reading", {}).get("overlap", 0.0)),
-            record.get("missing_channels", {}),
+            {
+                **record.get("missing_channels", {}),
+                "": (record.get("processing") or {}).get("bad_channels", []),
+            },
         )
 
 
