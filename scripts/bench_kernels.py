@@ -35,8 +35,10 @@ from kernel_cases import (
     UNFUSED_ELEMENTS,
     Case,
     Method,
+    beam_methods,
     cases,
     check_search,
+    draw_methods,
     make_data,
     optional,
     quantizer_methods,
@@ -238,11 +240,16 @@ def goals(device: str) -> list[Goal]:
         "a step's time, vector-quantize-pytorch over ours", step, "vector-quantize-pytorch",
         "b2t, commitment", 1,
     )  # fmt: skip
+    beams = Goal(
+        "time of a beam of 8 over one code, at most 3", f"beam {SMALL.name}", "beam of 8",
+        "one code", 3, False,
+    )  # fmt: skip
     if device == "cpu":
         return [
             Goal("time over faiss, at most 1.1", flagship, ours, "faiss IndexFlatL2", 1.1, False),
             Goal("vector-quantize-pytorch over ours, at least 5", flagship, peer, ours, 5),
             theirs,
+            beams,
         ]
     share = 0.6 if torch.cuda.get_device_capability()[0] >= 9 else 0.7
     return [
@@ -252,6 +259,7 @@ def goals(device: str) -> list[Goal]:
         Goal("exact over fast, at most 1.15", flagship, "ours exact", ours, 1.15, False),
         Goal("flash-kmeans over ours, at least 1", flagship, "flash-kmeans", ours, 1),
         theirs,
+        beams,
     ]  # fmt: skip
 
 
@@ -317,6 +325,8 @@ def run(options: argparse.Namespace, device: str, report: Report) -> None:
             measure(name, usage_methods(data, codes), rounds, cuda, report)
         measure(f"sums {case.name}", sums_methods(data), rounds, cuda, report)
         if case == small:
+            measure(f"beam {case.name}", beam_methods(data), rounds, cuda, report)
+            measure(f"draw {case.name}", draw_methods(data), rounds, cuda, report)
             methods = quantizer_methods(case, device, report.missing)
             measure(f"quantizer {case.name}", methods, rounds, cuda, report)
 

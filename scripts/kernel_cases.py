@@ -14,7 +14,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 
 import b2t_kernels
-from b2t_kernels import reference
+from b2t_kernels import gumbel, reference
 
 CHECKED_ROWS = 1024
 UNFUSED_ELEMENTS = 1 << 30
@@ -58,6 +58,7 @@ OTHERS = {
     ],
 }
 KINDS = ("layer-0", "layer-3", "layer-7", "collapsed", "outlier", "masked")
+OTHER_KINDS = ("layer-1", "layer-2", "layer-4", "layer-5", "layer-6")
 
 
 def cases(device: str, quick: bool, tiny: bool) -> Iterator[Case]:
@@ -72,6 +73,7 @@ def cases(device: str, quick: bool, tiny: bool) -> Iterator[Case]:
     yield SMALL
     yield from (replace(SMALL, kind=kind) for kind in KINDS)
     yield from OTHERS[device]
+    yield from (replace(SMALL, kind=kind) for kind in OTHER_KINDS)
 
 
 @dataclass(frozen=True)
@@ -262,6 +264,38 @@ def sums_methods(data: Data) -> dict[str, Method]:
         "ours sorted": lambda: b2t_kernels.code_sums(x, indices, K),
         "ours atomic": lambda: b2t_kernels.code_sums(x, indices, K, method="atomic"),
         "index_add": lambda: empty.index_add(0, indices, wide),
+    }
+
+
+def beam_methods(data: Data, layers: int = 4, width: int = 8) -> dict[str, Method]:
+    """The nearest code of each layer in turn, and a beam over the same layers."""
+    x = data.x.float() if data.mask is None else data.x.float()[data.mask]
+    books = [0.6**q * data.codebook for q in range(layers)]
+    prepared = b2t_kernels.prepare_codes(torch.stack(books))
+
+    def one() -> None:
+        left = x.clone()
+        for book, entry in zip(books, prepared, strict=True):
+            codes, _ = b2t_kernels.nearest_code(left, book, None, "exact", entry)
+            b2t_kernels.leave(left, book, codes)
+
+    return {
+        "one code": one,
+        f"beam of {width}": lambda: b2t_kernels.beam_codes(x, books, width, prepared),
+    }
+
+
+def draw_methods(data: Data) -> dict[str, Method]:
+    """The nearest code, and one drawn from the soft assignment."""
+    x, codebook = data.x, data.codebook
+    rows = torch.arange(x.shape[0], device=x.device)
+    codes = torch.arange(codebook.shape[0], device=x.device)
+    keys = gumbel.mix(rows), gumbel.mix(-codes - 1)
+    scale = torch.tensor(float(x.shape[1]), device=x.device)
+    prepared = b2t_kernels.prepare_codes(codebook[None])[0]
+    return {
+        "nearest": lambda: b2t_kernels.nearest_code(x, codebook, None, "exact", prepared),
+        "drawn": lambda: b2t_kernels.sample_code(x, codebook, scale, *keys, prepared),
     }
 
 

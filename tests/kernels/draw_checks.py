@@ -99,8 +99,11 @@ def test_beams_look_into_a_slot_that_hides_winners(monkeypatch):
         book[8 + 64 * tile + 3] = book[11] * (1 + 1e-4 * step)
     x[:] = book[11] + 1e-2 * x
     indices = reference.squared_distances(x, book).topk(4, largest=False).indices
-    assert all((row % 64 == 11).all() for row in indices)
+    assert (indices % 64 == 11).all()
+    # The nearest sum begins with the fourth of them, which every other one would crowd out.
     second = book / 1e4
+    second[7] = x[0] - book[indices[0, 3]]
+    assert reference.beam_codes(x, [book, second], 4).tolist() == [[int(indices[0, 3]), 7]]
     check_beam(x, [book, second], 4)
 
 
