@@ -67,9 +67,9 @@ def test_phases_share_the_minutes_of_a_setting(compare, tmp_path):
     config = load_config("phonemes", plain[2:])
     assert config.phases[0].minutes == 12 and config.phases[0].minutes_of == "processor"
     assert config.checkpoint.best_metric == "val/per" and config.run.seed == 3
-    own = compare.training(parser_like, "words minutes=11 batch=64 model.init_from=r", tmp_path)
+    own = compare.training(parser_like, "words minutes=23 batch=64 model.init_from=r", tmp_path)
     config = load_config("words", own[2:])
-    assert [phase.minutes for phase in config.phases] == [4, 4, 3]
+    assert [phase.minutes for phase in config.phases] == [8, 12, 3]
     assert config.model.init_from == "r" and config.checkpoint.best_metric == "val/wer"
 
 
