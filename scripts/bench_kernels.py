@@ -2,6 +2,7 @@
 
     python scripts/bench_kernels.py                  # GPU where there is one, else CPU
     python scripts/bench_kernels.py --quick          # the flagship case alone
+    python scripts/bench_kernels.py --small          # the case of one micro-batch alone
     python scripts/bench_kernels.py --device cpu --threads 2 --out results/
 
 Each case first checks the answers (float64 brute force on up to 1024 rows; the exit status is 1 if
@@ -311,7 +312,7 @@ def run(options: argparse.Namespace, device: str, report: Report) -> None:
     cuda, rounds = device == "cuda", options.rounds or MEDIAN_ROUNDS[device]
     deadline = time.monotonic() + options.budget
     small = Case("clustered", 256, 64, 16) if options.tiny else SMALL
-    for case in cases(device, options.quick, options.tiny):
+    for case in cases(device, options.quick, options.tiny, options.small):
         if time.monotonic() > deadline:
             report.missing.append(f"{case.name} (out of time)")
             continue
@@ -339,6 +340,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
     parser.add_argument("--rounds", type=int, help="timed rounds")
     parser.add_argument("--quick", action="store_true", help="the flagship case alone")
+    parser.add_argument("--small", action="store_true", help="the case of 1,500 rows alone")
     parser.add_argument("--tiny", action="store_true", help="two cases of no size, to try it")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds")
     parser.add_argument("--tune", action="store_true", help="time every tile shape, keep the best")

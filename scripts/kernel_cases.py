@@ -61,8 +61,11 @@ KINDS = ("layer-0", "layer-3", "layer-7", "collapsed", "outlier", "masked")
 OTHER_KINDS = ("layer-1", "layer-2", "layer-4", "layer-5", "layer-6")
 
 
-def cases(device: str, quick: bool, tiny: bool) -> Iterator[Case]:
+def cases(device: str, quick: bool, tiny: bool, small: bool = False) -> Iterator[Case]:
     """What is timed, the most important first."""
+    if small:
+        yield SMALL
+        return
     if tiny:
         yield Case("clustered", 256, 64, 16)
         yield Case("outlier", 256, 64, 16)

@@ -190,7 +190,7 @@ def scan(rows: PreparedRows, codes: PreparedCodes, K: int, wanted: Wanted) -> Sc
     (N, width), device = rows.rows.shape, rows.rows.device
     return tuning.launch(
         scan_kernel,
-        tuning.scan_space(tuning.family(device), width),
+        tuning.scan_space(tuning.family(device), width, wanted.keys is not None),
         (N, K, width, wanted.exact, wanted.soft, wanted.keys is not None),
         partial(_scan, rows, codes, padded_codes(K), wanted),
         device,

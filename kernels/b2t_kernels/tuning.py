@@ -54,8 +54,13 @@ def _tiles(padded_D: int, *shapes: tuple[int, int, int, int]) -> Space:
     )
 
 
-def scan_space(family: int, padded_D: int) -> Space:
-    """Configurations of the scan: (BLOCK_N, BLOCK_K, warps, stages), the preferred one first."""
+def scan_space(family: int, padded_D: int, draw: bool = False) -> Space:
+    """Configurations of the scan: (BLOCK_N, BLOCK_K, warps, stages), the preferred one first.
+
+    To ``draw`` takes more registers, of which the largest tile of wide rows leaves too few.
+    """
+    if padded_D > WIDEST_WHOLE and family == 90 and draw:
+        return _tiles(64, (64, 128, 4, 3))
     if padded_D > WIDEST_WHOLE:
         return _tiles(64, *{
             80: ((64, 64, 4, 4),),
@@ -300,7 +305,9 @@ def spaces(family: int, padded_D: int) -> Iterator[tuple[str, Space, dict[str, d
         del variants["exact, soft"]
     whole = {"WHOLE": padded_D <= WIDEST_WHOLE}
     flags = {name: {**whole, **chosen} for name, chosen in variants.items()}
+    draw = {"draw": flags.pop("draw")}
     yield "scan_kernel", scan_space(family, padded_D), flags
+    yield "scan_kernel", scan_space(family, padded_D, draw=True), draw
     if padded_D <= WIDEST_USAGE:
         yield "column_kernel", column_space(family, padded_D), {"": {}}
         yield "shift_kernel", shift_space(family, padded_D), {"": {}}
