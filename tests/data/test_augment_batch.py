@@ -14,7 +14,7 @@ from b2t.data.batches import BatchPlan, TrialRows, collate, train_batches
 from b2t.data.options import AugmentOptions
 from b2t.data.trials import signal_lengths
 from b2t.errors import UserError
-from b2t.smoothing import smooth
+from b2t.smoothing import smooth, smooth_rows
 from tests.data.test_augment import generators, noise, only
 from tests.data.test_batches import SESSIONS, Bytes, take, trials
 
@@ -161,6 +161,17 @@ def test_smoothing_is_that_of_scipy(bins, width):
         signal.astype(np.float64), width, axis=0, mode="nearest", truncate=4.0
     )
     np.testing.assert_allclose(smooth(signal, width), expected, atol=2e-6)
+
+
+def test_smoothing_sees_nothing_outside_the_recorded_bins():
+    rows = torch.full((2, 40, 3), 1e6)
+    stretches = noise(17, 3), noise(30, 3)
+    first, count = torch.tensor([9, 4]), torch.tensor([17, 30])
+    for row, start, stretch in zip(rows, first, stretches, strict=True):
+        row[start : start + len(stretch)] = torch.from_numpy(stretch)
+    found = smooth_rows(rows, first, count, 2.0)
+    for row, start, stretch in zip(found, first, stretches, strict=True):
+        np.testing.assert_array_equal(row[start : start + len(stretch)], smooth(stretch, 2.0))
 
 
 def test_smoothing_in_milliseconds_is_in_bins_of_the_rate():
