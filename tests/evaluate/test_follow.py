@@ -11,6 +11,7 @@ import torch
 from datasets import load_from_disk
 
 from b2t.data.phonemes import to_names
+from b2t.data.prepare.blocks import ALL, save_statistics
 from b2t.errors import UserError
 from b2t.evaluate import decode_command
 from b2t.evaluate.bin_source import read_bins, sentences
@@ -63,6 +64,26 @@ def test_the_last_texts_are_those_of_whole_trials(saved, tmp_path, capsys):
         assert [lines(out, "final")[i] for i in own] == [offline[i].strip() for i in own]
     assert f"{sum(map(len, trials)):,} × bin of 20 ms" in err and "5 sentences" in err
     assert "waits for the 7 bins (140 ms)" in err
+
+
+def test_raw_bins_are_read_as_those_of_the_training(saved, tmp_path, capsys):
+    folder, _, _, recording = saved
+    model = BrainToText.from_pretrained(folder)
+    model.config.signal |= {"normalization": "block", "processing": {}}
+    model.save_pretrained(tmp_path / "model")
+    mean, deviation = np.arange(CHANNELS) + 5.0, np.linspace(20, 40, CHANNELS)
+    save_statistics(tmp_path, {ALL: (mean * 0, deviation), "day0": (mean, deviation)})
+    raw = (recording * deviation + mean).astype("<f4")
+    found = {}
+    for name, bins in (("scored", recording), ("raw", raw)):
+        (tmp_path / name).write_bytes(bins.tobytes())
+        source = [f"--follow={tmp_path / name}", "--session=day0", "--idle=0.01"]
+        more = ["--raw", "--forget=86400", f"--start-from={tmp_path}"] if name == "raw" else []
+        call(decode_command, tmp_path / "model", *source, *more)
+        found[name] = lines(capsys.readouterr().out, "final")
+    assert found["raw"] == found["scored"]
+    with pytest.raises(UserError, match="does not say what was done"):
+        call(decode_command, folder, f"--follow={tmp_path / 'raw'}", "--raw")
 
 
 def test_phonemes_come_while_they_are_said(saved, tmp_path, capsys):
