@@ -90,6 +90,7 @@ def require_shared_folder(ranks: Ranks, folder: Path, patience_s: float = 10.0) 
     if ranks.is_main:
         left.touch()
     ranks.barrier()
+    patience_s = min(patience_s, ranks.timeout_s / 2)  # the others wait for the answer
     until = time.monotonic() + patience_s
     while not left.exists() and time.monotonic() < until:
         time.sleep(0.1)
