@@ -20,6 +20,7 @@ from b2t.errors import UserError
 from b2t.evaluate.decode import collapse_ctc, to_model
 from b2t.evaluate.metrics import phoneme_error_rate
 from b2t.model.brain_to_text import COMPONENTS
+from b2t.quantize import StepNorms
 
 if TYPE_CHECKING:
     from b2t.evaluate.words import WordDecoder
@@ -184,7 +185,7 @@ def _learn(
         if isinstance(module, nn.GRU):
             module.train()  # cuDNN has no backward otherwise; these hold no dropout
     counts = model.counts(batch)
-    loss = model(batch, counts, {"phoneme": 1.0}).loss
+    loss = model(batch, StepNorms(counts), {"phoneme": 1.0}).loss
     optimizer.zero_grad()
     loss.backward()
     for each in maps:

@@ -3,6 +3,7 @@
 import pytest
 
 from b2t.model.objectives import COMPONENTS, COUNTS, DEFAULT_WEIGHTS, OBJECTIVES, WEIGHTED
+from b2t.quantize import StepNorms
 from b2t.quantize.objectives import LOSSES
 from tests.model.small_model import batch_of, build
 
@@ -11,7 +12,7 @@ def losses(model, **counts):
     batch = batch_of([40, 23])
     batch.hidden = batch.signal_mask & (batch.row_ids[:, None] == batch.row_ids[0])
     every = {name: weight or 1.0 for name, weight in DEFAULT_WEIGHTS.items()}
-    out = model(batch, {**dict.fromkeys(COUNTS, 8.0), **counts}, every)
+    out = model(batch, StepNorms({**dict.fromkeys(COUNTS, 8.0), **counts}), every)
     return {name: loss.item() for name, loss in out.losses.items()}
 
 
