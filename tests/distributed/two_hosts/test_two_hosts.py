@@ -104,6 +104,16 @@ def test_the_same_command_goes_on_when_the_network_is_back(cut, hosts, arguments
     assert steps_of(run) == list(range(1, STEPS + 1))
 
 
+def test_a_run_folder_that_hosts_do_not_share_is_refused(hosts, arguments, repository):
+    hosts.mend()
+    folder = hosts.private / "run"
+    started = hosts.launch(repository, "unshared", *arguments, f"run.dir={folder}")
+    assert [started.status(rank) for rank in (0, 1)] == [2, 2]
+    assert started.wait() != 0
+    said = started.log(0)
+    assert f"run.dir={folder}: rank 0 on host-a" in said and "rank 1 on host-b did not see" in said
+
+
 def test_the_interface_between_the_hosts_is_found(hosts, tmp_path):
     code = (
         "import sys; from pathlib import Path; from b2t.train.interfaces import write_env;"
