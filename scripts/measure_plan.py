@@ -58,6 +58,10 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "wide": {"phase": 2, "micro": 2, "times": 2, "seconds": 6.0, "overrides": _WIDE},
     "large codebooks": {"phase": 2, "micro": 4, "seconds": 6.0, "overrides": _CODES},
+    "large codebooks, half width": {
+        "phase": 2, "micro": 4, "seconds": 6.0,
+        "overrides": [*_CODES, "model.quantizer.half_width_sums=true"],
+    },
     "ZeRO-1": {"phase": 2, "micro": 4, "seconds": 6.0, "zero": {"stage": 1}},
     "reduce_scatter": {"phase": 2, "micro": 4, "seconds": 6.0, "zero": {"reduce_scatter": True}},
     "bf16": {"phase": 2, "micro": 4, "seconds": 6.0, "precision": {"bf16": {"enabled": True}}},
@@ -78,9 +82,13 @@ class Counted(TorchDispatchMode):
         if func.namespace == "c10d":
             tensors = [t for t in tree_leaves(args[0]) if isinstance(t, torch.Tensor)]
             name = func._schema.name.split("::")[1]
-            kind = "all_gather" if "allgather" in name else "all_reduce"
+            kind = next(k for k in ("all_gather", "all_to_all", "all_reduce") if _bare(k) in name)
             self.sent[kind, sum(t.numel() * t.element_size() for t in tensors)] += 1
         return func(*args, **(kwargs or {}))
+
+
+def _bare(kind: str) -> str:
+    return kind.replace("_", "")
 
 
 def read_case(name: str, folder: Path) -> tuple[Config, DeepSpeedFile, Workload]:

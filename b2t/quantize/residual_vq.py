@@ -28,6 +28,7 @@ from b2t.quantize.objectives import (
     usage_losses,
 )  # fmt: skip
 from b2t.quantize.options import ResidualVQOptions
+from b2t.quantize.pending import Begun, PendingStats
 from b2t.quantize.reminders import Reminders
 from b2t.quantize.schedules import anneal, drawn_layers
 from b2t.quantize.search import BACKENDS
@@ -352,22 +353,30 @@ class ResidualVQ(FrameSpace):
     # ---- update
 
     @torch.no_grad()
-    def update(self, stats: QuantizerStats, group: ProcessGroup | None = None) -> UpdateReport:
+    def begin_update(self, stats: QuantizerStats, group: ProcessGroup | None = None) -> Begun:
+        """Start to sum ``stats`` over ranks beside what follows; give the result to `update`."""
+        if stats.empty or not self.initialized:
+            return stats
+        if stats.sums is None:
+            raise ValueError("update needs statistics of a forward in training mode")
+        return PendingStats(stats, self.options, group)
+
+    @torch.no_grad()
+    def update(self, stats: Begun, group: ProcessGroup | None = None) -> UpdateReport:
         """Move the codebooks; call once for each applied optimizer step, on every rank.
 
-        Sums ``stats`` over ranks, moves the averages and the codes, then revives. The state is the
-        same on all ranks afterwards. Statistics from before the start change nothing.
+        Moves averages and codes, then revives, to the same state on all ranks. Statistics from
+        before the start change nothing.
 
         Args:
-            stats: those of this rank's micro-batches, added.
+            stats: those of this rank's micro-batches, added, or what `begin_update` made of them.
             group: ranks of the global batch.
         """
         self.reminders.updated()
-        if stats.empty or not self.initialized:
+        stats = self.begin_update(stats, group) if isinstance(stats, QuantizerStats) else stats
+        if isinstance(stats, QuantizerStats):
             none = [0] * self.num_quantizers
             return UpdateReport(False, stats.frames, none, stats.nonfinite)
-        if stats.sums is None:
-            raise ValueError("update needs statistics of a forward in training mode")
         revive = self._revives_next()
         return update_codebooks(self.codebooks, self.options, stats, revive=revive, group=group)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from b2t.quantize.distributed import all_gather_rows, all_reduce_sum, message_sizes
+from b2t.quantize.distributed import all_gather_rows, all_reduce_sum
 from b2t.quantize.layers import Walk
 
 
@@ -122,7 +122,8 @@ class QuantizerStats:
             empty=True,
         )
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is summed over ranks, by name."""
         names = ("counts", "sums", "squared_error", "projection", "frames", "nonfinite")
         found = {name: getattr(self, name) for name in names}
         return {name: value for name, value in found.items() if value is not None}
@@ -138,7 +139,7 @@ class QuantizerStats:
             )
         if (self.sums is None) != (other.sums is None):
             raise ValueError("statistics of training and evaluation cannot be added")
-        mine, theirs = self._tensors(), other._tensors()
+        mine, theirs = self.tensors(), other.tensors()
         pool = self.pool + other.pool if self.pool and other.pool else self.pool or other.pool
         joined = {name: mine[name] + theirs[name] for name in mine}
         return self._with(joined, pool)
@@ -150,23 +151,13 @@ class QuantizerStats:
 
     def to(self, device: torch.device | str) -> QuantizerStats:
         """A copy on ``device``."""
-        moved = {name: value.to(device) for name, value in self._tensors().items()}
+        moved = {name: value.to(device) for name, value in self.tensors().items()}
         pool = self.pool
         if pool is not None:
             pool = FramePool(
                 pool.hashes.to(device), pool.residuals.to(device), pool.codes.to(device), pool.size
             )
         return self._with(moved, pool)
-
-    def all_reduce(self, group: ProcessGroup | None = None) -> QuantizerStats:
-        """Sums over ranks; the pool stays this rank's own until a revival needs it."""
-        mine = self._tensors()
-        summed = all_reduce_sum(list(mine.values()), group)
-        return self._with(dict(zip(mine, summed, strict=True)), self.pool)
-
-    def message_sizes(self) -> list[int]:
-        """Bytes of each collective that `all_reduce` takes, on several ranks."""
-        return message_sizes(list(self._tensors().values()))
 
 
 @dataclass

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from b2t.quantize.codebook import Codebooks
 from b2t.quantize.options import QuantizerOptions
+from b2t.quantize.pending import PendingStats
 from b2t.quantize.revival import revive_layer
-from b2t.quantize.statistics import FramePool, QuantizerStats, UpdateReport
+from b2t.quantize.statistics import FramePool, UpdateReport
 
 
 def pool_size(options: QuantizerOptions) -> int:
@@ -31,7 +32,7 @@ def revives_next(books: Codebooks, options: QuantizerOptions) -> bool:
 def update_codebooks(
     books: Codebooks,
     options: QuantizerOptions,
-    stats: QuantizerStats,
+    pending: PendingStats,
     *,
     revive: bool,
     group: ProcessGroup | None = None,
@@ -41,11 +42,11 @@ def update_codebooks(
     Args:
         books: changed in place.
         options: of the quantizer.
-        stats: those of this rank's micro-batches, added; of a forward in training mode.
+        pending: statistics on their way, of a forward in training mode.
         revive: whether this update revives (see `revives_next`).
         group: ranks of the global batch.
     """
-    pool, stats = stats.pool, stats.all_reduce(group)
+    pool, stats = pending.local.pool, pending.wait()
     cosine = options.use_cosine_sim
     books.pull()
     counts = stats.counts.sum(0, keepdim=True) if options.shared_codebook else stats.counts

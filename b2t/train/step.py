@@ -16,6 +16,7 @@ from b2t.model.outputs import BrainToTextOutput
 from b2t.monitor.alerts import Alert
 from b2t.quantize import QuantizerStats, SoftUsage, StepNorms
 from b2t.quantize.frame_hash import frame_ids
+from b2t.quantize.pending import Begun, PendingStats
 from b2t.quantize.schedules import anneal
 from b2t.train.budget import PhaseBudget
 from b2t.train.diagnosis import diagnose, skipped_alert
@@ -41,8 +42,8 @@ class StepResult(NamedTuple):
     """Micro-batches of this rank, on its device."""
     output: BrainToTextOutput
     """Of the last of them."""
-    stats: QuantizerStats | None
-    """Of this rank's micro-batches, None without a quantizer."""
+    stats: Begun | None
+    """Of the micro-batches, on their way to all ranks where codebooks move; None without any."""
     totals: Totals
     weights: dict[str, float]
     """Of the losses."""
@@ -136,12 +137,23 @@ class OptimizerStep:
         for number, batch in enumerate(batches):
             output = forward(number, batch)
             assert output.loss is not None
+            if output.stats is not None:
+                stats = output.stats if stats is None else stats + output.stats
+            if number + 1 == len(batches):
+                summed = self._begin_update(stats)
             self.engine.backward(output.loss)
             applied = self.engine.step()
             self.window.add(output, self.ds_file.accumulation)
-            if output.stats is not None:
-                stats = output.stats if stats is None else stats + output.stats
-        return StepResult(applied, batches, output, stats, totals, weights, forward)
+        if not applied and isinstance(summed, PendingStats):
+            summed.wait()
+        return StepResult(applied, batches, output, summed, totals, weights, forward)
+
+    def _begin_update(self, stats: QuantizerStats | None) -> Begun | None:
+        """Let the step's statistics travel while the last micro-batch goes backward."""
+        quantizer = self.model.quantizer
+        if stats is None or quantizer is None or "quantizer" not in self.phase.trainable:
+            return stats
+        return quantizer.begin_update(stats)
 
     def _forward(self, number: int, batch: Batch, **inputs: Any) -> BrainToTextOutput:
         self._seed(number)

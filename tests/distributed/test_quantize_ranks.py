@@ -169,6 +169,17 @@ def one_rank_without_frames_at_the_start(rank, world):
     return quantizer.codebooks.embed.clone()
 
 
+def sums_in_half(rank, world):
+    """State after one update whose sums travelled in float32, and in bfloat16; |sums| of a rank."""
+    states = []
+    for half in (False, True):
+        quantizer = build(kmeans_init=False, revival=None, half_width_sums=half)
+        stats = quantizer(*(share(t, rank, world) for t in latents(3))).stats
+        quantizer.update(quantizer.begin_update(stats))
+        states.append(state(quantizer))
+    return {"full": states[0], "half": states[1], "magnitude": stats.sums.abs()}
+
+
 def everything(rank, world):
     built_before = None if dist.is_initialized() else build()
     return {
@@ -184,6 +195,7 @@ def everything(rank, world):
         "frozen_micro": frozen_quantizer(rank, world, micro_batches=2),
         "masked": one_rank_masked(rank, world),
         "no_frames": one_rank_without_frames_at_the_start(rank, world),
+        "sums_in_half": sums_in_half(rank, world),
         "built_before": built_before,
     }
 
@@ -300,3 +312,19 @@ def test_two_ranks_state_goes_on_in_one(results):
     train(one, 0, 1, first=STEPS, steps=3)
     train(again, 0, 1, first=STEPS, steps=3)
     assert one.checksum() == again.checksum()
+
+
+def test_half_width_sums_err_within_their_bound_and_are_the_same_on_both_ranks(results):
+    first, second = (rank["sums_in_half"] for rank in results[0])
+    alone = results[1]["sums_in_half"]
+    for name, value in first["half"].items():
+        assert torch.equal(value, second["half"][name]), name
+    full, half = first["full"], first["half"]
+    assert torch.equal(full["codebooks.ema_count"], half["codebooks.ema_count"])
+    decay = 0.6
+    added = first["magnitude"] + second["magnitude"]
+    bound = (1 - decay) * 2**-8 * (1 + 2**-9) * added
+    error = (full["codebooks.ema_sum"] - half["codebooks.ema_sum"]).abs()
+    assert (error <= bound + 1e-6).all()
+    assert error.max() > 1e-4
+    assert torch.equal(alone["full"]["codebooks.ema_sum"], alone["half"]["codebooks.ema_sum"])

@@ -4,7 +4,6 @@ Parts of ZeRO-1 and 2 follow DeepSpeed 0.19 (`runtime/zero/stage_1_and_2.py`); t
 offload are estimates.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +119,8 @@ def plan_memory(
     share, largest = sum(parts.shares), max(parts.shares)
     outputs = step.after + _statistics(model)
     live, held, arriving = _of_stage(ds_file, parts, weights, world)
+    # The sums of codes travel, flat, while the last micro-batch goes backward.
+    sent = _statistics(model) if world > 1 and step.stats is not None else 0
     kept = held if ds_file.accumulation > 1 or ds_file.zero_stage == 3 else 0
     training = _in_backward(model, step, _buckets(ds_file, width), _bucket_size(ds_file), arriving)
     return MemoryPlan(
@@ -128,10 +129,10 @@ def plan_memory(
         codebooks=sum(b.numel() * b.element_size() for b in model.buffers()),
         batches=ds_file.accumulation * batch_bytes(workload, ds_file),
         gradients=kept,
-        training=training + (outputs if ds_file.accumulation > 1 else 0),
+        training=training + (outputs if ds_file.accumulation > 1 else 0) + sent,
         # The share of one group, flat in the engine's precision, then in float32 for Adam.
         stepping=outputs + held + (0 if ds_file.offload else largest * (4 + width)),
-        updating=outputs + step.update,
+        updating=outputs + step.update + sent,
         host=4 * weights + (16 * share if ds_file.offload else 0),
     )
 
@@ -204,8 +205,3 @@ def batch_bytes(workload: Workload, ds_file: DeepSpeedFile) -> int:
         batch = workload.batch(ds_file.micro_batch, DTYPES[ds_file.precision])
     tensors = [t for t in vars(batch).values() if isinstance(t, torch.Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def worst(plans: Sequence[MemoryPlan]) -> MemoryPlan:
-    """Return the plan of most memory."""
-    return max(plans, key=lambda plan: plan.peak)

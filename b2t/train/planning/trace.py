@@ -23,6 +23,7 @@ from b2t.data.batches import Batch
 from b2t.model.brain_to_text import BrainToText
 from b2t.model.outputs import BrainToTextOutput
 from b2t.quantize.norms import StepNorms
+from b2t.quantize.statistics import QuantizerStats
 from b2t.train.phase import components
 from b2t.train.planning.workload import Workload, fake_copy
 from b2t.train.step import COUNTED
@@ -63,7 +64,7 @@ class MicroStep:
         loss_names: losses that were computed.
         usage: operators of the pass that finds the soft usage of a step with accumulation.
         moving: operators of the codebook update.
-        statistics: bytes of each collective that sums the codebook statistics.
+        stats: codebook statistics, of fake tensors; None where codebooks rest.
     """
 
     kept: int = 0
@@ -77,7 +78,7 @@ class MicroStep:
     loss_names: list[str] = field(default_factory=list)
     usage: Kernels = field(default_factory=Kernels)
     moving: Kernels = field(default_factory=Kernels)
-    statistics: list[int] = field(default_factory=list)
+    stats: QuantizerStats | None = None
 
     @property
     def most(self) -> int:
@@ -186,7 +187,7 @@ def _update(
     if quantizer is not None and output.stats is not None and "quantizer" in phase.trainable:
         quantizer.revival_enabled = False  # whom it revives depends on data
         quantizer.update(output.stats)
-        found.statistics = output.stats.message_sizes()
+        found.stats = output.stats
     found.update = tracer.peak - found.after
     found.moving = tracer.restart()
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from b2t.config import OptimConfig, PhaseConfig
 from b2t.model.brain_to_text import BrainToText
+from b2t.quantize.pending import sent_bytes
 from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.engine import DTYPES, parameter_groups
 from b2t.train.phase import components
@@ -13,7 +14,7 @@ from b2t.train.planning.memory import partitions, zero_section
 from b2t.train.planning.trace import MicroStep
 from b2t.train.step import COUNTED
 
-Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
+Kind = Literal["all_reduce", "all_gather", "all_to_all", "reduce_scatter"]
 _FLAGS = 4
 """What the step's opening sum carries beside `COUNTED`: padding, stop, problem, time."""
 
@@ -76,7 +77,7 @@ def plan_traffic(
     messages = [
         Message("counts and stop flags", "all_reduce", 8 * (len(COUNTED) + _FLAGS), network=True)
     ]
-    messages += _quantizer(model, phase, ds_file, step)
+    messages += _quantizer(model, phase, ds_file, world, step)
     engine = _stage3 if ds_file.zero_stage == 3 else _stages_1_and_2
     messages += engine(model, phase, optim, ds_file, world, step)
     losses = 4 * (len(step.loss_names) + 1)
@@ -84,7 +85,7 @@ def plan_traffic(
 
 
 def _quantizer(
-    model: BrainToText, phase: PhaseConfig, ds_file: DeepSpeedFile, step: MicroStep
+    model: BrainToText, phase: PhaseConfig, ds_file: DeepSpeedFile, world: int, step: MicroStep
 ) -> list[Message]:
     quantizer = model.quantizer
     if quantizer is None:
@@ -95,11 +96,16 @@ def _quantizer(
         times = 1 if once else ds_file.accumulation
         layers, codes = quantizer.num_quantizers, quantizer.codebook_size
         found = [
-            Message("soft usage of codes", "all_reduce", 4 * layers * codes, times),
-            Message("soft usage of codes: frames", "all_reduce", 8 * layers, times),
+            Message("soft usage of codes", "all_reduce", 4 * layers * codes + 8 * layers, times)
         ]
-    if "quantizer" in phase.trainable and step.statistics:
-        found += [Message("codebook statistics", "all_reduce", n) for n in step.statistics]
+    if step.stats is not None:
+        sizes = sent_bytes(step.stats, quantizer.options, world)
+        kinds: tuple[Kind, ...] = ("all_reduce", "all_to_all", "all_gather")
+        hidden = (True, True, False)  # begun before the last backward, finished after it
+        found += [
+            Message("codebook statistics", kind, size, overlaps=overlaps)
+            for kind, size, overlaps in zip(kinds, sizes, hidden, strict=False)
+        ]
     return found
 
 
