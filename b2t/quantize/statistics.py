@@ -46,13 +46,20 @@ class FramePool:
         )
 
     def gathered(self, group: ProcessGroup | None) -> FramePool:
-        """The pool of all ranks' frames, the same on every rank."""
-        return FramePool(
-            all_gather_rows(self.hashes, group),
-            all_gather_rows(self.residuals.transpose(0, 1).contiguous(), group).transpose(0, 1),
-            all_gather_rows(self.codes.transpose(0, 1).contiguous(), group).transpose(0, 1),
-            self.size,
-        ).trimmed()
+        """The pool of all ranks' frames, the same on every rank.
+
+        Hashes go round first, so that only frames that will be in it follow: their number does not
+        grow with that of the ranks.
+        """
+        hashes = all_gather_rows(self.hashes, group)
+        mine = torch.ones_like(self.hashes, dtype=torch.bool)
+        if hashes.shape[0] > self.size:
+            last = hashes.kthvalue(self.size).values
+            hashes, mine = hashes[hashes <= last], self.hashes <= last
+        parts = (self.residuals[:, mine], self.codes[:, mine])
+        gathered = [all_gather_rows(p.transpose(0, 1).contiguous(), group) for p in parts]
+        residuals, codes = (rows.transpose(0, 1) for rows in gathered)
+        return FramePool(hashes, residuals, codes, self.size).trimmed()
 
 
 @dataclass
