@@ -96,7 +96,7 @@ class PendingHalf:
 
     Each rank rounds what it has, adds up its part of what came from all in float32, rounds once
     more and hands that out: half the bytes of a ring in float32, the same bits on every rank, and
-    an error of each element of at most 2⁻⁸ (1 + 2⁻⁹) Σ_ranks |x| whatever the number of ranks (a
+    an error of each element of at most 2⁻⁷ (1 + 2⁻⁹) Σ_ranks |x| whatever the number of ranks (a
     sum along a ring would round at each of them). One rank alone rounds nothing.
     """
 

@@ -72,7 +72,7 @@ class QuantizerOptions(Options):
     """Part of training after which nothing is revived."""
     half_width_sums: bool = False
     """Send what codes move to in bfloat16 from rank to rank: half the bytes, and an error of each
-    element of at most 1/256 of the magnitudes added. For codebooks of many codes times width."""
+    element of at most 1/127 of the magnitudes added. For codebooks of many codes times width."""
     stochastic_sample_codes: bool = False
     """Sample codes in training at the current temperature (Gumbel) instead of the nearest."""
     beam_size: PositiveInt = 1
