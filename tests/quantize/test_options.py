@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from b2t.config import load_config
+from b2t.data.dataset import DatasetInfo
 from b2t.model import BrainToText, BrainToTextConfig
 from b2t.quantize import ResidualVQ
 from b2t.quantize.options import QuantizerOptions
@@ -16,19 +17,21 @@ OTHERWISE = {
     "shared_codebook": True, "kmeans_init": False, "kmeans_iters": 2, "revival": "frames",
     "revival_threshold": 0.2, "revival_every": 3, "revival_max_share": 0.4, "revival_until": 0.5,
     "stochastic_sample_codes": True, "beam_size": 2, "eval_beam_size": 3, "joint_update": True,
+    "half_width_sums": True,
 }  # fmt: skip
 """A value of every option that is not its default."""
 
 
-class Facts:
-    channels, sampling_rate, sessions, simulated, fingerprint = 4, 50.0, ["a"], True, "x"
-    channel_names, unit, has_phonemes = None, None, False
+FACTS = DatasetInfo(
+    channels=4, sampling_rate=50.0, sessions=["a"], simulated=True, has_text=False,
+    has_phonemes=False, splits={}, fingerprint="x",
+)  # fmt: skip
 
 
 def built(*overrides):
     small = ("encoder.dim=8", "encoder.heads=2", "encoder.depth=1", "signal_decoder.heads=2")
     config = load_config(None, [f"model.{text}" for text in (*small, *overrides)])
-    return BrainToText(model_config(config, Facts, None)).quantizer
+    return BrainToText(model_config(config, FACTS, None)).quantizer
 
 
 def test_the_table_of_other_values_is_whole():
