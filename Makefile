@@ -7,7 +7,8 @@ RUN    ?= runs/demo
 KILLS  ?= 60
 LOCK   := requirements.lock
 LATEST := .envs/latest
-SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile \
+    --no-loadscope-reorder
 
 .PHONY: help install demo test test-latest test-tritons lock soak lint format clean-demo
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = ("demo.sh", "run_optimized_training.sh", "slurm.sbatch")
+_READ = ("HOSTFILE", "GPUS", "LAUNCHER", "B2T_THREADS")
+"""Variables that the scripts read, and that this process may have from elsewhere."""
 
 
 def bash(*command, cwd, **environment):
-    inherited = {k: v for k, v in os.environ.items() if k not in ("HOSTFILE", "GPUS", "LAUNCHER")}
+    inherited = {k: v for k, v in os.environ.items() if k not in _READ}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**inherited, "PATH": path, "DS_ACCELERATOR": "cpu", "BIN": "absent", **environment}
     return subprocess.run(

@@ -28,10 +28,11 @@ def test_the_component_and_the_trial_are_named(start, ds_file, orders):
 
     def begin(_):
         def poison(module, args, output):
-            factor = torch.ones(len(output), 1, 1)
+            latents, mask = output
+            factor = torch.ones(len(latents), 1, 1)
             factor[1] = float("nan")
             named.append(seen[-1].rows[1])
-            return output * factor
+            return latents * factor, mask
 
         trainer.model.encoder.register_forward_hook(poison)
 
@@ -58,8 +59,9 @@ def spoil_inputs(module):
     """What comes back into a component is NaN, and so is all that it hands on upstream."""
 
     def spoil(_, args, output):
-        if output.requires_grad:
-            output.register_hook(lambda gradient: gradient * float("nan"))
+        given = output[0] if isinstance(output, tuple) else output
+        if given.requires_grad:
+            given.register_hook(lambda gradient: gradient * float("nan"))
 
     module.register_forward_hook(spoil)
 
@@ -146,7 +148,9 @@ def test_codebooks_that_cannot_start(start, ds_file):
     """Every latent is NaN: the rows and the component are named, and a checkpoint is left."""
     trainer = start("run", ds_file(), "codebook_start.after_steps=3")
     trainer.model.encoder.register_forward_hook(
-        lambda module, args, output: output * float("nan") if not module.training else output
+        lambda module, args, output: (
+            output if module.training else (output[0] * float("nan"), output[1])
+        )
     )
     text, alerts = fail(trainer)
     assert "the codebooks cannot start: NaN or infinity in all" in text
@@ -160,9 +164,10 @@ def test_latents_that_are_left_out_are_counted(start, ds_file, orders):
 
     def begin(_):
         def blank(module, args, output):
-            output = output.clone()
-            output[0, 2] = float("nan")
-            return output
+            latents, mask = output
+            latents = latents.clone()
+            latents[0, 2] = float("nan")
+            return latents, mask
 
         trainer.model.encoder.register_forward_hook(blank)
 

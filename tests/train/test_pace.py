@@ -59,6 +59,7 @@ def test_training_forwards_are_timed_and_no_others():
 def records(monkeypatch, caplog):
     """Lets a hook see records of two ranks, of which the second has the given time per bin."""
     monkeypatch.setattr(logging.getLogger("b2t"), "propagate", True)
+    caplog.set_level(logging.INFO, "b2t")
     monkeypatch.setattr(pace.socket, "gethostname", lambda: "near")
 
     def play(*factors):

@@ -24,7 +24,7 @@ def ds_file(tmp_path):
 def checkpoint(run, ds_file, world, step=10, **more):
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
-    state = {"deepspeed": ds_file.raw, "world": world, **more}
+    state = {"config": {"data": {}}, "deepspeed": ds_file.raw, "world": world, **more}
     (folder / "state.json").write_text(json.dumps(state))
 
 
