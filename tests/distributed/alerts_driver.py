@@ -77,7 +77,14 @@ CASES = {
         steps=40,
     ),
     "codes alike": Case(sabotage=alike),
-    "few frames": Case(["model.encoder.patch_size=30", "model.encoder.patch_stride=30"]),
+    "few frames": Case(
+        [
+            "model.encoder.patch_size=30",
+            "model.encoder.patch_stride=30",
+            "model.text_decoder.enabled=true",
+            "model.text_decoder.kind=ctc",
+        ]
+    ),
     "ranks apart": Case(sabotage=one_sided),
     "rule of a GPU": Case(
         ["monitor.extra_rules=[{name: mine, metric: memory/peak_gib, threshold: 1, message: low}]"],

@@ -52,6 +52,7 @@ WARNINGS = [
     ("codes that do not follow", "vq-ratio"),
     ("rule of a GPU", "missing-metrics"),
     ("few frames", "phonemes-left-out"),
+    ("few frames", "texts-left-out"),
 ]
 
 CRITICALS = [
