@@ -29,7 +29,7 @@ METRICS = (
     "signal/snr_db", "codebook/utilization/0", "codebook/utilization_worst",
     "codebook/perplexity/0",
 )  # fmt: skip
-_PATIENCE_S = 400.0
+_PATIENCE_S = 900.0
 """A reader in C that never comes back ends the test after so long."""
 
 UNSEEN = {
