@@ -18,7 +18,7 @@ from b2t_kernels.nearest import Scanned, Wanted, run_scores, scan
 from b2t_kernels.noise import noise
 from b2t_kernels.prepare import GROUP, PreparedCodes, code_scale, padded_codes
 from b2t_kernels.rows import PreparedRows, parts, prepare_rows
-from b2t_kernels.scan import logit_factor, winning_run
+from b2t_kernels.scan import kept_parts, logit_factor, winner
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -31,16 +31,9 @@ def drawn_kernel(
     """Indices and counts from ``parts_of_row`` ≤ W noisy winners a row."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
-    slots = tl.arange(0, W)
-    place = rows[:, None] * parts_of_row + slots[None, :]
-    held = inside[:, None] & (slots < parts_of_row)[None, :]
-    best = tl.load(best_ptr + place, held, other=-float("inf"))
-    runs = tl.load(runs_ptr + place, held, other=0)
+    _, _, best, runs = kept_parts(best_ptr, runs_ptr, rows, inside, parts_of_row, W)
     shrink = tl.load(shrink_ptr + rows, inside, other=1.0)
-    valid = tl.load(valid_ptr + rows, inside, other=0) != 0
-    top, run = winning_run(best, runs)
-    valid = valid & (top > -float("inf"))
-    run = tl.where(valid, run, 0)
+    valid, _, run = winner(best, runs, tl.load(valid_ptr + rows, inside, other=0) != 0)
     scores = run_scores(rows_ptr, shrink, rows, codes_ptr, bias_ptr, run, N, padded_D, STEP)
     factor = logit_factor(temperature_ptr, code_scale(statistics_ptr), shrink)
     offsets = tl.arange(0, GROUP)[None, :]

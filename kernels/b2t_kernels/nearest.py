@@ -34,7 +34,7 @@ from b2t_kernels.prepare import (
     physical_row,
 )
 from b2t_kernels.rows import PreparedRows, parts, prepare_rows
-from b2t_kernels.scan import LOWEST, logit_factor, scan_kernel, winning_run
+from b2t_kernels.scan import LOWEST, kept_parts, logit_factor, scan_kernel, winner
 
 
 @triton.jit
@@ -114,16 +114,9 @@ def settle_kernel(
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
-    slots = tl.arange(0, W)
-    place = rows[:, None] * parts_of_row + slots[None, :]
-    held = inside[:, None] & (slots < parts_of_row)[None, :]
-    best = tl.load(best_ptr + place, held, other=-float("inf"))
-    runs = tl.load(runs_ptr + place, held, other=0)
+    place, held, best, runs = kept_parts(best_ptr, runs_ptr, rows, inside, parts_of_row, W)
     shrink = tl.load(shrink_ptr + rows, inside, other=1.0)
-    valid = tl.load(valid_ptr + rows, inside, other=0) != 0
-    top, run = winning_run(best, runs)
-    valid = valid & (top > -float("inf"))
-    run = tl.where(valid, run, 0)
+    valid, top, run = winner(best, runs, tl.load(valid_ptr + rows, inside, other=0) != 0)
     if SOFT:
         factor = logit_factor(temperature_ptr, code_scale(statistics_ptr), shrink)
         lse = merge_mass(mass_ptr, place, held, best, top, factor, valid)

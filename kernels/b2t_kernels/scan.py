@@ -130,6 +130,24 @@ def winning_run(best, runs):
     return top, tl.min(tl.where(best == top[:, None], runs, FAR), axis=1)
 
 
+@triton.jit
+def kept_parts(best_ptr, runs_ptr, rows, inside, parts_of_row, W: tl.constexpr):
+    """Where the splits left their results of each row, which hold one, scores and runs: [n, W]."""
+    slots = tl.arange(0, W)
+    place = rows[:, None] * parts_of_row + slots[None, :]
+    held = inside[:, None] & (slots < parts_of_row)[None, :]
+    best = tl.load(best_ptr + place, held, other=-float("inf"))
+    return place, held, best, tl.load(runs_ptr + place, held, other=0)
+
+
+@triton.jit
+def winner(best, runs, valid):
+    """Which rows have a best score, the score and the first code of its run, 0 without one: [n]."""
+    top, run = winning_run(best, runs)
+    valid = valid & (top > -float("inf"))
+    return valid, top, tl.where(valid, run, 0)
+
+
 @triton.jit(do_not_specialize=["N"])
 def scan_kernel(
     rows_ptr, shrink_ptr, codes_ptr, bias_ptr, statistics_ptr, temperature_ptr, row_keys_ptr,

@@ -106,7 +106,9 @@ def cluster(gpu: str, link: str, network: str, per_host: int, assumed: Assumptio
         UserError: a name that is not known.
     """
     if gpu not in _MEMORY:
-        raise UserError(f"--gpu {gpu!r}: no data sheet is known; known are {', '.join(_MEMORY)}")
+        raise UserError(
+            f"--gpu {gpu!r}: no data sheet is known; known are {', '.join(gpu_names())}"
+        )
     for option, name in (("--link", link), ("--network", network)):
         if name not in LINKS:
             raise UserError(f"{option} {name!r}: not known; known are {', '.join(LINKS)}")
