@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from b2t.config import PhaseConfig
 from b2t.data.batches import Batch
+from b2t.errors import UserError
 from b2t.model.brain_to_text import BrainToText
 from b2t.model.outputs import BrainToTextOutput
 from b2t.quantize.norms import StepNorms
@@ -253,13 +254,21 @@ def _clocks(layers: int) -> dict[str, Tensor]:
 
 
 def _number(tensor: Tensor) -> Any:
-    """What the host reads of a tensor: of a fake flag, that all is well."""
+    """What the host reads of a tensor: of a fake flag, that all is well.
+
+    Raises:
+        UserError: a number that depends on data.
+    """
     if not isinstance(tensor, FakeTensor):
         with unset_fake_temporarily():
             return tensor.detach().numpy().item()
     if tensor.dtype == torch.bool:
         return True
-    raise NotImplementedError(f"a plan cannot know a {tensor.dtype} that depends on data")
+    raise UserError(
+        f"this configuration reads a {tensor.dtype} of the data while it computes, which no plan "
+        "can know before there are data; plan the phases without the part that does so, or measure "
+        "a run (scripts/bench_train.py)"
+    )
 
 
 def _of_largest_shape(func: Any, args: tuple, kwargs: dict) -> Any:

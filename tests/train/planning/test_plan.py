@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from b2t.cli import main
 from b2t.config import load_config
+from b2t.errors import UserError
 from b2t.model import BrainToText
 from b2t.quantize.norms import StepNorms
 from b2t.train.ds_config import load_ds_config
@@ -18,7 +20,7 @@ from b2t.train.planning.machines import LINKS, Assumptions, cluster, gpu_names
 from b2t.train.planning.memory import partitions
 from b2t.train.planning.pace import pace
 from b2t.train.planning.plan import Planner
-from b2t.train.planning.trace import trace_step
+from b2t.train.planning.trace import Tracer, trace_step
 from b2t.train.planning.traffic import Message, bucket_sizes, plan_traffic
 from b2t.train.planning.workload import architecture, assumed, meta_model
 from b2t.train.step import COUNTED
@@ -155,11 +157,14 @@ def test_operations_agree_with_those_that_utilization_goes_by():
     assert traced - 2 * search == pytest.approx(known, rel=0.1)
 
 
+def test_what_depends_on_data_is_refused():
+    with FakeTensorMode(), Tracer(iter([])), pytest.raises(UserError, match="int64 of the data"):
+        torch.ones(3, dtype=torch.int64).sum().item()
+
+
 def test_every_gpu_has_a_peak_and_names_are_checked():
     for name in gpu_names():
         assert cluster(name, "pcie4", "hdr", 8, Assumptions()).flops > 0
-    from b2t.errors import UserError
-
     with pytest.raises(UserError, match=r"--link 'tape'.*nvlink4"):
         cluster("T4", "tape", "hdr", 8, Assumptions())
 
