@@ -1,4 +1,4 @@
-"""Train several settings for the same processor time, and compare them on the test split.
+"""Train several settings for the same processor time, and compare them on a held-out split.
 
     python scripts/compare_baseline.py DATASET --out compare/1 --minutes 12 gru phonemes
     python scripts/compare_baseline.py --summary compare/1 compare/2 compare/3 --figure curves.png
@@ -11,9 +11,10 @@ thread, and only processor time counts, validations included: the phase's `minut
 the one that validation chose, by its words where it writes any, else by its phonemes; words are
 read by a lexicon of the training sentences alone, and by it with their language model, the weights
 of both tuned on the validation split for each. What is printed comes from the test split, which
-chose nothing; ratios are to the first setting, with a paired bootstrap over trials, those of all
-folders pooled. A call that was cut off goes on where it was: settings that it had finished are
-known, the run of another keeps its time.
+chose nothing, or from ``--split``, as for ablations on data that report nothing else; ratios are to
+the first setting, with a paired bootstrap over trials, those of all folders pooled. A call that was
+cut off goes on where it was: settings that it had finished are known, the run of another keeps its
+time.
 """
 
 import argparse
@@ -62,6 +63,7 @@ def main() -> None:
         action="store_true",
         help="score text decoders alone, without lexicon and n-grams",
     )
+    parser.add_argument("--split", default="test", help="split to compare on (test)")
     parser.add_argument("--tune-trials", type=int, help="tune decoders on so many trials (all)")
     parser.add_argument("--every", type=int, default=200, help="steps between validations (200)")
     parser.add_argument(
@@ -103,6 +105,7 @@ def known_or_new(args: argparse.Namespace, setting: str, folder: Path) -> dict:
         "setting": setting,
         **{name: getattr(args, name) for name in names},
         **({"alone": True} if args.alone else {}),
+        **({} if args.split == "test" else {"split": args.split}),
     }
     if path.is_file():
         record = json.loads(path.read_text())
@@ -133,17 +136,19 @@ def compare_one(args: argparse.Namespace, setting: str, folder: Path) -> dict:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     found = {}
     readers = {"lexicon": ["--lexicon-only"], "lm": ["--order", args.order]}
+    # White noise and other trials' signals are the controls that the tables show.
+    how = ["--split", args.split, "--controls"]
     if args.alone:
         readers = {}
         out = folder / "by_lm"
-        command("b2t.cli", "evaluate", run, "--split", "test", "--out", out)
+        command("b2t.cli", "evaluate", run, "--out", out, *how)
         found = json.loads((out / "evaluation.json").read_text())
     for name, options in readers.items():
         model, out = folder / name, folder / f"by_{name}"
         if args.tune_trials is not None:
             options = [*options, "--limit", args.tune_trials]
         command("b2t.cli", "lm", args.dataset, "--out", model, *options, "--tune", run)
-        command("b2t.cli", "evaluate", run, "--lm", model, "--split", "test", "--out", out)
+        command("b2t.cli", "evaluate", run, "--lm", model, "--out", out, *how)
         one = json.loads((out / "evaluation.json").read_text())
         found |= {key.replace("_lm", f"_{name}"): value for key, value in one.items()}
     return {
@@ -260,7 +265,7 @@ def paired(one: metrics.EditCounts, other: metrics.EditCounts) -> tuple[float, f
 
 def print_tables(results: list[list[dict]], folders: list[Path]) -> None:
     """Print rates and controls of each folder, and of all pooled with ratios to the first."""
-    print("\n| folder | setting | minutes | steps | rate | test | 95 % | on noise | shuffled |")
+    print("\n| folder | setting | minutes | steps | rate | held out | 95 % | on noise | shuffled |")
     print("|---|---|---|---|---|---|---|---|---|")
     counts: list[list[dict[str, metrics.EditCounts]]] = []
     for folder, found in zip(folders, results, strict=True):

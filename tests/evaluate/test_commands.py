@@ -1,4 +1,5 @@
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from datasets import DatasetDict, load_from_disk
 from b2t.config import Config
 from b2t.data.trials import trial_features
 from b2t.errors import UserError
-from b2t.evaluate import decode_command, evaluate_command, tokenize_command
+from b2t.evaluate import decode_command, evaluate_command, lm_command, tokenize_command
 from b2t.model import BrainToText
 from b2t.train.checkpoint import Checkpoint, CheckpointStore
 from tests.evaluate.saved_runs import TEXTS, call, save_dataset, save_run, trials
@@ -256,3 +257,19 @@ def test_another_number_of_channels_is_named(run, tmp_path):
     DatasetDict({"train": narrow, "val": narrow}).save_to_disk(str(tmp_path / "narrow"))
     with pytest.raises(UserError, match="4 channels, the model reads 6"):
         call(evaluate_command, run, "--data", tmp_path / "narrow")
+
+
+def test_without_the_search_a_language_model_is_made_and_its_use_told(run, tmp_path, monkeypatch):
+    """As under Python 3.13, for which flashlight-text has no wheels."""
+    monkeypatch.setitem(sys.modules, "flashlight.lib.text", None)
+    data, lm = run.parent / "data", tmp_path / "lm"
+    assert call(lm_command, data, "--out", lm) == 0
+    told = r"needs flashlight-text: pip install 'b2t\[lm\]' under Python 3.12 or older"
+    for command, *arguments in (
+        (evaluate_command, run, "--lm", lm),
+        (evaluate_command, run, "--phoneme-beam", 4),
+        (decode_command, run, data, "--lm", lm),
+        (lm_command, "--out", lm, "--tune", run),
+    ):
+        with pytest.raises(UserError, match=told):
+            call(command, *arguments)

@@ -1,5 +1,8 @@
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from threading import Barrier
 from types import SimpleNamespace
 
 import numpy as np
@@ -211,3 +214,28 @@ def test_rows_come_in_the_order_of_their_numbers():
     batches = [batch_of(["ab"], [[1]], start=start) for start in (10, 2, 1)]
     result = evaluate_model(Reader(), batches, Letters(), noise_control=False)
     assert [p.row for p in result.predictions] == ["s/0/1", "s/0/2", "s/0/10"]
+
+
+def test_ranks_that_share_the_rows_find_what_one_finds():
+    """Three threads as ranks, of which one has no rows."""
+    batches = [
+        batch_of(["ab", "dab"], [[1, 5], [2]]),
+        batch_of(["bad"], [[3, 4]], start=2),
+        batch_of([None, "a"], [[7], [1, 2]], start=3),
+    ]
+    shares, met, given = [batches[::2], batches[1:2], []], Barrier(3), {}
+
+    def found_by(rank):
+        def gather(value):
+            given[rank] = value
+            met.wait()
+            return [given[other] for other in range(3)]
+
+        return evaluate_model(Reader(), shares[rank], Letters(), gather=gather, num_beams=2)
+
+    alone = evaluate_model(Reader(), batches, Letters(), num_beams=2)
+    with ThreadPoolExecutor(3) as threads:
+        everyone = list(threads.map(found_by, range(3)))
+    assert alone.wer == 0.0 and len(alone.predictions) == 5
+    assert json.dumps(asdict(alone), default=str) == json.dumps(asdict(everyone[0]), default=str)
+    assert everyone[0] == everyone[1] == everyone[2]
