@@ -23,7 +23,10 @@ class Options(BaseModel):
     """Base of all options: unknown keys are errors, docstrings below fields are their help."""
 
     model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, validate_assignment=True
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_assignment=True,
+        allow_inf_nan=False,
     )
 
 

@@ -192,6 +192,10 @@ def test_bad_values_are_named(override, says):
         (["run.seed=-1"], "run.seed: Input should be greater than or equal to 0, found -1"),
         (["run.seed=99999999999999999999"], "run.seed: Input should be less than"),
         (["run.dir=''"], "run.dir: give a folder, for example runs/first"),
+        (["run.dir="], "run.dir: give a folder, for example runs/first"),
+        (["phases.0.lr=.inf"], "phases.0.lr: Input should be a finite number, found inf"),
+        (["optim.weight_decay=.nan"], "optim.weight_decay: Input should be a finite number"),
+        (["data.audit_seconds=1e400"], "data.audit_seconds: Input should be a finite number"),
         (
             [f"phases.1.losses.{name}=0" for name in LossWeights.model_fields],
             "phases.1.losses: all weights are 0: a phase must have at least one loss",

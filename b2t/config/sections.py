@@ -30,7 +30,7 @@ class RunConfig(Options):
     @field_validator("dir", mode="before")
     @classmethod
     def _is_named(cls, value: object) -> object:
-        if isinstance(value, str) and not value.strip():
+        if value is None or (isinstance(value, str) and not value.strip()):
             raise ValueError("give a folder, for example runs/first (. is the current one)")
         return value
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from b2t.model.brain_to_text import BrainToText
 
 Array = Tensor | np.ndarray
-Sessions = str | int | Sequence[str] | Array | None
+Sessions = str | int | Sequence[str] | Sequence[int] | Array | None
 
 
 class Signals(NamedTuple):
@@ -112,13 +112,13 @@ class Inference:
         """
         model = cast("BrainToText", self)
         _require_text_decoder(model)
-        if isinstance(signal, (Tensor, np.ndarray)):
-            given = read_signals(
-                model, signal, signal_mask, session, sampling_rate, channels, force
-            )
-            inputs = given.signal, given.mask, given.session
+        if hasattr(signal, "signal_mask"):
+            batch = cast("Batch", signal)
+            inputs = batch.signal, batch.signal_mask, batch.session
         else:
-            inputs = signal.signal, signal.signal_mask, signal.session
+            array = cast("Array", signal)
+            given = read_signals(model, array, signal_mask, session, sampling_rate, channels, force)
+            inputs = given.signal, given.mask, given.session
         for name in ("num_beams", "max_new_tokens"):
             value = getattr(model.generation_config, name, None)
             if value is not None and "generation_config" not in kwargs:
@@ -155,7 +155,7 @@ class Inference:
             )
         tokens = self.generate(signal, signal_mask, session, **kwargs)
         texts = [text.strip() for text in decode_texts(model.tokenizer, tokens)]
-        return texts[0] if signal.ndim == 2 else texts
+        return texts[0] if np.ndim(signal) == 2 else texts
 
 
 def read_signals(
@@ -179,6 +179,8 @@ def read_signals(
         rms=_rms(values, real),
     )
     wanted = SignalSpec.of_model(model.config)
+    if sampling_rate is not None and not 0 < sampling_rate < np.inf:
+        raise UserError(f"sampling_rate: found {sampling_rate}, expected a number above 0, in Hz")
     order = require_fit(wanted, found, "signal", model.name_or_path, force=force, how="force=True")
     if order is not None:
         values = values[..., order]
@@ -209,7 +211,10 @@ def _values(signal: Array, wanted: int, channels: Sequence[str] | None) -> tuple
     if isinstance(signal, Tensor):
         signal = signal.detach().cpu()
         signal = (signal.float() if signal.is_floating_point() else signal).numpy()
-    array = np.asarray(signal)
+    try:
+        array = np.asarray(signal)
+    except ValueError as error:  # rows of unequal length
+        raise UserError(f"signal: no array of numbers: {error}") from None
     if array.dtype.kind not in "fiub":
         raise UserError(f"signal: its values are of type {array.dtype}, expected real numbers")
     shape = "×".join(map(str, array.shape))
@@ -265,10 +270,13 @@ def _sessions(session: Sessions, rows: int, known: Sequence[str]) -> np.ndarray 
     """Return the index of each row's session, None where none was given."""
     if session is None:
         return None
+    given: list[Any]
     if isinstance(session, (Tensor, np.ndarray)):
-        given: list[Any] = session.reshape(-1).tolist()
+        given = session.reshape(-1).tolist()
+    elif isinstance(session, Sequence) and not isinstance(session, str):
+        given = list(session)
     else:
-        given = [session] if isinstance(session, (str, int)) else list(session)
+        given = [session]
     given = given * rows if len(given) == 1 else given
     if len(given) != rows:
         raise UserError(f"session: {len(given)} given for {rows} trials")
@@ -289,9 +297,9 @@ def session_index(item: str | int, known: Sequence[str]) -> int:
                 "takes their mean"
             )
         return list(known).index(item)
-    if not -1 <= int(item) < max(len(known), 1):
+    if not isinstance(item, (int, np.integer)) or not -1 <= item < max(len(known), 1):
         raise UserError(
-            f"session: {item} is no index of the {len(known)} sessions ({names}); −1 takes their "
+            f"session: {item!r} is no index of the {len(known)} sessions ({names}); −1 takes their "
             "mean"
         )
     return int(item)

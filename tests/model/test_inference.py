@@ -46,6 +46,8 @@ def test_one_trial_as_numpy_is_that_row_of_the_batch(model, batch):
         )
         assert not found.latents.requires_grad
         assert model.transcribe(trial, session=sessions[row], max_new_tokens=6) == texts[row]
+        listed = trial.tolist()
+        assert model.transcribe(listed, session=sessions[row], max_new_tokens=6) == texts[row]
     assert model.training, "the mode it came in"
 
 
@@ -83,6 +85,11 @@ def test_channels_are_aligned_by_name(model, batch):
         (lambda x: x.astype("U5"), {}, "of type <U5, expected real numbers"),
         (lambda x: x + 1j, {}, "complex"),
         (lambda x: x * 1e-5, {}, "root mean square is .*e-0[56].*force=True"),
+        (lambda x: None, {}, "of type object, expected real numbers"),
+        (lambda x: [[1.0, 2.0], [3.0]], {}, "signal: no array of numbers"),
+        (lambda x: x, {"sampling_rate": float("nan")}, "sampling_rate: found nan, expected"),
+        (lambda x: x, {"session": 1.5}, "session: 1.5 is no index"),
+        (lambda x: x, {"session": [None]}, "session: None is no index"),
         (lambda x: x, {"sampling_rate": 256.0}, "256 Hz .* the model at 50 Hz"),
         (lambda x: x, {"session": "d"}, r"session: d was not trained on, .* 3 \(a, b, c\)"),
         (lambda x: x, {"session": 3}, "3 is no index of the 3 sessions"),
