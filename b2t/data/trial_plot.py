@@ -3,9 +3,13 @@
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TRACES = 8
 _MOST_NAMED = 40
@@ -48,7 +52,7 @@ def plot_trial(
 
 
 def _draw_channels(
-    figure: Any, axes: Any, signal: np.ndarray, rate: float, names: Sequence[str], unit: str
+    figure: "Figure", axes: "Axes", signal: np.ndarray, rate: float, names: Sequence[str], unit: str
 ) -> None:
     bins, channels = signal.shape
     # One wild electrode must not turn all others white: 99 % of the values span the colours.
@@ -76,7 +80,7 @@ def _draw_channels(
     axes.tick_params(axis="y", length=0)
 
 
-def _draw_traces(axes: Any, signal: np.ndarray, rate: float, names: Sequence[str]) -> None:
+def _draw_traces(axes: "Axes", signal: np.ndarray, rate: float, names: Sequence[str]) -> None:
     chosen = np.sort(np.argsort(-signal.std(axis=0), kind="stable")[:TRACES])
     step = 4 * float(np.median(signal[:, chosen].std(axis=0))) or 1.0
     # The middle of each bin, as the picture above shows it.

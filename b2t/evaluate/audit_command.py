@@ -4,12 +4,12 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from b2t.errors import UserError
 
 if TYPE_CHECKING:
-    from b2t.evaluate.audit import Audit, Finding, Subject
+    from b2t.evaluate.audit import Audit, AuditOptions, Finding, Subject
 
 SUMMARY = "look for what spoils training or makes scores too good, and say what to do"
 EPILOG = """\
@@ -83,7 +83,7 @@ def _subject(path: str) -> "Subject":
     return Subject.of(data.splits, data.channels, data.sampling_rate, data.record)
 
 
-def _options(args: argparse.Namespace, subject: "Subject") -> Any:
+def _options(args: argparse.Namespace, subject: "Subject") -> "AuditOptions":
     from b2t.evaluate.audit import AuditOptions
     from b2t.evaluate.audit.labels import Patches
     from b2t.model.tokenizer import build_tokenizer, byte_tokenizer

@@ -10,7 +10,9 @@ from b2t.records import require_writable, write_atomically
 from b2t.run_files import METRICS_FILE
 
 if TYPE_CHECKING:
+    from b2t.evaluate.rescoring import WordReader
     from b2t.evaluate.results import Evaluation
+    from b2t.evaluate.run_folder import Run
     from b2t.model.brain_to_text import BrainToText
 
 COMPARISON_FILE = "comparison.json"
@@ -165,7 +167,9 @@ def _controls(args: argparse.Namespace) -> tuple[str, ...]:
     return () if args.no_noise else CONTROLS
 
 
-def open_words(model: "BrainToText", folder: Path | None, rescoring: bool = True) -> Any | None:
+def open_words(
+    model: "BrainToText", folder: Path | None, rescoring: bool = True
+) -> "WordReader | None":
     """Open the language model of `--lm`, None where there is none.
 
     Args:
@@ -190,7 +194,7 @@ def open_words(model: "BrainToText", folder: Path | None, rescoring: bool = True
 
 
 def generation_options(
-    run: Any, model: "BrainToText", beams: int | None, max_new_tokens: int | None
+    run: "Run", model: "BrainToText", beams: int | None, max_new_tokens: int | None
 ) -> dict[str, Any]:
     """Options of text generation: the arguments, else the run's own, else the model's."""
     options: dict[str, Any] = {}

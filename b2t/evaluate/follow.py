@@ -5,7 +5,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from b2t.model.tokenizer import decode_texts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from b2t.evaluate.words import WordDecoder
     from b2t.model.brain_to_text import BrainToText
 
 BLANK = 0
@@ -48,8 +49,8 @@ class Sentence:
         self,
         model: "BrainToText",
         session: str | None,
-        words: Any,
-        tokenizer: "PreTrainedTokenizerBase",
+        words: "WordDecoder | None",
+        tokenizer: "PreTrainedTokenizerBase | None",
         generation: dict,
     ) -> None:
         self.model, self.tokenizer, self.generation = model, tokenizer, generation

@@ -2,13 +2,20 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from b2t.evaluate.evaluate_command import add_checkpoint, positive
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import Tensor
+
+    from b2t.data.batches import Batch
     from b2t.evaluate.language_model import LanguageModelCard, TextSource
+    from b2t.evaluate.likelihood import CausalScorer
     from b2t.evaluate.ngram import NGramModel
+    from b2t.evaluate.words import WordDecoder
     from b2t.model.brain_to_text import BrainToText
 
 SUMMARY = "make an n-gram language model and a lexicon, which read words from phonemes"
@@ -151,7 +158,7 @@ def _tune(args: argparse.Namespace) -> None:
     causal = None if args.rescore is None else CausalScorer(args.rescore, args.device)
     model, _ = run_folder.load_model(opened, args.device)
 
-    def batches() -> Any:
+    def batches() -> "Iterator[Batch]":
         return run_folder.load_batches(
             opened, model, path, split, None, args.batch_size, args.limit, args.force, texts=True
         )
@@ -187,10 +194,10 @@ def _tune(args: argparse.Namespace) -> None:
 def _tune_jointly(
     args: argparse.Namespace,
     card: "LanguageModelCard",
-    decoder: Any,
+    decoder: "WordDecoder",
     model: "BrainToText",
-    causal: Any | None,
-    batches: Any,
+    causal: "CausalScorer | None",
+    batches: "Iterable[Batch]",
 ) -> None:
     """Choose the weights of joint scores where there is more to judge than CTC and n-grams."""
     from b2t.evaluate.language_model import SURFACE_FILE
@@ -228,7 +235,9 @@ def _tune_jointly(
     )
 
 
-def phoneme_logits(model: "BrainToText", batches: Any) -> tuple[list[Any], list[str]]:
+def phoneme_logits(
+    model: "BrainToText", batches: "Iterable[Batch]"
+) -> tuple[list["Tensor"], list[str]]:
     """Logits [P, 41] of the real frames of every row with text, and the texts.
 
     Raises:

@@ -11,6 +11,7 @@ from b2t.evaluate.verdict import KINDS, NAMES
 
 if TYPE_CHECKING:
     from b2t.model.brain_to_text import BrainToText
+    from b2t.model.configuration import BrainToTextConfig
 
 CARD_FILE = "README.md"
 
@@ -95,7 +96,7 @@ def _what(model: "BrainToText") -> str:
     return " ".join(parts)
 
 
-def _data(config: Any) -> str:
+def _data(config: "BrainToTextConfig") -> str:
     signal, data = config.signal or {}, getattr(config, "data", None) or {}
     facts = {
         "channels": config.channels,

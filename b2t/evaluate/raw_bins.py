@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from b2t.errors import UserError
 from b2t.running_statistics import RunningStatistics
 from b2t.signal_processing import Processing, ProcessingOptions
 from b2t.signal_spec import Z_SCORE
+
+if TYPE_CHECKING:
+    from b2t.model.configuration import BrainToTextConfig
 
 
 class RawBins:
@@ -27,7 +30,11 @@ class RawBins:
     """
 
     def __init__(
-        self, config: Any, forget_s: float, start: Path | None = None, session: str | None = None
+        self,
+        config: "BrainToTextConfig",
+        forget_s: float,
+        start: Path | None = None,
+        session: str | None = None,
     ) -> None:
         known = config.signal or {}
         if known.get("normalization") is None:

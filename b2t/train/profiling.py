@@ -3,12 +3,12 @@
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from b2t.config import ProfileConfig
 from b2t.log import logger
+from b2t.monitor.context import StepContext
 from b2t.records import write_atomically
 from b2t.run_files import PROFILE
 from b2t.train.callback import Callback, Run
@@ -75,7 +75,7 @@ class Profiler(Callback):
         self.options = options
         self.folder = folder / PROFILE
         self.rank = rank
-        self._profiler: Any = None
+        self._profiler: torch.profiler.profile | None = None
 
     def on_start(self, trainer: Run) -> None:
         """Begin to count steps."""
@@ -98,7 +98,7 @@ class Profiler(Callback):
         )
         self._profiler.start()
 
-    def on_step(self, trainer: Run, context: Any) -> None:
+    def on_step(self, trainer: Run, context: StepContext) -> None:
         """Go on to the next step."""
         if self._profiler is not None:
             self._profiler.step()
@@ -109,7 +109,7 @@ class Profiler(Callback):
             self._profiler.stop()
             self._profiler = None
 
-    def _write(self, profiler: Any) -> None:
+    def _write(self, profiler: torch.profiler.profile) -> None:
         trace = self.folder / f"trace-rank{self.rank}.json.gz"
         profiler.export_chrome_trace(str(trace))
         order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -180,8 +181,9 @@ def identity(config: Config, ds_file: DeepSpeedFile) -> dict[str, Any]:
     return flat
 
 
-def hash_sources(package: Any) -> str:
+def hash_sources(package: ModuleType) -> str:
     """Hash of all Python and YAML files of a package, as 16 hexadecimal digits."""
+    assert package.__file__ is not None
     root = Path(package.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".yaml")):

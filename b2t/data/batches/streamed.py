@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterator
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import IterableDataset
@@ -13,6 +13,9 @@ from b2t.data.batches.rows import TrialRows, encode_texts
 from b2t.data.description import describe, row_of, stream
 from b2t.data.trials import require_finite, row_id
 from b2t.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class StreamedTrials:
@@ -54,7 +57,7 @@ class StreamedTrials:
     def batches(
         self,
         rows: TrialRows,
-        tokenizer: Any,
+        tokenizer: "PreTrainedTokenizerBase | None",
         *,
         micro_batch: int,
         accumulation: int,
