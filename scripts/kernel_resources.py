@@ -30,7 +30,6 @@ RESULTS = ROOT / "kernels" / "RESULTS.md"
 BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
 ARCHITECTURES = (80, 86, 90)
 WIDTHS = (64, 128, 256, 1024)
-CODES = 8192
 
 POINTER_TYPES = {
     "mask_ptr": "*u8",

@@ -10,19 +10,24 @@ from b2t.errors import UserError
 from b2t.log import logger
 from b2t.manifest import find_problem
 from b2t.model.trained import trained_components
-from b2t.run_files import CHECKPOINTS
+from b2t.run_files import (
+    AVERAGE,
+    BEST,
+    CHECKPOINTS,
+    MODEL_FILE,
+    MOMENTS_FILE,
+    REPLACED,
+    STATE_FILE,
+    STEP_PREFIX,
+    WEIGHTS_FILE,
+    WRITING,
+)
 
 if TYPE_CHECKING:
     from b2t.model import BrainToText
 
-BEST = Path(CHECKPOINTS) / "best"
-MODEL_FILE = "config.json"
-STEP_PREFIX = "step-"
-STATE_FILE = "state.json"
-WEIGHTS_FILE = "weights.safetensors"
-MOMENTS_FILE = "moments.safetensors"
-_AVERAGE = "weight_ema:"
-_INTERIM = (".replaced-", ".writing-")
+BEST_MODEL = Path(CHECKPOINTS) / BEST
+_INTERIM = (REPLACED, WRITING)
 """Begin the names of the old and the new best model while one replaces the other."""
 
 
@@ -37,14 +42,12 @@ def choose_checkpoint(run: Path, which: str) -> Path:
     Raises:
         UserError: there is no such model.
     """
-    folder = run / BEST.parent
-    if which == "best":
+    folder = run / BEST_MODEL.parent
+    if which == BEST:
         return _best(run)
-    if which.startswith("best-"):
-        return _best_of_phase(run, which.removeprefix("best-"))
-    steps = {
-        _step(path): path for path in folder.glob(f"{STEP_PREFIX}*") if _step(path) is not None
-    }
+    if which.startswith(f"{BEST}-"):
+        return _best_of_phase(run, which.removeprefix(f"{BEST}-"))
+    steps = {_step(path): path for path in folder.glob(f"{STEP_PREFIX}*") if _step(path) >= 0}
     found = ", ".join(str(step) for step in sorted(steps)) or "none"
     if which == "last":
         if not steps:
@@ -105,8 +108,8 @@ def load_training_checkpoint(folder: Path, best: Path) -> "BrainToText":
         )
     weights = load_file(folder / WEIGHTS_FILE)
     with safe_open(folder / MOMENTS_FILE, framework="pt") as moments:
-        averages = [name for name in moments.keys() if name.startswith(_AVERAGE)]  # noqa: SIM118
-        weights |= {name.removeprefix(_AVERAGE): moments.get_tensor(name) for name in averages}
+        averages = [name for name in moments.keys() if name.startswith(AVERAGE)]  # noqa: SIM118
+        weights |= {name.removeprefix(AVERAGE): moments.get_tensor(name) for name in averages}
     if averages:
         logger(__name__).info("%s: averaged weights (optim.weight_ema)", folder)
     model = BrainToText(BrainToTextConfig.from_pretrained(best))
@@ -146,31 +149,31 @@ def best_name(model: Path) -> str | None:
     name = model.name
     for begin in _INTERIM:
         name = name.removeprefix(begin)
-    return name if name == BEST.name or name.startswith(f"{BEST.name}-") else None
+    return name if name == BEST or name.startswith(f"{BEST}-") else None
 
 
 def best_of(phase: str) -> str:
     """Return the name of the folder of a phase's best model, when the phase is past."""
-    return f"{BEST.name}-{quote(phase, safe=' ')}"
+    return f"{BEST}-{quote(phase, safe=' ')}"
 
 
 def _best_of_phase(run: Path, phase: str) -> Path:
-    folder = run / BEST.parent / best_of(phase)
+    chosen = chosen_at(run / BEST_MODEL)
+    if chosen is not None and chosen["phase"] == phase:
+        return run / BEST_MODEL  # a `best-PHASE` beside it is of a session gone back behind
+    folder = run / BEST_MODEL.parent / best_of(phase)
     if folder.is_dir():
         return folder
-    chosen = chosen_at(run / BEST)
-    if chosen is not None and chosen["phase"] == phase:
-        return run / BEST
-    kept = [path.name for path in sorted((run / BEST.parent).glob(f"{BEST.name}-*"))]
+    kept = [path.name for path in sorted(folder.parent.glob(f"{BEST}-*"))]
     kept += [] if chosen is None else [best_of(chosen["phase"])]
     raise UserError(
-        f"--checkpoint best-{phase}: {run / BEST.parent} has no best model of that phase; found "
+        f"--checkpoint {BEST}-{phase}: {folder.parent} has no best model of that phase; found "
         f"{', '.join(kept) or 'none'}"
     )
 
 
 def _best(run: Path) -> Path:
-    folder = run / BEST
+    folder = run / BEST_MODEL
     left = [folder.with_name(f"{begin}{folder.name}") for begin in _INTERIM]
     for interim in left if not folder.is_dir() else ():
         if find_problem(interim, [MODEL_FILE]) is None:
@@ -178,7 +181,7 @@ def _best(run: Path) -> Path:
     if not folder.is_dir():
         raise UserError(
             f"{folder}: no best model yet; it is written at the first validation "
-            "(evaluation.every). Wait for it, or train with --resume"
+            "(evaluation.every). Wait for it, or give the training command again"
         )
     if not (folder / MODEL_FILE).is_file():
         raise UserError(

@@ -3,24 +3,23 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from b2t.config import Config, load_config
 from b2t.errors import UserError
 from b2t.evaluate.checkpoints import (
-    BEST,
-    MODEL_FILE,
-    STEP_PREFIX,
+    BEST_MODEL,
     best_name,
     choose_checkpoint,
     is_training_checkpoint,
     load_training_checkpoint,
 )
 from b2t.log import log_once
-from b2t.run_files import CONFIG_FILE
+from b2t.run_files import BEST, CONFIG_FILE, MODEL_FILE, STEP_PREFIX
 from b2t.signal_spec import SignalSpec, compare, require_fit
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
     from b2t.data.batches import Batch
@@ -65,13 +64,12 @@ class Run:
         """
         path = override or (self.config.data.path if self.config else None)
         if path is None:
-            raise UserError(
-                f"{self.folder}: {CONFIG_FILE} names no dataset (data.path); give one with --data"
-            )
+            why = f"its {CONFIG_FILE} names none (data.path)" if self.config else "it has no run"
+            raise UserError(f"{self.folder}: no dataset is known, as {why}; give one with --data")
         return path
 
 
-def open_run(folder: str | Path, checkpoint: str = "best") -> Run:
+def open_run(folder: str | Path, checkpoint: str = BEST) -> Run:
     """Find a model of a run, or a saved model on its own.
 
     Args:
@@ -85,11 +83,11 @@ def open_run(folder: str | Path, checkpoint: str = "best") -> Run:
     if not folder.is_dir():
         raise UserError(
             f"{folder}: no such run folder; expected the run.dir of a training, which holds "
-            f"{CONFIG_FILE} and {BEST}"
+            f"{CONFIG_FILE} and {BEST_MODEL}"
         )
     config_file = folder / CONFIG_FILE
     if (folder / MODEL_FILE).is_file() and not config_file.is_file():
-        if checkpoint != BEST.name:
+        if checkpoint != BEST:
             raise UserError(
                 f"--checkpoint {checkpoint}: {folder} is a saved model on its own; name its run"
             )
@@ -102,7 +100,9 @@ def open_run(folder: str | Path, checkpoint: str = "best") -> Run:
     return Run(folder, choose_checkpoint(folder, checkpoint), load_config(config_file))
 
 
-def load_model(run: Run, device: str | None = None) -> "tuple[BrainToText, Any | None]":
+def load_model(
+    run: Run, device: str | None = None
+) -> "tuple[BrainToText, PreTrainedTokenizerBase | None]":
     """Load the model, in evaluation mode, and its tokenizer.
 
     Args:
@@ -115,7 +115,7 @@ def load_model(run: Run, device: str | None = None) -> "tuple[BrainToText, Any |
     import torch
 
     if is_training_checkpoint(run.checkpoint):
-        model = load_training_checkpoint(run.checkpoint, run.folder / BEST)
+        model = load_training_checkpoint(run.checkpoint, run.folder / BEST_MODEL)
     else:
         from b2t.model import BrainToText
 
@@ -212,7 +212,7 @@ def load_batches(
 
 
 def require_same_kind(
-    run: Run, model: "BrainToText", path: str, trials: Any, force: bool = False
+    run: Run, model: "BrainToText", path: str, trials: "Dataset", force: bool = False
 ) -> list[int] | None:
     """Refuse trials of another kind than the model was trained on; see `require_fit`."""
     from b2t.data.dataset import dataset_info

@@ -6,8 +6,8 @@ from safetensors import SafetensorError
 
 from b2t.log import log_once, logger
 from b2t.model.trained import trained_components
+from b2t.run_files import BEST
 from b2t.train.callback import Callback, Run
-from b2t.train.checkpoint import BEST
 from b2t.train.export import export_model
 from b2t.train.metric_names import DECODED
 

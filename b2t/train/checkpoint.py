@@ -29,9 +29,17 @@ from torch import Tensor
 from b2t import manifest
 from b2t.errors import UserError
 from b2t.log import logger
-from b2t.train.replacing import (
+from b2t.run_files import (
+    BEST,
+    MODEL_FILE,
+    MOMENTS_FILE,
     REPLACED,
+    STATE_FILE,
+    STEP_PREFIX,
+    WEIGHTS_FILE,
     WRITING,
+)
+from b2t.train.replacing import (
     recover_folder,
     replace_folder,
     sync_folder,
@@ -43,10 +51,8 @@ from b2t.train.safetensors_file import write_safetensors
 LATEST = "latest"
 KEEP = "keep"
 """Name of an empty file in checkpoints that are never removed."""
-BEST = "best"
-_PREFIX = "step-"
 _STEP = re.compile("[0-9]{8,}")
-_FILES = ("weights.safetensors", "moments.safetensors", "state.json")
+_FILES = (WEIGHTS_FILE, MOMENTS_FILE, STATE_FILE)
 
 
 @dataclass
@@ -72,8 +78,8 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending."""
-        found = self.folder.glob(f"{_PREFIX}*") if self.folder.is_dir() else []
-        numbers = [path.name.removeprefix(_PREFIX) for path in found if path.is_dir()]
+        found = self.folder.glob(f"{STEP_PREFIX}*") if self.folder.is_dir() else []
+        numbers = [path.name.removeprefix(STEP_PREFIX) for path in found if path.is_dir()]
         return sorted(int(number) for number in numbers if _STEP.fullmatch(number))
 
     def save(
@@ -91,7 +97,7 @@ class CheckpointStore:
             milestone: never to be removed, as the end of a phase; so is what replaces one.
             spare: steps of older checkpoints that are still needed.
         """
-        target = self.folder / f"{_PREFIX}{step:08d}"
+        target = self.folder / f"{STEP_PREFIX}{step:08d}"
         partial = writing(target)
         try:
             self._clear_unfinished()
@@ -117,7 +123,7 @@ class CheckpointStore:
         return target
 
     def _remove_old(self, spare: Collection[int]) -> None:
-        folders = {step: self.folder / f"{_PREFIX}{step:08d}" for step in self.steps()}
+        folders = {step: self.folder / f"{STEP_PREFIX}{step:08d}" for step in self.steps()}
         passing = [step for step, folder in folders.items() if not (folder / KEEP).exists()]
         for step in passing[: -self.keep]:
             if step not in spare:
@@ -125,7 +131,7 @@ class CheckpointStore:
 
     def _clear_unfinished(self) -> None:
         """Remove what a killed process left half written."""
-        for path in self.folder.glob(f"{WRITING}{_PREFIX}*"):
+        for path in self.folder.glob(f"{WRITING}{STEP_PREFIX}*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def recover(self) -> None:
@@ -136,7 +142,7 @@ class CheckpointStore:
 
     def read(self, step: int) -> Checkpoint | None:
         """Read the checkpoint of a step; None where it is not there or damaged, and says so."""
-        path = self.folder / f"{_PREFIX}{step:08d}"
+        path = self.folder / f"{STEP_PREFIX}{step:08d}"
         problem = find_problem(path)
         if problem is None:
             return _read(path)
@@ -151,7 +157,7 @@ class CheckpointStore:
         """
         steps = self.steps()
         for step in reversed(steps):
-            path = self.folder / f"{_PREFIX}{step:08d}"
+            path = self.folder / f"{STEP_PREFIX}{step:08d}"
             problem = find_problem(path)
             if problem is None:
                 return _read(path)
@@ -173,19 +179,19 @@ def find_problem(path: Path) -> str | None:
 
 def is_whole(model: Path) -> bool:
     """Whether a saved model is written to its end."""
-    return manifest.find_problem(model, ("config.json",)) is None
+    return manifest.find_problem(model, (MODEL_FILE,)) is None
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
     state = json.dumps(checkpoint.state, indent=1).encode()
-    write_synced(folder / "state.json", state)
+    write_synced(folder / STATE_FILE, state)
     weights, moments = _on_the_cpu(checkpoint.weights), _on_the_cpu(checkpoint.moments)
     manifest.write_entries(
         folder,
         {
-            "weights.safetensors": write_safetensors(folder / "weights.safetensors", weights),
-            "moments.safetensors": write_safetensors(folder / "moments.safetensors", moments),
-            "state.json": (len(state), hashlib.sha256(state).hexdigest()),
+            WEIGHTS_FILE: write_safetensors(folder / WEIGHTS_FILE, weights),
+            MOMENTS_FILE: write_safetensors(folder / MOMENTS_FILE, moments),
+            STATE_FILE: (len(state), hashlib.sha256(state).hexdigest()),
         },
     )
     with (folder / manifest.MANIFEST).open("rb") as handle:
@@ -196,9 +202,9 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
 def _read(path: Path) -> Checkpoint:
     try:
         return Checkpoint(
-            weights=load_file(path / "weights.safetensors"),
-            moments=load_file(path / "moments.safetensors"),
-            state=json.loads((path / "state.json").read_text("utf-8")),
+            weights=load_file(path / WEIGHTS_FILE),
+            moments=load_file(path / MOMENTS_FILE),
+            state=json.loads((path / STATE_FILE).read_text("utf-8")),
         )
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None

@@ -126,7 +126,7 @@ def _read(path: Path) -> dict[str, Any]:
         )
     try:
         raw = json.loads(path.read_text("utf-8"), object_pairs_hook=_no_duplicates)
-    except (json.JSONDecodeError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a valid JSON file: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(raw).__name__}")
@@ -182,6 +182,11 @@ def _zero_section(raw: dict[str, Any], path: Path) -> Any:
         raise UserError(
             f"{path}: zero_optimization.stage: found 0, expected 1, 2 or 3: the phases keep "
             "float32 masters of each weight, which stage 0 has not"
+        )
+    if zero.allgather_bucket_size < 1:  # DeepSpeed divides by it
+        raise UserError(
+            f"{path}: zero_optimization.allgather_bucket_size: found 0, expected a whole number "
+            "from 1"
         )
     if int(zero.stage) == 3:
         _check_stage3(zero, path)

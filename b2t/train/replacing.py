@@ -6,10 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-WRITING = ".writing-"
-"""Begins the name of a folder that is being written."""
-REPLACED = ".replaced-"
-"""Begins the name of a folder that is about to be replaced."""
+from b2t.run_files import REPLACED, WRITING
 
 
 def writing(folder: Path) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from b2t.config import Config
+from b2t.run_files import AVERAGE
 from b2t.train import hook_states
 from b2t.train.callback import Callback
 from b2t.train.checkpoint import Checkpoint
@@ -15,9 +16,6 @@ from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.environment import versions
 from b2t.train.progress import Progress
 from b2t.train.ranks import Ranks
-
-_AVERAGE = "weight_ema:"
-"""Prefix of averaged weights among the tensors beside the weights."""
 
 
 def take(
@@ -43,7 +41,7 @@ def take(
         origin: what `origin` returned.
     """
     values, tensors = hook_states.taken_from(callbacks)
-    averaged = {f"{_AVERAGE}{name}": value for name, value in averages.items()}
+    averaged = {f"{AVERAGE}{name}": value for name, value in averages.items()}
     state = {"progress": progress.to_dict(), **numbers, "callbacks": values, **origin}
     return Checkpoint(weights, {**moments, **averaged, **tensors}, state)
 
@@ -72,7 +70,7 @@ def restore_weights(
     for name, buffer in model.named_buffers():
         if name in checkpoint.weights:
             buffer.data = checkpoint.weights[name].to(buffer.device)
-    return hook_states.under(_AVERAGE, checkpoint.moments)
+    return hook_states.under(AVERAGE, checkpoint.moments)
 
 
 def restore(

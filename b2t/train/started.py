@@ -10,7 +10,7 @@ from b2t.log import logger
 from b2t.model.brain_to_text import BrainToText
 from b2t.model.start_from import start_from
 from b2t.records import write_atomically
-from b2t.run_files import CHECKPOINTS
+from b2t.run_files import CHECKPOINTS, STEP_PREFIX
 
 STARTED_FILE = "started_from.json"
 
@@ -28,7 +28,7 @@ def take_start(config: Config, model: BrainToText) -> None:
     if source is None:
         return
     record = config.run.dir / STARTED_FILE
-    if record.is_file() and any((config.run.dir / CHECKPOINTS).glob("step-*")):
+    if record.is_file() and any((config.run.dir / CHECKPOINTS).glob(f"{STEP_PREFIX}*")):
         model.config.started_with = _read(record)["trained"]
         return
     run = open_run(source)

@@ -18,8 +18,8 @@ from b2t.monitor.monitors import Monitors
 from b2t.monitor.reconstruction import ReconstructionMonitor
 from b2t.monitor.rvq import RVQMonitor
 from b2t.report import figures
+from b2t.run_files import BEST
 from b2t.train.callback import Callback, Run
-from b2t.train.checkpoint import BEST
 
 UNITS = {
     "codebook/*_trend": "per 1,000 updates",

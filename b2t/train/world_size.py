@@ -7,7 +7,7 @@ from typing import Any
 
 from b2t.errors import UserError
 from b2t.log import logger
-from b2t.run_files import CHECKPOINTS
+from b2t.run_files import CHECKPOINTS, STATE_FILE, STEP_PREFIX
 from b2t.train.checkpoint import CheckpointStore
 from b2t.train.ds_config import DeepSpeedFile
 
@@ -71,7 +71,7 @@ def newest_state(folder: Path) -> dict[str, Any] | None:
     store = CheckpointStore(folder)
     for step in reversed(store.steps()):
         try:
-            return json.loads((folder / f"step-{step:08d}" / "state.json").read_text("utf-8"))
+            return json.loads((folder / f"{STEP_PREFIX}{step:08d}" / STATE_FILE).read_text("utf-8"))
         except (OSError, ValueError):
             continue
     return None

@@ -155,13 +155,18 @@ def test_other_checkpoints_than_the_best_can_be_evaluated(run, steps, tmp_path, 
 
 def test_checkpoints_that_are_not_there_or_damaged_are_named(run, steps, tmp_path):
     data = run.parent / "data"
+    foreign = run / "checkpoints" / "step-notes"
+    foreign.mkdir()
     for which, told in (
-        ("8", r"none of that step; found 7, 12"),
+        ("8", r"none of that step; found 7, 12$"),
         ("newest", r"expected best, best-PHASE, last, the number of a step \(7, 12\) or a folder"),
         (str(tmp_path), "neither a checkpoint"),
     ):
         with pytest.raises(UserError, match=told):
             call(decode_command, run, data, "--checkpoint", which)
+    foreign.rmdir()
+    with pytest.raises(UserError, match="no dataset is known, as it has no run; give one"):
+        call(evaluate_command, run.parent / "step7")
     with pytest.raises(UserError, match="name its run"):
         call(decode_command, run.parent / "step7", data, "--checkpoint", "last")
     weights = run / "checkpoints" / "step-00000012" / "weights.safetensors"

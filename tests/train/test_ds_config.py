@@ -125,6 +125,10 @@ def test_duplicate_keys(write, text):
         ({"train_micro_batch_size_per_gpu": "8"}, "train_micro_batch_size_per_gpu: found '8'"),
         ({"train_micro_batch_size_per_gpu": 0}, "found 0, expected a whole number from 1"),
         ({"train_micro_batch_size_per_gpu": True}, "found True"),
+        (
+            {"zero_optimization": {"stage": 2, "allgather_bucket_size": 0}},
+            "zero_optimization.allgather_bucket_size: found 0",
+        ),
         ({"train_micro_batch_size_per_gpu": "auto"}, "found 'auto'"),
         ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps: found 1.5"),
         ({"gradient_accumulation_steps": None}, "gradient_accumulation_steps: found None"),
@@ -201,9 +205,10 @@ def test_a_folder_and_binary_content_are_clear_errors(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_ds_config(tmp_path)
     file = tmp_path / "binary.json"
-    file.write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(UserError, match="not a valid JSON file"):
-        load_ds_config(file)
+    for content in (b"\xff\xfe\x00\x01", b'{"a":' * 5000):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="not a valid JSON file"):
+            load_ds_config(file)
 
 
 def test_monitors_of_deepspeed(write, monkeypatch):

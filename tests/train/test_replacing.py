@@ -10,7 +10,8 @@ import torch
 from b2t.errors import UserError
 from b2t.evaluate.checkpoints import choose_checkpoint
 from b2t.model import BrainToText, BrainToTextConfig
-from b2t.train.checkpoint import BEST, CheckpointStore
+from b2t.run_files import BEST
+from b2t.train.checkpoint import CheckpointStore
 from b2t.train.export import export_model
 
 
@@ -115,3 +116,5 @@ def test_the_best_of_an_earlier_phase_stays(tmp_path, model):
         assert values_in(choose_checkpoint(tmp_path, which)) == ({value}, int(value)), which
     with pytest.raises(UserError, match="found best-a%2Fb, best-one, best-last"):
         choose_checkpoint(tmp_path, "best-two")
+    (tmp_path / "checkpoints" / "best-last").mkdir()  # of a session that was gone back behind
+    assert values_in(choose_checkpoint(tmp_path, "best-last")) == ({5.0}, 5)

@@ -20,8 +20,6 @@ GROUPS: dict[str, Callable[[TrialInfo], str | None]] = {
 }
 """What trials can stay together by, and its name for a trial; None: it stands alone."""
 
-SPLIT_BY = ("trial", *GROUPS)
-
 
 def assign_splits(source: Source, options: PrepareOptions) -> list[str]:
     """Return the split of every trial of ``source``.
