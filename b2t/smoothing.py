@@ -12,7 +12,8 @@ def smooth(signal: np.ndarray, bins: float) -> np.ndarray:
     """Smooth ``signal`` [T, C] along time with a Gaussian of standard deviation ``bins``."""
     if not bins or not len(signal):
         return np.array(signal, dtype=np.float32)
-    rows = torch.from_numpy(np.ascontiguousarray(signal, dtype=np.float32))[None]
+    # torch warns of memory that is read-only, as that of bins from a pipe
+    rows = torch.from_numpy(np.require(signal, np.float32, ("C", "W")))[None]
     first, count = torch.zeros(1, dtype=torch.int64), torch.tensor([len(signal)])
     return smooth_rows(rows, first, count, bins)[0].numpy()
 

@@ -24,6 +24,7 @@ from b2t.data.trials import (
     COLUMNS,
     read_signal,
     signal_lengths,
+    values_of,
 )
 from b2t.errors import UserError
 from b2t.signal_spec import Z_SCORE
@@ -173,7 +174,8 @@ def _open(path: str, stamp: tuple[float, ...]) -> Opened:
     info = DatasetInfo(
         channels=read_signal(first.with_format("arrow")[0]).shape[1],
         sampling_rate=_sampling_rate(splits, path),
-        sessions=_described_sessions(path) or sorted(splits.get("train", first).unique("session")),
+        sessions=_described_sessions(path)
+        or sorted({*values_of(splits.get("train", first), "session")}),
         simulated=bool((record or read_record(Path(path))).get("simulated", False)),
         has_text=any(_has_values(dataset, "text") for dataset in splits.values()),
         has_phonemes=any(_has_values(dataset, "phonemes") for dataset in splits.values()),
@@ -284,8 +286,8 @@ def _load_parquet(pattern: str) -> dict[str, Dataset]:
 
 
 def _by_column(dataset: Dataset, pattern: str) -> dict[str, Dataset]:
-    column = dataset.with_format("arrow").select_columns(["split"])[:]["split"].to_pylist()
-    names = np.asarray([_SPLIT_NAMES.get(str(name), str(name)) for name in column])
+    given = values_of(dataset, "split")
+    names = np.asarray([_SPLIT_NAMES.get(str(name), str(name)) for name in given])
     others = sorted(set(names.tolist()) - set(SPLITS))
     if others:
         raise UserError(
@@ -413,7 +415,7 @@ def _require_rows(splits: dict[str, Dataset], path: str) -> None:
 
 
 def _sampling_rate(splits: dict[str, Dataset], path: str) -> float:
-    rates = {rate for dataset in splits.values() for rate in dataset.unique("sampling_rate")}
+    rates = {rate for dataset in splits.values() for rate in values_of(dataset, "sampling_rate")}
     impossible = [rate for rate in rates if rate is None or not 0 < rate < float("inf")]
     if impossible:
         raise UserError(

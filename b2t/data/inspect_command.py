@@ -94,15 +94,16 @@ def split_summary(trials: "Dataset") -> dict[str, Any]:
     import numpy as np
 
     from b2t.data.dataset import durations
+    from b2t.data.trials import values_of
 
     seconds = durations(trials)
-    texts = [text for text in _column(trials, "text") if text is not None]
-    phonemes = [ids for ids in _column(trials, "phonemes") if ids]
+    texts = [text for text in values_of(trials, "text") if text is not None]
+    phonemes = [ids for ids in values_of(trials, "phonemes") if ids]
     return {
         "rows": len(trials),
         "hours": float(seconds.sum() / 3600),
         "seconds": (float(np.median(seconds)), float(seconds.min()), float(seconds.max())),
-        "sessions": Counter(_column(trials, "session")),
+        "sessions": Counter(values_of(trials, "session")),
         "groups": _groups(trials),
         "texts": texts,
         "words": Counter(word for text in texts for word in words(text)),
@@ -112,11 +113,13 @@ def split_summary(trials: "Dataset") -> dict[str, Any]:
 
 def _groups(trials: "Dataset") -> dict[str, set[Any]]:
     """Return what trials belong to, by its kind."""
-    sessions = _column(trials, "session")
+    from b2t.data.trials import values_of
+
+    sessions = values_of(trials, "session")
     return {
         "sessions": set(sessions),
-        "blocks": set(zip(sessions, _column(trials, "block"), strict=True)),
-        "subjects": set(_column(trials, "subject")),
+        "blocks": set(zip(sessions, values_of(trials, "block"), strict=True)),
+        "subjects": set(values_of(trials, "subject")),
     }
 
 
@@ -291,7 +294,3 @@ def _plot(trials: "Dataset", row: int, info: "DatasetInfo", file: Path) -> None:
         channel_names=info.channel_names,
         unit="z-score" if info.z_scored else "recorded unit",
     )
-
-
-def _column(trials: "Dataset", name: str) -> list[Any]:
-    return trials.select_columns([name]).with_format("arrow")[:][name].to_pylist()

@@ -53,10 +53,22 @@ def row_id(row: dict[str, Any]) -> str:
     return f"{row['session']}/{row['block']}/{row['trial']}"
 
 
+def values_of(dataset: Dataset, name: str) -> list[Any]:
+    """Return the values of a column in order, without reading signals.
+
+    `Dataset.unique` writes a copy of the rows beside the user's data where they were selected.
+    """
+    values = dataset.select_columns([name]).with_format("arrow")[:][name]
+    return values.to_pylist()
+
+
 def row_ids(dataset: Dataset) -> list[str]:
     """Name every row of ``dataset``, without reading signals."""
-    names = dataset.select_columns(["session", "block", "trial"]).with_format("arrow")[:]
-    columns = (names["session"].to_pylist(), names["block"].to_pylist(), names["trial"].to_pylist())
+    columns = (
+        values_of(dataset, "session"),
+        values_of(dataset, "block"),
+        values_of(dataset, "trial"),
+    )
     return [
         row_id({"session": session, "block": block, "trial": trial})
         for session, block, trial in zip(*columns, strict=True)
@@ -195,8 +207,7 @@ def spread_over_sessions(dataset: Dataset, limit: int) -> list[int]:
     if limit >= len(dataset):
         return list(range(len(dataset)))
     sessions: dict[str, list[int]] = {}
-    column = dataset.select_columns(["session"]).with_format("arrow")[:]["session"]
-    for row, session in enumerate(column.to_pylist()):
+    for row, session in enumerate(values_of(dataset, "session")):
         sessions.setdefault(session, []).append(row)
     groups = list(sessions.values())
     shares = _even_shares(np.array([len(rows) for rows in groups]), limit)

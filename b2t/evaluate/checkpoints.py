@@ -95,8 +95,8 @@ def load_training_checkpoint(folder: Path, best: Path) -> "BrainToText":
     from safetensors import safe_open
     from safetensors.torch import load_file
 
-    from b2t.model import BrainToText, BrainToTextConfig, load_tokenizer
-    from b2t.model.pretrained import require_sound
+    from b2t.model import BrainToText, load_tokenizer
+    from b2t.model.pretrained import read_config, require_sound, require_whole
 
     problem = find_problem(folder, (WEIGHTS_FILE, MOMENTS_FILE, STATE_FILE))
     if problem is not None:
@@ -112,7 +112,8 @@ def load_training_checkpoint(folder: Path, best: Path) -> "BrainToText":
         weights |= {name.removeprefix(AVERAGE): moments.get_tensor(name) for name in averages}
     if averages:
         logger(__name__).info("%s: averaged weights (optim.weight_ema)", folder)
-    model = BrainToText(BrainToTextConfig.from_pretrained(best))
+    require_whole(best)
+    model = BrainToText(read_config(best))
     try:
         model.load_state_dict(weights, strict=False)
     except RuntimeError as error:

@@ -196,11 +196,11 @@ def load_batches(
     from b2t.data.trials import spread_over_sessions
 
     trials = load_trials(path, split)
+    if tokenizer is None and not texts:  # before rows are selected, which it would write to disk
+        trials = trials.remove_columns("text").add_column("text", [None] * len(trials))
     if limit is not None:
         trials = trials.select(spread_over_sessions(trials, limit))
     order = require_same_kind(run, model, path, trials, force)
-    if tokenizer is None and not texts:
-        trials = trials.remove_columns("text").add_column("text", [None] * len(trials))
     batches = eval_batches(
         trials,
         tokenizer,
@@ -216,7 +216,7 @@ def require_same_kind(
 ) -> list[int] | None:
     """Refuse trials of another kind than the model was trained on; see `require_fit`."""
     from b2t.data.dataset import dataset_info
-    from b2t.data.trials import typical_rms
+    from b2t.data.trials import typical_rms, values_of
 
     info = dataset_info(path)
     found = SignalSpec(
@@ -225,7 +225,7 @@ def require_same_kind(
         channel_names=info.channel_names,
         unit=info.unit,
         rms=typical_rms(trials),
-        sessions=sorted(trials.unique("session")),
+        sessions=sorted({*values_of(trials, "session")}),
         processing=info.processing,
     )
     wanted = SignalSpec.of_model(model.config)

@@ -76,24 +76,22 @@ class Pretrained(PreTrainedModel):
             UserError: no model there, one that lacks weights, or files that are not as they were
                 written.
         """
-        _require_whole(Path(path))
+        require_whole(Path(path))
         with_info = kwargs.pop("output_loading_info", False)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
         hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         try:
+            if "config" not in kwargs:
+                kwargs["config"] = read_config(path, **hub)
             if dtype in ("auto", None):
-                dtype = BrainToTextConfig.from_pretrained(path, **hub).dtype
+                dtype = kwargs["config"].dtype
             # Not every transformers 5 spares buffers the cast to `dtype`; `.to` below always does.
             model, info = super().from_pretrained(
                 path, *args, output_loading_info=True, dtype=torch.float32, **kwargs
             )
         except (OSError, SafetensorError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(
-                f"{path}: no trained model ({reason}); expected a folder with config.json and "
-                "model.safetensors, such as RUN/checkpoints/best"
-            ) from None
-        except RuntimeError as error:
+            raise _no_model(path, error) from None
+        except (RuntimeError, TypeError, ValueError) as error:  # as what is damaged leads to
             reason = " ".join(str(error).split())[:300]
             raise UserError(
                 f"{path}: its model.safetensors is not of the architecture in its config.json "
@@ -129,6 +127,36 @@ class Pretrained(PreTrainedModel):
             )
 
 
+def read_config(path: Any, **hub: Any) -> BrainToTextConfig:
+    """Read the config of a saved model; ``hub`` as in transformers.
+
+    Raises:
+        UserError: it cannot be read, or describes no `BrainToText`.
+    """
+    try:
+        return BrainToTextConfig.from_pretrained(path, **hub)
+    except UserError:
+        raise
+    except OSError as error:
+        raise _no_model(path, error) from None
+    except Exception as error:  # transformers passes on whatever damaged values lead to
+        raise UserError(
+            f"{path}: its config.json describes no model of b2t ({_first_line(error)}); restore it "
+            "from a copy"
+        ) from None
+
+
+def _no_model(path: Any, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: no trained model ({_first_line(error)}); expected a folder with config.json and "
+        "model.safetensors, such as RUN/checkpoints/best"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
 def require_sound(model: PreTrainedModel, name: str) -> None:
     """Refuse weights that cannot have come of training.
 
@@ -157,8 +185,12 @@ def require_sound(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def _require_whole(folder: Path) -> None:
-    """Refuse a local folder whose files are not those of its manifest; older ones have none."""
+def require_whole(folder: Path) -> None:
+    """Refuse a local folder whose files are not those of its manifest; older ones have none.
+
+    Raises:
+        UserError: names the first file that was damaged or changed.
+    """
     if not (folder / MANIFEST).is_file():
         return
     problem = find_problem(folder, [CONFIG_FILE])

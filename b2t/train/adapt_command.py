@@ -113,6 +113,7 @@ def _check(args: argparse.Namespace) -> None:
 def _open(args: argparse.Namespace, opened: "Run") -> "tuple[BrainToText, _Trials, list[str]]":
     """Return the model with maps of the new sessions, their trials, and their names."""
     from b2t.data.dataset import load_trials
+    from b2t.data.trials import values_of
     from b2t.errors import UserError
     from b2t.evaluate import run_folder
     from b2t.train.adaptation import add_sessions
@@ -122,7 +123,8 @@ def _open(args: argparse.Namespace, opened: "Run") -> "tuple[BrainToText, _Trial
     model, _ = run_folder.load_model(opened, args.device)
     if model.phoneme_head is None:
         raise UserError(f"{opened.checkpoint}: no phoneme head, so that it hears no phonemes")
-    present = set(trials.unique("session"))
+    sessions = values_of(trials, "session")
+    present = set(sessions)
     new = sorted(present - set(model.config.sessions))
     if not new:
         raise UserError(
@@ -130,7 +132,7 @@ def _open(args: argparse.Namespace, opened: "Run") -> "tuple[BrainToText, _Trial
             f"({', '.join(sorted(present)[:4])}); there is none to adapt to"
         )
     model = add_sessions(model, new)
-    trials = trials.select([i for i, name in enumerate(trials["session"]) if name in new])
+    trials = trials.select([i for i, name in enumerate(sessions) if name in new])
     order = run_folder.require_same_kind(opened, model, args.dataset, trials, args.force)
     return model, _Trials(opened, model, trials, split, order, args), new
 

@@ -80,6 +80,10 @@ def special_token(rows):
     row(rows, "day1", "test", 1)["text"] = "say </s> now"
 
 
+def named_twice(rows):
+    row(rows, "day1", "train", 4)["trial"] = 3
+
+
 def said_in_training(rows):
     row(rows, "day1", "test", 1)["text"] = row(rows, "day0", trial=1)["text"]
 
@@ -101,6 +105,7 @@ PLANTED = {
     lost_letter: ("texts", "day0/1/1 (train), “caf\ufffd noir”: holds U+FFFD"),
     special_token: ("texts", "day1/3/1 (test), “say </s> now”: comes back from its tokens as"),
     said_in_training: ("sentences", "aaa bbb"),
+    named_twice: ("trial names", "day1/1/3 (train): 2 trials"),
 }
 
 

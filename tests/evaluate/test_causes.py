@@ -51,7 +51,18 @@ def test_broken_weights_are_called_broken(tmp_path, component, value, told):
             call(*command)
 
 
-@pytest.mark.parametrize("change", ["cut weights", "cut config", "cut tokenizer", "other width"])
+CONFIGS = {
+    "a list": b"[]",
+    "null": b"null",
+    "a text for a section": b'{"encoder": "large"}',
+    "a text for a number": b'{"vocab_size": "many"}',
+    "an unknown key": b'{"encoder": {"depht": 3}}',
+}
+
+
+@pytest.mark.parametrize(
+    "change", ["cut weights", "cut config", "cut tokenizer", "other width", *CONFIGS]
+)
 def test_damaged_files_of_models_without_checksums_are_one_message(tmp_path, change):
     data = save_dataset(tmp_path / "data")
     run = save_run(tmp_path / "run", data)
@@ -60,7 +71,9 @@ def test_damaged_files_of_models_without_checksums_are_one_message(tmp_path, cha
     name = {"cut weights": "model.safetensors", "cut tokenizer": "tokenizer_config.json"}
     file = best / name.get(change, "config.json")
     content = file.read_bytes()
-    if change == "other width":
+    if change in CONFIGS:
+        file.write_bytes(CONFIGS[change])
+    elif change == "other width":
         file.write_bytes(
             content.replace(b'"ffn_dim": 16', b'"ffn_dim": 24').replace(
                 b'"decoder_ffn_dim": 16', b'"decoder_ffn_dim": 24'

@@ -51,6 +51,7 @@ def lines(text, kind):
     return [said for _, what, said in found if what == kind]
 
 
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
 def test_the_last_texts_are_those_of_whole_trials(saved, tmp_path, capsys):
     folder, data, trials, recording = saved
     (tmp_path / "bins.f32").write_bytes(recording.tobytes())

@@ -13,7 +13,7 @@ from b2t.data.augment import Augment, row_generator
 from b2t.data.batches.batch import Example
 from b2t.data.masking import Masking
 from b2t.data.options import AugmentOptions
-from b2t.data.trials import TrialReader, require_finite, row_id, signal_of
+from b2t.data.trials import TrialReader, require_finite, row_id, signal_of, values_of
 from b2t.errors import UserError
 from b2t.labels import UNSEEN_SESSION
 
@@ -173,7 +173,7 @@ def encode_texts(
 
 
 def _texts(dataset: Dataset) -> list[str | None]:
-    return dataset.with_format("arrow").select_columns(["text"])[:]["text"].to_pylist()
+    return values_of(dataset, "text")
 
 
 def checked_signal(trial: pa.Array, name: str) -> np.ndarray:

@@ -8,10 +8,10 @@ import numpy as np
 from datasets import Dataset
 from tqdm import tqdm
 
-from b2t.data.trials import signal_lengths, spread_over_sessions
+from b2t.data.trials import signal_lengths, spread_over_sessions, values_of
 from b2t.evaluate.audit.channels import ChannelChecks
 from b2t.evaluate.audit.findings import CRITICAL, NOTE, WARNING, Finding
-from b2t.evaluate.audit.labels import Patches, check_frames, check_texts
+from b2t.evaluate.audit.labels import Patches, check_frames, check_names, check_texts
 from b2t.evaluate.audit.line_noise import LineNoiseCheck
 from b2t.evaluate.audit.overlap import OverlapCheck
 from b2t.evaluate.audit.reading import NotFinite, read_trials
@@ -133,7 +133,8 @@ def audit(subject: Subject, options: AuditOptions) -> Audit:
         for check in (channels, swapped, hum, overlap):
             check.add(trial)
     deviations = channels.deviations()
-    findings = [*_texts(subject, options), *overlap.findings(), finite.finding()]
+    findings = [check_names(subject.splits), *_texts(subject, options)]
+    findings += [*overlap.findings(), finite.finding()]
     if deviations:
         findings += [*channels.findings(), swapped.finding(), hum.finding()]
         findings.append(check_units(deviations, names, subject.unit))
@@ -142,10 +143,7 @@ def audit(subject: Subject, options: AuditOptions) -> Audit:
 
 
 def _texts(subject: Subject, options: AuditOptions) -> list[Finding]:
-    texts = {
-        split: dataset.select_columns(["text"]).with_format("arrow")[:]["text"].to_pylist()
-        for split, dataset in subject.splits.items()
-    }
+    texts = {split: values_of(dataset, "text") for split, dataset in subject.splits.items()}
     findings = shared_sentences(texts, options.nearness)
     if options.tokenizer is not None:
         some = subject.splits

@@ -1,6 +1,7 @@
-"""Labels that cannot be learnt: too long for their frames, or texts that no token writes."""
+"""Labels: names that stand twice, too many for their frames, or texts that no token writes."""
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,7 @@ from b2t.model.patches import num_patches
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FRAMES, TEXTS = "CTC frames", "texts"
+FRAMES, TEXTS, NAMES = "CTC frames", "texts", "trial names"
 _MANY = 0.05
 """Share of trials without enough frames above which training is of another data set."""
 _EXAMPLES = 5
@@ -27,6 +28,26 @@ class Patches(NamedTuple):
 
     size: int
     stride: int
+
+
+def check_names(splits: Mapping[str, Dataset]) -> Finding:
+    """Find trials that share a name (session/block/trial) with another of their split."""
+    places = [
+        {"split": split, "trial": name, "count": count}
+        for split, dataset in splits.items()
+        for name, count in Counter(row_ids(dataset)).items()
+        if count > 1
+    ]
+    if not places:
+        return Finding(NAMES, NOTE, "no two trials of a split share a name", {"places": []})
+    return Finding(
+        NAMES,
+        CRITICAL,
+        f"{len(places):,} names (session/block/trial) stand for several trials of a split",
+        {"places": places},
+        [f"{p['trial']} ({p['split']}): {p['count']} trials" for p in places[:_EXAMPLES]],
+        "were files copied? Remove or renumber them: training and scores tell trials by name",
+    )
 
 
 def frames_needed(phonemes: Sequence[int]) -> int:
