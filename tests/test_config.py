@@ -195,6 +195,10 @@ def test_bad_values_are_named(override, says):
         (["run.dir="], "run.dir: give a folder, for example runs/first"),
         (["phases.0.lr=.inf"], "phases.0.lr: Input should be a finite number, found inf"),
         (["optim.weight_decay=.nan"], "optim.weight_decay: Input should be a finite number"),
+        (
+            ["monitor.extra_rules=[{name: a, metric: loss/total, threshold: .nan, message: b}]"],
+            "monitor.extra_rules.0.threshold: Input should be a finite number",
+        ),
         (["data.audit_seconds=1e400"], "data.audit_seconds: Input should be a finite number"),
         (
             [f"phases.1.losses.{name}=0" for name in LossWeights.model_fields],

@@ -14,7 +14,9 @@ Severity = Literal["info", "warning", "critical"]
 class Condition(BaseModel):
     """A comparison of one metric with a threshold."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False
+    )
 
     metric: str
     """Name as in metrics.jsonl; `*` stands for any text, the worst match counts."""

@@ -84,7 +84,8 @@ def require_record(folder: Path, text: str, expected: bool) -> None:
         return
     if not np.array_equal(sums.get(_RECORD_KEY, ()), _digest(text)):
         raise UserError(
-            f"{folder / _RECORD_KEY} has another checksum than when it was written: {_AGAIN}"
+            f"{folder / _RECORD_KEY} is missing, or has another checksum than when it was written: "
+            f"{_AGAIN}"
         )
 
 

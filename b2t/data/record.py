@@ -25,7 +25,12 @@ def read_record(path: Path) -> dict[str, Any]:
             f"{path / RECORD} is damaged ({error}): copy the folder again, or prepare "
             "the data again"
         ) from None
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path / RECORD} is damaged: it holds no JSON object; copy the folder again, or "
+            "prepare the data again"
+        )
+    return content
 
 
 def _record_text(path: Path) -> str:
@@ -34,9 +39,14 @@ def _record_text(path: Path) -> str:
 
 
 def trusted_record(path: Path, splits: dict[str, Dataset]) -> dict[str, Any]:
-    """Return ``b2t.json`` where the splits beside it are those that `b2t prepare` checked."""
+    """Return ``b2t.json`` where the splits beside it are those that `b2t prepare` checked.
+
+    Raises:
+        UserError: it is damaged, changed, or missing beside checksums that were written with it.
+    """
     record = read_record(path)
     if not record:
+        checksums.require_record(path, _record_text(path), expected=False)
         return {}
     states = {split: arrow_state(path / split) for split in splits}
     if states != record.get("arrow"):

@@ -88,7 +88,7 @@ def test_a_sample_takes_no_longer_than_it_may(prepared):
 def test_a_changed_record_is_refused(prepared):
     record = prepared / "b2t.json"
     record.write_text(record.read_text().replace('"channel3"', '"channel9"'))
-    with pytest.raises(UserError, match=r"b2t\.json has another checksum than when"):
+    with pytest.raises(UserError, match=r"b2t\.json is missing, or has another checksum than when"):
         load_trials(prepared, "train")
 
 
@@ -96,6 +96,21 @@ def test_a_record_that_is_no_json_is_refused(prepared):
     (prepared / "b2t.json").write_bytes((prepared / "b2t.json").read_bytes()[:-9])
     with pytest.raises(UserError, match=r"b2t\.json is damaged"):
         load_trials(prepared, "train")
+    (prepared / "b2t.json").write_text("[]")
+    with pytest.raises(UserError, match=r"b2t\.json is damaged: it holds no JSON object"):
+        load_trials(prepared, "train")
+
+
+def test_a_record_that_is_gone_is_missed(prepared):
+    """Without it, names of channels and the mark of a simulation would be lost without a word."""
+    (prepared / "b2t.json").write_text("{}")
+    with pytest.raises(UserError, match=r"b2t\.json is missing, or has another checksum than when"):
+        load_trials(prepared, "train")
+    (prepared / "b2t.json").unlink()
+    with pytest.raises(UserError, match=r"b2t\.json is missing, or has another checksum than when"):
+        load_trials(prepared, "train")
+    (prepared / "checksums.npz").unlink()
+    assert len(load_trials(prepared, "train"))
 
 
 def test_missing_and_damaged_checksums_are_refused(prepared):
