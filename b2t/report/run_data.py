@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -172,15 +172,15 @@ def load_run(folder: str | Path) -> RunData:
         )
     run = RunData(folder)
     _read_metrics(run)
-    run.config = _config(run, _mapping(_read(run, CONFIG_FILE, yaml.safe_load)))
-    run.evaluation, lost = sound_evaluation(_mapping(_read(run, EVALUATION_FILE, json.loads)))
+    run.config = _config(run, _read(run, CONFIG_FILE, yaml.safe_load))
+    run.evaluation, lost = sound_evaluation(_read(run, EVALUATION_FILE, json.loads))
     run.problems += lost
-    run.model = _mapping(_read(run, "checkpoints/best/config.json", json.loads))
-    run.environment = _mapping(_read(run, ENVIRONMENT_FILE, json.loads))
-    run.status = _mapping(_read(run, STATUS_FILE, json.loads))
-    run.traces, lost = sound_traces(_mapping(_read(run, TRACES_FILE, json.loads)))
+    run.model = _read(run, "checkpoints/best/config.json", json.loads)
+    run.environment = _read(run, ENVIRONMENT_FILE, json.loads)
+    run.status = _read(run, STATUS_FILE, json.loads)
+    run.traces, lost = sound_traces(_read(run, TRACES_FILE, json.loads))
     run.problems += lost
-    run.usage = _table(_mapping(_read(run, USAGE_FILE, json.loads)).get("counts"))
+    run.usage = _table(_read(run, USAGE_FILE, json.loads).get("counts"))
     written = [folder / name for name in (METRICS_FILE, CONFIG_FILE)]
     newest = next(path for path in written if path.exists())
     run.silent_s = max(0.0, time.time() - newest.stat().st_mtime)
@@ -209,16 +209,21 @@ def _read_metrics(run: RunData) -> None:
         records.sort(key=lambda record: record["step"])
 
 
-def _read(run: RunData, name: str, parse: Any) -> Any:
+def _read(run: RunData, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """Return the object that a file holds; empty where it is not there or damaged, and says so."""
     path = run.folder / name
     if not path.is_file():
-        return None
+        return {}
     try:
-        return parse(path.read_text("utf-8"))
+        value = parse(path.read_text("utf-8"))
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).strip().split("\n")[0]
         run.problems.append(f"{name} cannot be read ({reason})")
-        return None
+        return {}
+    if not isinstance(value, dict):
+        run.problems.append(f"{name} is left out, as it holds no object")
+        return {}
+    return value
 
 
 def _config(run: RunData, config: dict[str, Any]) -> dict[str, Any]:
@@ -227,10 +232,6 @@ def _config(run: RunData, config: dict[str, Any]) -> dict[str, Any]:
         return config
     run.problems.append("config.yaml: phases is left out, as it is no list of phases")
     return {key: value for key, value in config.items() if key != "phases"}
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _table(value: Any) -> list[list[int]]:

@@ -259,6 +259,8 @@ def test_damaged_files_beside_do_not_stop_the_report(tmp_path):
     (folder / "predictions.jsonl").write_text("[]\n")
     assert write_report([folder]).is_file()
     assert len(load_run(folder).problems) == 5
+    (folder / "status.json").write_text("[1]")
+    assert "status.json is left out, as it holds no object" in load_run(folder).problems
 
 
 def test_a_metric_that_is_not_finite_is_critical(tmp_path):
