@@ -36,6 +36,8 @@ is neither trained on nor reported (val); without SOURCE it tunes a model that i
 run has a text decoder, or --rescore names a causal language model of transformers, --tune also
 chooses the weights of joint scores: CTC, n-grams and these judge the best hypotheses together."""
 
+_ORDERS = range(2, 7)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `b2t lm`."""
@@ -82,6 +84,11 @@ def run(args: argparse.Namespace) -> int:
     from b2t.records import require_writable
 
     require_writable(args.out, "--out")
+    if args.order not in _ORDERS:
+        raise UserError(
+            f"--order {args.order}: KenLM, which reads the model, takes n-grams of "
+            f"{_ORDERS[0]} to {_ORDERS[-1]} words"
+        )
     if not args.source and args.tune is None:
         raise UserError("name a dataset or a .txt file to learn from (see b2t lm --help)")
     if not args.source and not (args.out / CARD_FILE).is_file():

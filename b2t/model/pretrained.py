@@ -81,10 +81,8 @@ class Pretrained(PreTrainedModel):
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
         hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         try:
-            if "config" not in kwargs:
-                kwargs["config"] = read_config(path, **hub)
-            if dtype in ("auto", None):
-                dtype = kwargs["config"].dtype
+            saved = kwargs.get("config") or read_config(path, **hub)
+            dtype = saved.dtype if dtype in ("auto", None) else dtype
             # Not every transformers 5 spares buffers the cast to `dtype`; `.to` below always does.
             model, info = super().from_pretrained(
                 path, *args, output_loading_info=True, dtype=torch.float32, **kwargs

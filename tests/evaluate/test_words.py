@@ -294,6 +294,9 @@ def test_nothing_to_learn_from_is_told(tmp_path):
         call(lm_command, tmp_path / "none.txt", "--out", tmp_path / "lm")
     with pytest.raises(UserError, match="name a dataset"):
         call(lm_command, "--out", tmp_path / "lm")
+    for order in (1, 7):
+        with pytest.raises(UserError, match=rf"--order {order}: KenLM.*2 to 6 words"):
+            call(lm_command, tmp_path / "strange.txt", "--out", tmp_path / "lm", "--order", order)
 
 
 def test_words_as_frames_come_are_those_of_whole_trials(tmp_path):
