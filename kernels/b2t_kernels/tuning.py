@@ -29,6 +29,7 @@ TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 SHORT_OF_REGISTERS = TRITON < (3, 5)
 # No other pair spills nowhere: the compilers give one program different shares of the registers.
 REFINE_WIDTH, REFINE_WARPS = (128, 8) if TRITON < (3, 8) else (64, 2)
+BEAM_WIDTH, BEAM_WARPS = (64 if SHORT_OF_REGISTERS else 32), 8
 
 Space = tuple[triton.Config, ...]
 
@@ -60,7 +61,7 @@ def scan_space(family: int, padded_D: int, draw: bool = False) -> Space:
     To ``draw`` takes more registers, of which the largest tile of wide rows leaves too few.
     """
     if padded_D > WIDEST_WHOLE and family == 90 and draw:
-        return _tiles(64, (64, 128, 4, 3))
+        return _tiles(64, (64, 64 if SHORT_OF_REGISTERS else 128, 4, 3))
     if padded_D > WIDEST_WHOLE:
         return _tiles(64, *{
             80: ((64, 64, 4, 4),),
@@ -87,7 +88,7 @@ def settle_config(W: int) -> triton.Config:
 
 def beam_config() -> triton.Config:
     """Configuration of the kernels that continue a beam, one frame each."""
-    return config(8, 1, BLOCK_D=32)
+    return config(BEAM_WARPS, 1, BLOCK_D=BEAM_WIDTH)
 
 
 def column_space(family: int, padded_D: int) -> Space:
@@ -99,7 +100,9 @@ def column_space(family: int, padded_D: int) -> Space:
 
 def shift_space(family: int, padded_D: int) -> Space:
     """Configurations of the pass that averages the codes' gradient over each row's assignment."""
-    return _tiles(padded_D, (64, 64, 4, 2))
+    # Triton 3.5 spills with four warps here, and here alone.
+    warps = 8 if TRITON == (3, 5) and family == 86 and padded_D > 128 else 4
+    return _tiles(padded_D, (64, 64, warps, 2))
 
 
 def row_gradient_space(family: int, padded_D: int) -> Space:
@@ -266,10 +269,10 @@ PLAIN_KERNELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "drawn_kernel": ("draw", {"BLOCK_N": 16, "STEP": 16, "W": MOST_PARTS}, 4),
     "candidates_kernel": (
         "beam",
-        {"B": 16, "W": 16, "SLOTS": 16, "KEPT": 32, "BLOCK_D": 32},
-        8,
+        {"B": 16, "W": 16, "SLOTS": 16, "KEPT": 32, "BLOCK_D": BEAM_WIDTH},
+        BEAM_WARPS,
     ),
-    "winners_kernel": ("beam", {"KEPT": 32, "BLOCK_D": 32}, 8),
+    "winners_kernel": ("beam", {"KEPT": 32, "BLOCK_D": BEAM_WIDTH}, BEAM_WARPS),
     "segment_kernel": ("sums", {"BLOCK_N": 32, "BLOCK_D": 128, "CHUNK": 512}, 4),
     "gather_kernel": ("sums", {"BLOCK_N": 32, "BLOCK_D": 128}, 4),
     "scatter_kernel": ("sums", {"BLOCK_N": 16, "BLOCK_D": 128}, 4),

@@ -128,6 +128,40 @@ def test_blocks_of_any_size_give_the_same(monkeypatch):
     whole = beam_search(layers_of(books), x, 3, 4)
     monkeypatch.setitem(blocked_beam._BLOCK_ELEMENTS, "cpu", 4 * 64 * 7)
     assert torch.equal(beam_search(layers_of(books), x, 3, 4), whole)
+    monkeypatch.setitem(blocked_beam._KEPT_ELEMENTS, "cpu", 4 * 8 * 50)
+    assert torch.equal(beam_search(layers_of(books), x, 3, 4), whole)
+
+
+def near_sums(size):
+    """Frames at sums of codes of which those of the later layers are of another size."""
+    generator = torch.Generator().manual_seed(1)
+    books = torch.randn(3, 64, 32, generator=generator)
+    books[1:] *= size
+    codes = torch.randint(64, (3, 400), generator=generator)
+    return sum(book[chosen] for book, chosen in zip(books, codes, strict=True)), books
+
+
+@pytest.mark.parametrize("case", ["plain", "offset", "outlier", "shared", "tiny"])
+def test_products_from_tables_give_the_float64_answer(case, monkeypatch):
+    x, books = near_sums(1e-7) if case == "tiny" else random_problem(400, 3, 64, 32, 7)
+    if case == "offset":
+        x, books = x + 50, books + torch.tensor([50.0, 0.0, 3.0])[:, None, None]
+    elif case == "outlier":
+        books[1, 3] *= 1e3
+    elif case == "shared":
+        books = books[:1].expand(3, -1, -1)
+    expected = reference.beam_codes(x, list(books), 8)
+    used = []
+    by_tables = blocked_beam._by_tables
+    monkeypatch.setattr(
+        blocked_beam, "_by_tables", lambda *a: (used.append(len(a[2])), by_tables(*a))[1]
+    )
+    found = beam_search(layers_of(books), x, 3, 8)
+    assert used == [2, 3]
+    # Sums of codes that were swapped are equal, but for the rounding of a residual.
+    excess = left_over(x, books, found) - left_over(x, books, expected)
+    assert excess.abs().max() < 1e-5
+    assert case == "shared" or torch.equal(found, expected)
 
 
 class Largest(TorchDispatchMode):
