@@ -1,6 +1,7 @@
 """Hold `b2t plan` against what ranks measure: bytes that torch allocates, bytes that they send.
 
     torchrun --nproc_per_node 2 scripts/measure_plan.py
+    python scripts/measure_plan.py demo accumulated      # one rank, where there is no ZeRO
 
 Each case is a model, a DeepSpeed file and a size of trials. Ranks take three steps of it with the
 engine, step and codebook update that training uses, on noise. Memory is what torch's profiler
@@ -32,6 +33,7 @@ from b2t.train.ds_config import DeepSpeedFile, load_ds_config
 from b2t.train.engine import initial_masters
 from b2t.train.main import name_accelerator
 from b2t.train.phase import TrainedPhase
+from b2t.train.plain import without_needless_zero
 from b2t.train.planning.plan import Planner
 from b2t.train.planning.traffic import plan_traffic
 from b2t.train.planning.workload import Workload, architecture, assumed
@@ -91,7 +93,7 @@ def _bare(kind: str) -> str:
     return kind.replace("_", "")
 
 
-def read_case(name: str, folder: Path) -> tuple[Config, DeepSpeedFile, Workload]:
+def read_case(name: str, folder: Path, world: int) -> tuple[Config, DeepSpeedFile, Workload]:
     """Return configuration, DeepSpeed file and trials of a case."""
     case = CASES[name]
     config = load_config("demo", case.get("overrides", []))
@@ -107,7 +109,8 @@ def read_case(name: str, folder: Path) -> tuple[Config, DeepSpeedFile, Workload]
     }))  # fmt: skip
     seconds = case["seconds"]
     workload = assumed(64, 50.0, seconds, seconds, 4, config.data.max_text_tokens)
-    return config, load_ds_config(file), workload
+    ds_file = without_needless_zero(load_ds_config(file), config.optim, world)
+    return config, ds_file, workload
 
 
 def measure(
@@ -194,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     found = []
     for name in options.cases or CASES:
         with tempfile.TemporaryDirectory() as folder:
-            case = read_case(name, Path(folder))
+            case = read_case(name, Path(folder), ranks.world)
         number = CASES[name]["phase"]
         most, sent = measure(*case, number, ranks)
         expected, messages = planned(*case, number, ranks.world)

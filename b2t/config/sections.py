@@ -85,6 +85,9 @@ class OptimConfig(Options):
     weight_ema: Rate | None = None
     """Decay of a running average of the weights (0.999 is usual) that validation, decoding and
     the best model use instead of the weights; null for none."""
+    zero_on_one_rank: bool = False
+    """Keep ZeRO also on one rank in float32, where it shares nothing: it copies each gradient three
+    times and holds the weights twice."""
 
 
 class CodebookStartConfig(Options):

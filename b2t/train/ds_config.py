@@ -55,7 +55,7 @@ class DeepSpeedFile:
         micro_batch: trials per rank and forward.
         accumulation: micro-batches per optimizer step.
         precision: dtype of weights and activations.
-        zero_stage: 1, 2 or 3.
+        zero_stage: 1, 2 or 3; 0 where `b2t.train.plain` found nothing to share.
         clipping: largest global gradient norm.
         offload: whether the optimizer lives on the CPU.
     """
@@ -71,8 +71,10 @@ class DeepSpeedFile:
 
     def engine_config(self) -> dict[str, Any]:
         """Return the content for `deepspeed.initialize`, with the batch as cut for these ranks."""
+        without = {} if self.zero_stage else {"zero_optimization": {"stage": 0}}
         return {
             **self.raw,
+            **without,
             "train_micro_batch_size_per_gpu": self.micro_batch,
             "gradient_accumulation_steps": self.accumulation,
         }

@@ -78,6 +78,8 @@ class PhaseEngine:
             step that was skipped.
     """
 
+    _adamw: type[torch.optim.AdamW] = torch.optim.AdamW
+
     def __init__(
         self,
         model: nn.Module,
@@ -119,7 +121,7 @@ class PhaseEngine:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-        return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **settings)
+        return self._adamw(groups, fused=True, **settings)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward inside the engine."""
@@ -172,7 +174,7 @@ class PhaseEngine:
         """Return the trained weights by name, whole, float32, on the CPU. Collective."""
         found = {}
         for name, parameter in self._trained():
-            full = read_master(parameter)
+            full = self.read(parameter)
             assert full is not None, f"{name} has no float32 master"
             found[name] = full.detach().to("cpu", torch.float32, copy=True)
         return found
@@ -219,9 +221,9 @@ class PhaseEngine:
         tensors: dict[str, Tensor] = {}
         stepped = self._adam_step()
         if stepped > 0:
-            states = self._engine.optimizer.optimizer.state
+            states = self._adam.state
             for moment in _MOMENTS:
-                flats = [states[flat][moment] for flat in self.flat_masters()]
+                flats = [states[each][moment].view(-1) for each in self._stepped()]
                 whole = self.gather(flats, moment)
                 tensors |= {f"{name}/{moment}": value for name, value in whole.items()}
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
@@ -245,8 +247,9 @@ class PhaseEngine:
                 for moment in _MOMENTS:
                     value = tensors[f"{name}/{moment}"].to(self._engine.device)
                     self.write(parameter, value, moment)
-        for field, value in numbers["scaler"].items():
-            setattr(self._engine.optimizer.loss_scaler, field, value)
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        for field, value in numbers["scaler"].items() if scaler is not None else ():
+            setattr(scaler, field, value)
         for counter in ("global_steps", "skipped_steps"):
             setattr(self._engine, counter, numbers[counter])
         self._norm_before = numbers.get("grad_norm")
@@ -320,6 +323,12 @@ class PhaseEngine:
         for name, parameter in self._trained():
             self.write(parameter, masters[name].to(self._engine.device))
 
+    def read(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return a copy of the whole float32 master of a parameter. Collective."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter)
+
     def write(self, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
         """Replace a whole master, or one of its moments, on the ranks that hold its parts."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
@@ -345,28 +354,37 @@ class PhaseEngine:
         """Numbers of the parameter groups that the flat masters belong to."""
         return list(range(len(self._engine.optimizer.param_groups)))
 
+    @property
+    def _adam(self) -> Any:
+        """The optimizer that holds the moments."""
+        return self._engine.optimizer.optimizer
+
+    def _stepped(self) -> list[Tensor]:
+        """What this optimizer steps: the flat masters."""
+        return self.flat_masters()
+
     def _adam_step(self) -> int:
-        states = self._engine.optimizer.optimizer.state
-        steps = [int(states[p]["step"]) for p in self.flat_masters() if "step" in states[p]]
+        states = self._adam.state
+        steps = [int(states[p]["step"]) for p in self._stepped() if "step" in states[p]]
         return max(steps, default=0)
 
     def _create_moments(self, step: int) -> None:
         """Make the optimizer state that DeepSpeed would make at its first step."""
-        zero = self._engine.optimizer
-        for flat in self.flat_masters():
+        adam = self._adam
+        for each in self._stepped():
             count: Any = step
             if not self.ds_file.offload:
-                on_device = bool(zero.optimizer.defaults.get("fused"))
+                on_device = bool(adam.defaults.get("fused"))
                 count = torch.tensor(
-                    float(step), dtype=torch.float32, device=flat.device if on_device else "cpu"
+                    float(step), dtype=torch.float32, device=each.device if on_device else "cpu"
                 )
-            zero.optimizer.state[flat] = {
+            adam.state[each] = {
                 "step": count,
-                "exp_avg": torch.zeros_like(flat),
-                "exp_avg_sq": torch.zeros_like(flat),
+                "exp_avg": torch.zeros_like(each),
+                "exp_avg_sq": torch.zeros_like(each),
             }
         if self.ds_file.offload:
-            _count_up(zero.optimizer, step)
+            _count_up(adam, step)
         self._link_moments()
 
     def _link_moments(self) -> None:
@@ -402,13 +420,6 @@ def _courses(
         return lr_factor(step, phase, component, time_done())
 
     return [partial(factor, component=group["name"].split("/")[0]) for group in groups]
-
-
-def read_master(parameter: nn.Parameter) -> Tensor | None:
-    """Return the engine's whole float32 master of a parameter. Collective."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    return safe_get_full_fp32_param(parameter)
 
 
 def initial_masters(model: nn.Module) -> dict[str, Tensor]:

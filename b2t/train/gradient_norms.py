@@ -59,10 +59,14 @@ class GradientNorms:
             raise ValueError(f"norm of order {norm_type}, expected 2")
         zero = self._optimizer
         squares = torch.stack(
-            [_sum_of_squares(zero.averaged_gradients[i]) for i in range(len(zero.bit16_groups))]
+            [sum_of_squares(zero.averaged_gradients[i]) for i in range(len(zero.bit16_groups))]
         )
         if dist.get_world_size(zero.dp_process_group) > 1:
             dist.all_reduce(squares, group=zero.dp_process_group)
+        return self.take(squares)
+
+    def take(self, squares: Tensor) -> Tensor:
+        """Keep a step's sums of squares of each group; return the norm of all, as above."""
         total = squares.sum().sqrt().float()
         self._keep(squares, total.isfinite())
         return torch.where(total.isfinite(), total, torch.inf)
@@ -70,7 +74,7 @@ class GradientNorms:
     def _keep(self, squares: Tensor, finite: Tensor) -> None:
         """Take over the squares of a step, but not of one that will be skipped."""
         before = torch.zeros_like(squares) if self._squares is None else self._squares
-        unscaled = squares / float(self._optimizer.loss_scale) ** 2
+        unscaled = squares / float(getattr(self._optimizer, "loss_scale", 1.0)) ** 2
         self._squares = torch.where(finite, unscaled, before)
 
     def _listen(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,6 +97,6 @@ class GradientNorms:
         return norms
 
 
-def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
+def sum_of_squares(gradients: list[Tensor]) -> Tensor:
     """Σ of squares over tensors, 0-d float64, which no fp16 or float32 gradients overflow."""
     return torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square().sum()

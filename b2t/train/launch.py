@@ -187,12 +187,15 @@ def introduce(trainer: Run) -> None:
         len(info.sessions),
     )
     log.info(
-        "%.1f M parameters, %d rank%s on %s, ZeRO-%d, %s, batch %d = %d × %d accumulated × %d",
+        "%.1f M parameters, %d rank%s on %s, %s, %s, batch %d = %d × %d accumulated × %d",
         parameters / 1e6,
         ranks.world,
         "" if ranks.world == 1 else "s",
         ranks.device.type,
-        ds_file.zero_stage,
+        f"ZeRO-{ds_file.zero_stage}"
+        if ds_file.zero_stage
+        else "no ZeRO (one rank in float32 has "
+        "nothing to share; optim.zero_on_one_rank=true keeps it)",
         ds_file.precision,
         ds_file.global_batch(ranks.world),
         ds_file.micro_batch,

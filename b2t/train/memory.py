@@ -19,7 +19,8 @@ class Memory:
     Attributes:
         weights: parameters in the engine's precision, this rank's share under ZeRO-3.
         gradients: of trained parameters, this rank's share under ZeRO-2 and ZeRO-3.
-        optimizer: float32 masters and Adam's moments, this rank's share; 0 under CPU offload.
+        optimizer: float32 masters and Adam's moments, this rank's share; 0 under CPU offload, and
+            no masters without ZeRO.
         buffers: codebooks and their averages.
     """
 
@@ -50,7 +51,7 @@ def estimate_memory(
     return Memory(
         weights=width * (-(-weights // world) if ds_file.zero_stage == 3 else weights),
         gradients=width * (share if ds_file.zero_stage >= 2 else trained),
-        optimizer=0 if ds_file.offload else 12 * share,
+        optimizer=0 if ds_file.offload else (12 if ds_file.zero_stage else 8) * share,
         buffers=sum(b.numel() * b.element_size() for b in model.buffers()),
     )
 

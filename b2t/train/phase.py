@@ -26,13 +26,17 @@ from b2t.model.brain_to_text import BrainToText
 from b2t.train.build import Materials, masking_of
 from b2t.train.checkpoint import Checkpoint
 from b2t.train.ds_config import DeepSpeedFile
-from b2t.train.engine import PhaseEngine, read_master
+from b2t.train.engine import PhaseEngine
 from b2t.train.metric_names import active_losses
+from b2t.train.plain import PlainEngine
 from b2t.train.ranks import Ranks
 from b2t.train.weight_ema import WeightEma
 from b2t.train.zero3 import Zero3Engine
 
 log = logger(__name__)
+
+_ENGINES: dict[int, type[PhaseEngine]] = {0: PlainEngine, 3: Zero3Engine}
+"""By ZeRO stage, where it is not `PhaseEngine`."""
 
 
 class TrainedPhase:
@@ -74,11 +78,11 @@ class TrainedPhase:
                 f"phases.{number}.trainable: none of {phase.trainable} exists in this "
                 "model (text_decoder needs text, phoneme_head needs phonemes)"
             )
-        build = Zero3Engine if ds_file.zero_stage == 3 else PhaseEngine
-        self.engine = build(model, phase, config.optim, ds_file, masters, time_done)
+        build = _ENGINES.get(ds_file.zero_stage, PhaseEngine)
+        self.engine: PhaseEngine = build(model, phase, config.optim, ds_file, masters, time_done)
         if model.quantizer is not None and config.model.quantizer.update_rule == "gradient":
             # In any precision the engine's float32 master is where the optimizer moves the codes.
-            model.quantizer.attach_master(read_master, self.engine.write)
+            model.quantizer.attach_master(self.engine.read, self.engine.write)
         if restored is not None and restored.state["engine"] is not None:
             self.engine.load_state(restored.moments, restored.state["engine"])
         decay = config.optim.weight_ema

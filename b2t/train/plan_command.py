@@ -70,6 +70,7 @@ def make_plan(args: argparse.Namespace) -> dict:
     """
     from b2t.config import load_config
     from b2t.train.ds_config import load_ds_config
+    from b2t.train.plain import without_needless_zero
     from b2t.train.planning.machines import Assumptions, cluster, memory_of
     from b2t.train.planning.plan import Planner
 
@@ -86,6 +87,7 @@ def make_plan(args: argparse.Namespace) -> dict:
     room = memory - assumed.reserve
     if room <= 0:
         raise UserError(f"--reserve {args.reserve:g} GiB leaves nothing of {memory / 1e9:g} GB")
+    ds_file = without_needless_zero(ds_file, config.optim, args.gpus)
     planner = Planner(config, ds_file, args.gpus, _workload(args, config))
     known = ds_file.precision != "fp32"
     found = planner.plan(room, machine if known else None, args.price)

@@ -32,6 +32,7 @@ from b2t.train.guard import Guard
 from b2t.train.hook_states import require_names
 from b2t.train.metric_names import best_rules
 from b2t.train.phase import TrainedPhase, batch_plan, phase_batches
+from b2t.train.plain import without_needless_zero
 from b2t.train.progress import Progress
 from b2t.train.ranks import Ranks
 from b2t.train.saving import Saving
@@ -79,7 +80,7 @@ class Trainer:
         stop: Asked | None = None,
     ) -> None:
         self.config = config
-        self.ds_file = ds_file
+        self.ds_file = without_needless_zero(ds_file, config.optim, ranks.world)
         self.materials = materials
         self.ranks = ranks
         self.callbacks = list(callbacks)
@@ -92,7 +93,7 @@ class Trainer:
         self.averages: dict[str, Tensor] = {}
         self.progress = Progress()
         self.store = CheckpointStore(config.run.dir / CHECKPOINTS, config.checkpoint.keep)
-        self.plan = batch_plan(config, materials, ds_file, ranks.world)
+        self.plan = batch_plan(config, materials, self.ds_file, ranks.world)
         self.clock = StepClock()
         self.window: Window
         self.outcome = "not started"

@@ -60,9 +60,7 @@ class Bare(ABC):
         self.model.train()
         groups = parameter_groups(self.model, self.phase, self.config.optim)
         section = self.config.optim
-        self.optimizer = torch.optim.AdamW(
-            groups, betas=section.betas, eps=section.eps, fused=torch.cuda.is_available()
-        )
+        self.optimizer = torch.optim.AdamW(groups, betas=section.betas, eps=section.eps, fused=True)
         components = [group["name"].split("/")[0] for group in groups]
         self.courses: list[Callable[[int], float]] = [
             partial(lr_factor, phase=self.phase, component=name) for name in components
@@ -125,7 +123,7 @@ class BareDeepSpeed(Bare):
             optimizer=self.optimizer,
             model_parameters=[p for g in self.optimizer.param_groups for p in g["params"]],
             lr_scheduler=lambda inner: LambdaLR(inner, self.courses),
-            config={"log_level": "error", **self.ds_file.engine_config()},
+            config={"log_level": "error", **self.ds_file.raw},
             dist_init_required=False,
         )
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from b2t.config import OptimConfig, PhaseConfig
 from b2t.train.ds_config import load_ds_config
 from b2t.train.engine import PhaseEngine, initial_masters, parameter_groups
+from b2t.train.plain import PlainEngine, without_needless_zero
 from b2t.train.schedule import lr_factor
 from b2t.train.zero3 import Zero3Engine
 
@@ -51,8 +52,10 @@ def precision(request):
     return request.param
 
 
-@pytest.fixture(params=[2, 3])
-def stage(request):
+@pytest.fixture(params=[0, 2, 3])
+def stage(request, precision):
+    if request.param == 0 and precision != "fp32":
+        pytest.skip("16-bit weights need ZeRO's masters")
     return request.param
 
 
@@ -66,7 +69,11 @@ def ds_file(precision, stage, tmp_path, monkeypatch):
         "train_micro_batch_size_per_gpu": 8,
         "gradient_accumulation_steps": 2,
         "gradient_clipping": 0.5,
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": stage or 2,
+            "reduce_bucket_size": 1000,
+            "overlap_comm": False,
+        },
     }
     if stage == 3:
         content["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -82,7 +89,8 @@ def ds_file(precision, stage, tmp_path, monkeypatch):
         }
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(content))
-    return load_ds_config(file)
+    loaded = load_ds_config(file)
+    return without_needless_zero(loaded, OPTIM, world=1) if stage == 0 else loaded
 
 
 def phase(**changes) -> PhaseConfig:
@@ -93,7 +101,7 @@ def phase(**changes) -> PhaseConfig:
 def engine_for(model, ds_file, masters, the_phase=None) -> PhaseEngine:
     the_phase = the_phase or phase()
     model.freeze([name for name in ALL if name not in the_phase.trainable])
-    build = Zero3Engine if ds_file.zero_stage == 3 else PhaseEngine
+    build = {0: PlainEngine, 2: PhaseEngine, 3: Zero3Engine}[ds_file.zero_stage]
     return build(model, the_phase, OPTIM, ds_file, masters)
 
 
@@ -210,6 +218,7 @@ def test_moments_are_those_that_are_read_back(ds_file):
     resumed.close()
 
 
+@pytest.mark.parametrize("stage", [2, 3], indirect=True)
 def test_what_is_gathered_is_what_deepspeed_says_itself(ds_file):
     from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -370,7 +379,7 @@ def test_nothing_of_it_is_left_when_it_closes(ds_file, stage):
     for (name, parameter), shape in zip(model.named_parameters(), shapes(plain), strict=True):
         assert torch.equal(parameter.detach(), masters[name].to(dtype)), name
         assert parameter.shape == shape and parameter.is_leaf and parameter.grad is None
-        assert stage == 2 or not parameter.__dict__
+        assert stage < 3 or not parameter.__dict__
     for module, untouched in zip(model.modules(), plain.modules(), strict=True):
         assert module.__dict__.keys() == untouched.__dict__.keys()
         assert not module._forward_hooks and not module._forward_pre_hooks

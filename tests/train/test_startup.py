@@ -186,6 +186,7 @@ def parts():
         (["encoder", "signal_decoder"], "fp16", 2, False, 2, (300, 150, 900, 28)),
         (["encoder"], "fp16", 1, False, 2, (300, 200, 600, 28)),
         (["encoder", "adapter"], "fp32", 2, False, 1, (600, 400, 1200, 28)),
+        (["encoder"], "fp32", 0, False, 1, (600, 400, 800, 28)),
         (["encoder", "signal_decoder"], "bf16", 2, True, 4, (300, 76, 0, 28)),
         (["encoder"], "fp16", 3, False, 2, (150, 100, 600, 28)),
     ],

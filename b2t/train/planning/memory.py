@@ -122,16 +122,20 @@ def plan_memory(
     # The sums of codes travel, flat, while the last micro-batch goes backward.
     sent = _statistics(model) if world > 1 and step.stats is not None else 0
     kept = held if ds_file.accumulation > 1 or ds_file.zero_stage == 3 else 0
-    training = _in_backward(model, step, _buckets(ds_file, width), _bucket_size(ds_file), arriving)
+    if ds_file.zero_stage:
+        training = _in_backward(
+            model, step, _buckets(ds_file, width), _bucket_size(ds_file), arriving
+        )
+    else:
+        training = _in_plain_backward(model, step, grows=not kept)
     return MemoryPlan(
         weights=live,
-        optimizer=0 if ds_file.offload else 12 * share,
+        optimizer=0 if ds_file.offload else 12 * share if ds_file.zero_stage else 8 * parts.trained,
         codebooks=sum(b.numel() * b.element_size() for b in model.buffers()),
         batches=ds_file.accumulation * batch_bytes(workload, ds_file),
         gradients=kept,
         training=training + (outputs if ds_file.accumulation > 1 else 0) + sent,
-        # The share of one group, flat in the engine's precision, then in float32 for Adam.
-        stepping=outputs + held + (0 if ds_file.offload else largest * (4 + width)),
+        stepping=outputs + held + (_flat_bytes(ds_file) * largest if ds_file.zero_stage else 0),
         updating=outputs + step.update + sent,
         host=4 * weights + (16 * share if ds_file.offload else 0),
     )
@@ -142,6 +146,8 @@ def _of_stage(
 ) -> tuple[int, int, int]:
     """Bytes of weights, of gradients at the end of a step, and of those that backward brings."""
     width, share = DTYPES[ds_file.precision].itemsize, sum(parts.shares)
+    if not ds_file.zero_stage:
+        return width * weights, width * parts.trained, 0
     if ds_file.zero_stage == 3:
         zero = zero_section(ds_file)
         gathered = min(weights, int(zero.prefetch_bucket_size) + parts.largest)
@@ -171,6 +177,21 @@ def _in_backward(
             extra, filled = buckets + arriving, 0
         filled += numels[name]
     return max(most, step.ending + buckets + arriving)
+
+
+def _in_plain_backward(model: BrainToText, step: MicroStep, grows: bool) -> int:
+    """Most bytes of a micro-batch without ZeRO; gradients stay where they are, and may be new."""
+    numels = {name: p.numel() for name, p in model.named_parameters()}
+    most, held = step.peak, 0
+    for name, peak in step.gradients:
+        most = max(most, peak + held)
+        held += 4 * numels[name] if grows else 0
+    return max(most, step.ending + held)
+
+
+def _flat_bytes(ds_file: DeepSpeedFile) -> int:
+    """Bytes for each weight of a group's share, flat in the engine's precision and in float32."""
+    return 0 if ds_file.offload else 4 + DTYPES[ds_file.precision].itemsize
 
 
 def _buckets(ds_file: DeepSpeedFile, width: int) -> int:
