@@ -82,12 +82,13 @@ def centre_codes(codebook: Tensor, dtype: torch.dtype) -> CentredCodes:
     """Prepare a codebook [K, D] for searches and soft assignments of the same ``dtype``."""
     codebook = codebook.to(dtype)
     K, D = codebook.shape
-    finite = codebook.isfinite().all(dim=1)
-    safe = torch.where(finite[:, None], codebook, 0)
+    finite = _usable(codebook, None)
+    safe = codebook if bool(finite.all()) else torch.where(finite[:, None], codebook, 0)
     mean = safe.sum(dim=0) / finite.sum().clamp(min=1)
     padded = (K + GROUP - 1) // GROUP * GROUP
-    codes = safe.new_zeros(padded, D)
+    codes = safe.new_empty(padded, D)
     torch.sub(safe, mean, out=codes[:K])
+    codes[K:] = 0
     bias = codes.square().sum(dim=1).mul_(-0.5)
     duplicates = lowest_duplicate(safe, bias[:K])
     bias[:K].masked_fill_(~finite, -torch.inf)
@@ -199,8 +200,8 @@ class _Search:
 
     With ``exact``, every row whose two best scores differ by less than twice the bound below is
     settled in float64. With u the unit roundoff, |x̂|, |ĉ| the centred norms and R the largest |ĉ|,
-    centring adds at most u(|x̂| + R) to a vector and a D-term product plus the bias at most
-    (D + 2)u(|x̂| + R)², so a score is off by no more than (D + 5)u(|x̂| + R)².
+    centring changes a score by at most 2u|x̂|R + uR², a D-term product is off by Du|x̂|R, the bias by
+    (D + 1)u·½R² and their sum by u(|x̂|R + ½R²): together by less than (D + 5)u(|x̂| + ½R)R.
     """
 
     def __init__(
@@ -222,8 +223,8 @@ class _Search:
         sure = best.score.isfinite() & self.codes.radius.square().isfinite()
         if self.exact:
             unit = torch.finfo(rows.dtype).eps / 2
-            reach = rows.norm(dim=1) + self.codes.radius
-            bound = (rows.shape[1] + 5) * unit * reach.square()
+            reach = rows.norm(dim=1) + 0.5 * self.codes.radius
+            bound = (rows.shape[1] + 5) * unit * self.codes.radius * reach
             sure &= best.score - best.second > 2 * bound
             self.best[block], self.bound[block] = best.score, bound
         else:
