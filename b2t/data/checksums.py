@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from b2t.data.trials import COLUMNS, read_signal, row_id
+from b2t.data.trials import COLUMNS, read_signal, row_id, signal_digest
 from b2t.errors import UserError
 
 FILE = "checksums.npz"
@@ -23,8 +23,8 @@ _RECORD_KEY = "b2t.json"
 _AGAIN = "copy the folder again, or prepare the data again"
 
 
-def row_checksum(row: Mapping[str, Any], signal: np.ndarray) -> int:
-    """Return 64 bits of BLAKE2b over a row's columns and its signal [T, C] float32."""
+def row_checksum(row: Mapping[str, Any], signal: bytes) -> int:
+    """Return 64 bits of BLAKE2b over a row's columns and the `signal_digest` of its signal."""
     digest = hashlib.blake2b(digest_size=8)
     phonemes = row["phonemes"]
     header = [
@@ -32,10 +32,9 @@ def row_checksum(row: Mapping[str, Any], signal: np.ndarray) -> int:
         *(int(row[name]) for name in ("block", "trial")),
         float(row["sampling_rate"]),
         None if phonemes is None else [int(phoneme) for phoneme in phonemes],
-        list(signal.shape),
     ]
     digest.update(json.dumps(header).encode())
-    digest.update(np.ascontiguousarray(signal, dtype="<f4").data)
+    digest.update(signal)
     return int.from_bytes(digest.digest(), "little")
 
 
@@ -123,7 +122,7 @@ def compare(
             break
         table = tables[split][index]
         row = {name: table[name][0].as_py() for name in COLUMNS if name != "signal"}
-        if row_checksum(row, read_signal(table)) != int(sums[split][index]):
+        if row_checksum(row, signal_digest(read_signal(table))) != int(sums[split][index]):
             raise UserError(
                 f"trial {row_id(row)} ({folder}, {split}, row {index}) has another checksum than "
                 f"when it was prepared: the disk or a copy damaged it; {_AGAIN}"

@@ -1,11 +1,11 @@
 """What makes a set of trials wrong although each can be read: doubles, and signals without life."""
 
-import hashlib
 from typing import NamedTuple
 
 import numpy as np
 
 from b2t.data.remarks import Remarks
+from b2t.data.trials import signal_digest
 from b2t.errors import UserError
 
 _FAR = 1e4
@@ -21,11 +21,13 @@ class Looked(NamedTuple):
 
     Attributes:
         remarks: what may be a mistake.
-        digest: of its content; None where it never moves, which many trials may share.
+        digest: of its content, in hexadecimal.
+        moves: not every channel is constant; those where all are may well be alike.
     """
 
     remarks: list[str]
-    digest: str | None
+    digest: str
+    moves: bool
 
 
 def look_at(signal: np.ndarray, *, z_scored: bool = False) -> Looked:
@@ -36,13 +38,14 @@ def look_at(signal: np.ndarray, *, z_scored: bool = False) -> Looked:
         z_scored: it is in standard deviations of its channels.
     """
     remarks = ["lasts one time bin"] if len(signal) == 1 else []
-    if (signal == signal[0]).all():
-        return Looked([*remarks, "never moves: every channel is constant"], None)
-    if z_scored and np.abs(signal).max() > _FAR:
+    digest = signal_digest(signal).hex()
+    # Most signals are neither, which two bins and a sum of squares tell without a copy.
+    if (signal[-1] == signal[0]).all() and (signal == signal[0]).all():
+        return Looked([*remarks, "never moves: every channel is constant"], digest, False)
+    flat = signal.reshape(-1)
+    if z_scored and not flat @ flat < _FAR**2 and np.abs(signal).max() > _FAR:
         remarks.append(f"lies more than {_FAR:g} standard deviations from the mean")
-    content = np.ascontiguousarray(signal)
-    digest = hashlib.blake2b(content.data, digest_size=16, key=str(signal.shape).encode())
-    return Looked(remarks, digest.hexdigest())
+    return Looked(remarks, digest, True)
 
 
 class TrialChecks:
@@ -66,9 +69,11 @@ class TrialChecks:
         self._ids: dict[tuple[str, str], str] = {}
         self._signals: dict[str, _Seen] = {}
 
-    def look(self, signal: np.ndarray, row_id: str, name: str, split: str) -> None:
+    def look(self, signal: np.ndarray, row_id: str, name: str, split: str) -> Looked:
         """Look at one trial's signal [T, C] and compare it. Errors as in `compare`."""
-        self.compare(look_at(signal, z_scored=self.z_scored), row_id, name, split)
+        looked = look_at(signal, z_scored=self.z_scored)
+        self.compare(looked, row_id, name, split)
+        return looked
 
     def compare(self, looked: Looked, row_id: str, name: str, split: str) -> None:
         """Compare one trial with those before it.
@@ -90,7 +95,7 @@ class TrialChecks:
             )
         for what in looked.remarks:
             self.remarks.add(what, name)
-        if looked.digest is not None:
+        if looked.moves:
             self._look_for_double(looked.digest, _Seen(name, split))
 
     def _look_for_double(self, digest: str, seen: _Seen) -> None:

@@ -7,8 +7,10 @@ from tqdm import tqdm
 from b2t.data import checksums
 from b2t.data.dataset import opened
 from b2t.data.examine import examine
+from b2t.data.prepare import VERSION
 from b2t.data.record import trusted_record
 from b2t.errors import UserError
+from b2t.log import logger
 
 
 def verify(path: str | Path) -> int:
@@ -26,6 +28,11 @@ def verify(path: str | Path) -> int:
         raise UserError(
             f"{path} has no checksums to compare with: `b2t prepare` writes them, and they hold "
             "for the folder as it wrote it"
+        )
+    if record.get("version") != VERSION:
+        raise UserError(
+            f"{path} has the checksums of another version of b2t, which this one cannot compare: "
+            "prepare the data again"
         )
     rows = [(split, index) for split, dataset in splits.items() for index in range(len(dataset))]
     progress = tqdm(rows, desc="comparing", unit="trial", disable=None)
@@ -49,7 +56,14 @@ def verify_sample(path: str | Path, *, limit: int, seconds: float, seed: tuple[i
     """
     splits = opened(path).splits
     folder = Path(path).expanduser()
-    if not folder.is_dir() or not trusted_record(folder, splits):
+    record = trusted_record(folder, splits) if folder.is_dir() else {}
+    if not record:
+        return 0
+    if record.get("version") != VERSION:
+        logger(__name__).warning(
+            "%s has the checksums of another version of b2t: trials are not compared with them",
+            path,
+        )
         return 0
     rows = checksums.sampled_rows(splits, limit, seed)
     return checksums.compare(folder, splits, rows, seconds) or 0

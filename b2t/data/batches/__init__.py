@@ -3,7 +3,7 @@
 from b2t.data.batches.batch import Batch, Example, collate
 from b2t.data.batches.loading import eval_batches, train_batches
 from b2t.data.batches.order import BatchPlan, Budget, evaluation_batches
-from b2t.data.batches.rows import TrialRows, checked_signal, encode_texts
+from b2t.data.batches.rows import TrialRows, encode_texts
 from b2t.data.batches.sentences import SentenceRows, sentence_batches
 from b2t.data.batches.streamed import StreamedTrials
 
@@ -15,7 +15,6 @@ __all__ = [
     "SentenceRows",
     "StreamedTrials",
     "TrialRows",
-    "checked_signal",
     "collate",
     "encode_texts",
     "eval_batches",

@@ -11,6 +11,7 @@ import torch
 
 from b2t.data.augment_batch import Draws, Packed, augmented, pack
 from b2t.data.options import AugmentOptions
+from b2t.data.trials import require_finite
 from b2t.labels import IGNORE
 
 
@@ -145,31 +146,41 @@ class Example(NamedTuple):
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Pad ``examples`` into one batch."""
+    """Pad ``examples`` into one batch.
 
-    def padded(name: str, value: float) -> torch.Tensor:
+    Raises:
+        UserError: a signal holds what would poison training; the message names its row.
+    """
+
+    def padded(name: str, value: float, *, check: bool = False) -> torch.Tensor:
         rows = [getattr(example, name) for example in examples]
         longest = max(map(len, rows))
         whole = np.empty((len(rows), longest, *rows[0].shape[1:]), dtype=rows[0].dtype)
-        for place, row in zip(whole, rows, strict=True):
+        for place, row, example in zip(whole, rows, examples, strict=True):
             place[: len(row)], place[len(row) :] = row, value
+            if check:  # here, where the copy is still in the processor's cache
+                require_finite(place[: len(row)], example.row)
         return torch.from_numpy(whole)
 
     def padded_ids(name: str, value: int) -> torch.Tensor:
         ids = padded(name, value)
         return ids if ids.shape[1] else ids.new_full((len(examples), 1), value)
 
+    def integers(values: list[int]) -> torch.Tensor:
+        return torch.from_numpy(np.array(values, np.int64))
+
     draws = [example.draws for example in examples if example.draws is not None]
-    signal = padded("signal", 0.0)
+    # The target is as recorded; smoothing would spread a NaN over other bins of the signal.
+    target = padded("target", 0.0, check=True)
     same = all(example.target is example.signal for example in examples)
     batch = Batch(
-        signal=signal,
-        target=signal if same else padded("target", 0.0),
+        signal=target if same else padded("signal", 0.0),
+        target=target,
         signal_mask=padded("mask", False),
-        session=torch.tensor([example.session for example in examples], dtype=torch.int64),
+        session=integers([example.session for example in examples]),
         tokens=padded_ids("labels", IGNORE),
         phonemes=padded_ids("phonemes", 0),
-        phoneme_lengths=torch.tensor([len(example.phonemes) for example in examples]),
+        phoneme_lengths=integers([len(example.phonemes) for example in examples]),
         rows=[example.row for example in examples],
         texts=[example.text for example in examples],
         hidden=None if examples[0].hidden is None else padded("hidden", False),

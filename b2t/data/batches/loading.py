@@ -157,7 +157,10 @@ class _Keys:
 
 def _collate_or_error(examples: Sequence[Example | UserError]) -> Batch | UserError:
     errors = [example for example in examples if isinstance(example, UserError)]
-    return errors[0] if errors else collate(examples)  # type: ignore[arg-type]
+    try:
+        return errors[0] if errors else collate(examples)  # type: ignore[arg-type]
+    except UserError as error:
+        return error
 
 
 def _calm_worker(worker: int) -> None:

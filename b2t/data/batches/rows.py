@@ -13,7 +13,7 @@ from b2t.data.augment import Augment, row_generator
 from b2t.data.batches.batch import Example
 from b2t.data.masking import Masking
 from b2t.data.options import AugmentOptions
-from b2t.data.trials import TrialReader, require_finite, row_id, signal_of, values_of
+from b2t.data.trials import TrialReader, require_bins, row_id, signal_of, values_of
 from b2t.errors import UserError
 from b2t.labels import UNSEEN_SESSION
 
@@ -79,7 +79,7 @@ class TrialRows(TorchDataset):
     def example(self, epoch: int | None, index: int, copy: int = 0) -> Example:
         """Read one row, and draw its augmentation: another one for each ``copy`` of an epoch."""
         row, trial = self._reader.row(index)
-        signal = checked_signal(trial, row_id(row))
+        signal = rectangular(trial, row_id(row))
         return self.example_of(row, signal, self.labels[index], epoch, copy)
 
     def example_of(
@@ -176,17 +176,17 @@ def _texts(dataset: Dataset) -> list[str | None]:
     return values_of(dataset, "text")
 
 
-def checked_signal(trial: pa.Array, name: str) -> np.ndarray:
-    """Return the signal [T, C] of an Arrow list of one trial, refusing what would poison training.
+def rectangular(trial: pa.Array, name: str) -> np.ndarray:
+    """Return the signal [T, C] of an Arrow list of one trial, whose values `collate` looks at.
 
     Raises:
-        UserError: the trial is empty, ragged, or holds NaN or infinity; the message names the row.
+        UserError: the trial is empty or ragged; the message names the row.
     """
     try:
         signal = signal_of(trial)
     except ValueError as error:
         raise UserError(f"trial {name}: {error}: every bin needs the same channels") from None
-    require_finite(signal, name)
+    require_bins(signal, name)
     return signal
 
 

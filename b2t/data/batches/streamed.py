@@ -11,7 +11,7 @@ from b2t.data.batches.batch import Batch, Example, collate
 from b2t.data.batches.order import BatchPlan, Budget
 from b2t.data.batches.rows import TrialRows, encode_texts
 from b2t.data.description import describe, row_of, stream
-from b2t.data.trials import require_finite, row_id
+from b2t.data.trials import require_bins, row_id
 from b2t.errors import UserError
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class StreamedTrials:
         self, rows: TrialRows, window: list[dict[str, Any]], labels: list[np.ndarray], place: int
     ) -> Example:
         row = window[place]
-        require_finite(row["signal"], row_id(row))
+        require_bins(row["signal"], row_id(row))
         return rows.example_of(row, row["signal"], labels[place], row["epoch"])
 
     def _window(self, size: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:

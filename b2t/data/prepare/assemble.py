@@ -1,39 +1,32 @@
 """Written chunks into a dataset with its record, fingerprint and checksums."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from datasets import (
-    Dataset,
-    DatasetDict,
-    concatenate_datasets,
-    disable_progress_bars,
-    load_from_disk,
-)
-from tqdm import tqdm
+import numpy as np
+from datasets import disable_progress_bars
 
 from b2t.data import checksums
 from b2t.data.checksums import row_checksum
 from b2t.data.phonemes import PHONEMES
-from b2t.data.prepare.work import Plan, row_of, shard
+from b2t.data.prepare.shards import join_shards, without
+from b2t.data.prepare.work import Plan, Rows, row_of, shard
 from b2t.data.sources import Source
 from b2t.data.sources.base import SPLITS
-from b2t.data.trials import Fingerprint, TrialReader, signal_of
+from b2t.data.trials import Fingerprint, trial_features
 from b2t.errors import UserError
 from b2t.signal_spec import Z_SCORE
 
 RECORD = "b2t.json"
-VERSION = 1
-
-
-Chunks = list[dict[str, list[int]]]
-"""Trials of each chunk by split, in the order of the rows."""
+VERSION = 2
+"""Of `b2t.json` and of what fingerprints and checksums are taken over."""
 
 
 def assemble(
-    source: Source, plan: Plan, kept: list[int], chunks: Chunks, more: dict[str, Any]
+    source: Source, plan: Plan, kept: list[int], chunks: list[Rows], more: dict[str, Any]
 ) -> dict[str, Any]:
     """Write ``plan.folder / "dataset"`` from the chunks beside it.
 
@@ -41,7 +34,7 @@ def assemble(
         source: whose trials they are.
         plan: where and how they were written.
         kept: trials that the dataset holds, ascending.
-        chunks: which rows of the chunks are which trials.
+        chunks: the rows of each chunk.
         more: entries of `b2t.json` beside those that the data themselves tell.
 
     Returns:
@@ -50,18 +43,20 @@ def assemble(
     Raises:
         UserError: no trial is left for training.
     """
-    found = {split: _rows(plan, set(kept), chunks, split) for split in SPLITS}
-    datasets = {split: rows for split, rows in found.items() if rows is not None}
-    if "train" not in datasets:
+    among = set(kept)
+    shards = {split: _files(plan, among, chunks, split) for split in SPLITS}
+    shards = {split: files for split, files in shards.items() if files}
+    if "train" not in shards:
         raise UserError("no trial is left for training: every one is bad")
+    fingerprint, sums = _marks(source, among, chunks, list(shards))
+    rows = {split: len(found) for split, found in sums.items()}
+    content = {**_content(source, rows, more), "fingerprint": fingerprint, **more}
+    content["arrow"] = {split: _arrow_mark(found) for split, found in sums.items()}
     folder = plan.folder / "dataset"
     shutil.rmtree(folder, ignore_errors=True)
     disable_progress_bars()
-    DatasetDict(datasets).save_to_disk(str(folder))
-    fingerprint, sums = _marks(source, plan, kept, folder, list(datasets))
-    rows = {split: len(dataset) for split, dataset in datasets.items()}
-    content = {**_content(source, rows, more), "fingerprint": fingerprint, **more}
-    content["arrow"] = {split: arrow_state(folder / split) for split in datasets}
+    features = trial_features(len(source.channels), plan.dtype)
+    join_shards(folder, features, shards, content["arrow"])
     content["checksums"] = checksums.FILE
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     (folder / RECORD).write_text(text, "utf-8")
@@ -79,36 +74,36 @@ def arrow_state(folder: Path) -> str:
     return str(json.loads((folder / "state.json").read_text())["_fingerprint"])
 
 
-def _rows(plan: Plan, kept: set[int], chunks: Chunks, split: str) -> Dataset | None:
-    """Return the rows of one split in the order of the trials; None where there are none."""
-    parts = []
-    for number, written in enumerate(chunks):
-        rows = [row for row, index in enumerate(written.get(split, [])) if index in kept]
-        if not rows:
-            continue
-        part = Dataset.from_file(str(shard(plan.folder, number, split)))
-        parts.append(part if len(rows) == len(part) else part.select(rows))
-    return concatenate_datasets(parts) if parts else None
+def _arrow_mark(sums: list[int]) -> str:
+    """Return what `datasets` is to know a split by: the same for the same rows."""
+    return hashlib.blake2b(np.asarray(sums, "<u8").tobytes(), digest_size=8).hexdigest()
+
+
+def _files(plan: Plan, kept: set[int], chunks: list[Rows], split: str) -> list[Path]:
+    """Return the files of one split in the order of the trials."""
+    files = []
+    for number, chunk in enumerate(chunks):
+        rows = chunk.get(split, [])
+        places = [place for place, (index, _) in enumerate(rows) if index in kept]
+        if places:
+            file = shard(plan.folder, number, split)
+            files.append(file if len(places) == len(rows) else without(file, places))
+    return files
 
 
 def _marks(
-    source: Source, plan: Plan, kept: list[int], folder: Path, splits: list[str]
+    source: Source, kept: set[int], chunks: list[Rows], splits: list[str]
 ) -> tuple[str, dict[str, list[int]]]:
-    """Return the fingerprint of what was written, and the checksum of every row.
-
-    Read back from the disk, so that they do not depend on who wrote which chunk.
-    """
+    """Return the fingerprint of what was written, and the checksum of every row."""
     marks = {split: Fingerprint() for split in splits}
     sums: dict[str, list[int]] = {split: [] for split in splits}
-    readers = {split: TrialReader(load_from_disk(str(folder / split))) for split in splits}
-    places = dict.fromkeys(splits, 0)
-    for index in tqdm(kept, desc="checksums", unit="trial", disable=None):
-        split = plan.splits[index]
-        signal = signal_of(readers[split].row(places[split])[1])
-        places[split] += 1
-        row = row_of(source, index, split)
-        marks[split].add(row, signal)
-        sums[split].append(row_checksum(row, signal))
+    for chunk in chunks:
+        for split, rows in chunk.items():
+            for index, signal in rows:
+                if index in kept:
+                    row, digest = row_of(source, index, split), bytes.fromhex(signal)
+                    marks[split].add(row, digest)
+                    sums[split].append(row_checksum(row, digest))
     return combined_fingerprint({split: marks[split].hexdigest() for split in splits}), sums
 
 

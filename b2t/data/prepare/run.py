@@ -26,7 +26,19 @@ from b2t.data.prepare.blocks import (
 from b2t.data.prepare.card import write_card
 from b2t.data.prepare.options import PrepareOptions
 from b2t.data.prepare.splits import assign_splits, require_filled
-from b2t.data.prepare.work import CHUNK, Plan, Reopen, Seen, Written, measure, pool, saved, write
+from b2t.data.prepare.work import (
+    Plan,
+    Reopen,
+    Rows,
+    Seen,
+    Written,
+    chunk_size,
+    measure,
+    pool,
+    saved,
+    shard,
+    write,
+)
 from b2t.data.sources import Source
 from b2t.data.trial_checks import Looked, TrialChecks
 from b2t.data.trials import row_id
@@ -34,7 +46,7 @@ from b2t.errors import UserError
 from b2t.log import logger
 
 log = logger(__name__)
-_FEW = 4 * CHUNK
+_FEW = 256
 """Trials below which other processes take longer to start than to work."""
 _MOST_WORKERS = 8
 DTYPES = ("float32", "float16")
@@ -146,7 +158,7 @@ class _Job:
         self.each = each
         self.skipped: list[str] = []
         self.kept = list(range(len(source.trials)))
-        self.rows: list[dict[str, list[int]]] = []
+        self.rows: list[Rows] = []
         self.squared_error = self.power = 0.0
         self._checks = TrialChecks(source.remarks, z_scored=source.standardized)
         self.scales: Scale = {}
@@ -179,9 +191,10 @@ class _Job:
         """Return the trials that are kept, in chunks that do not depend on which those are."""
         kept = set(self.kept)
         count = len(self.source.trials)
+        size = chunk_size(count)
         return [
-            [index for index in range(start, min(start + CHUNK, count)) if index in kept]
-            for start in range(0, count, CHUNK)
+            [index for index in range(start, min(start + size, count)) if index in kept]
+            for start in range(0, count, size)
         ]
 
     def _measure(self) -> Scale:
@@ -299,6 +312,7 @@ def _key(
         return None
     content = [
         VERSION,
+        chunk_size(len(source.trials)),
         source.format,
         source.channels,
         source.sampling_rate,
@@ -364,11 +378,13 @@ def _load_written(folder: Path, number: int) -> Written | None:
     if not place.exists():
         return None
     seen, rows, error, power = json.loads(place.read_text())
+    if not all(shard(folder, number, split).exists() for split in rows):
+        return None
     return Written([_seen(plain) for plain in seen], rows, error, power)
 
 
 def _plain(seen: Seen) -> list[Any]:
-    looked = None if seen.looked is None else [seen.looked.remarks, seen.looked.digest]
+    looked = None if seen.looked is None else list(seen.looked)
     return [seen.trial, looked, seen.problem]
 
 

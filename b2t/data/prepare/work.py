@@ -14,18 +14,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets.arrow_writer import ArrowWriter
 
 from b2t.data.prepare.blocks import Scale, TrialMoments, unit_of
+from b2t.data.prepare.shards import ShardWriter
 from b2t.data.sources import Source, SourceOptions, detect, join
 from b2t.data.sources.processed import processed
 from b2t.data.trial_checks import Looked, look_at
-from b2t.data.trials import require_finite, trial_features
+from b2t.data.trials import require_finite, signal_digest
 from b2t.errors import UserError
 from b2t.signal_processing import ProcessingOptions
 
-CHUNK = 64
-"""Trials that one task reads, and that one file of the unfinished dataset holds."""
+_LEAST, _MOST_CHUNKS = 64, 128
+Rows = dict[str, list[tuple[int, str]]]
+"""Trials of a chunk by split, in the order of the file's rows, each with the `signal_digest` of
+what was stored, in hexadecimal."""
+
+
+def chunk_size(trials: int) -> int:
+    """Return how many trials one task reads, and one file of the dataset holds at most.
+
+    As every file stays open while a dataset is read, their number has a limit.
+    """
+    return max(_LEAST, -(-trials // _MOST_CHUNKS))
 
 
 @dataclass(frozen=True)
@@ -94,13 +104,13 @@ class Written(NamedTuple):
 
     Attributes:
         seen: its trials, where they were looked at.
-        rows: which trials the rows of its files are, by split.
+        rows: which trials the rows of its files are.
         squared_error: of rounding, summed.
         power: of the signals before rounding, summed.
     """
 
     seen: list[Seen]
-    rows: dict[str, list[int]]
+    rows: Rows
     squared_error: float
     power: float
 
@@ -118,13 +128,12 @@ def write(
 ) -> Written:
     """Write a chunk's trials, z-scored by ``scale``, into one Arrow file for each split.
 
-    Without a scale the trials are looked at as they are read; with one they have been. A file is
-    whole: it is renamed into place when it is finished.
+    Without a scale the trials are looked at as they are read; with one they have been.
     """
     seen: list[Seen] = []
-    rows: dict[str, list[int]] = {}
+    rows: Rows = {}
     error = power = 0.0
-    writers: dict[str, ArrowWriter] = {}
+    writers: dict[str, ShardWriter] = {}
     for index, stored, look in _prepared(source, plan, indices, scale):
         if look is not None:
             seen.append(look)
@@ -137,17 +146,14 @@ def write(
             stored = rounded
         split = plan.splits[index]
         if split not in writers:
-            writers[split] = ArrowWriter(
-                features=trial_features(len(source.channels), plan.dtype),
-                path=f"{shard(plan.folder, number, split)}.tmp",
-                writer_batch_size=16,
-            )
-        writers[split].write({"signal": stored, **row_of(source, index, split)})
-        rows.setdefault(split, []).append(index)
-    for split, writer in writers.items():
-        writer.finalize()
-        place = shard(plan.folder, number, split)
-        os.replace(f"{place}.tmp", place)
+            path = shard(plan.folder, number, split)
+            writers[split] = ShardWriter(path, len(source.channels), plan.dtype)
+        writers[split].write(row_of(source, index, split), stored)
+        looked = None if look is None or plan.dtype != "float32" else look.looked
+        digest = signal_digest(stored).hex() if looked is None else looked.digest
+        rows.setdefault(split, []).append((index, digest))
+    for writer in writers.values():
+        writer.close()
     return Written(seen, rows, error, power)
 
 
