@@ -46,9 +46,6 @@ from b2t.errors import UserError
 from b2t.log import logger
 
 log = logger(__name__)
-_FEW = 256
-"""Trials below which other processes take longer to start than to work."""
-_MOST_WORKERS = 8
 DTYPES = ("float32", "float16")
 NORMALIZATIONS = ("auto", "block", "session", "recording", "none")
 
@@ -75,7 +72,7 @@ def prepare(
         record: further entries of ``b2t.json``, such as where the data came from.
         reopen: how to open the source again: without it nothing is done in other processes, and
             an interrupted call leaves nothing.
-        workers: processes; None takes as many as there are cores where trials are many.
+        workers: processes; None takes as many as there are cores where it is worth starting them.
         licence: of the recordings, for the data card.
 
     Returns:
@@ -94,7 +91,7 @@ def prepare(
     plan = _plan(source, splits, options, partial)
     _enter(partial, _key(source, splits, options, reopen))
     try:
-        with pool(source, plan, reopen, workers or _workers(source)) as each:
+        with pool(source, plan, reopen, workers) as each:
             job = _Job(source, plan, options, each)
             content = job.content(record or {})
         write_card(partial / "dataset", out.name, content, licence)
@@ -284,12 +281,6 @@ class _Job:
         if not self.squared_error:
             return {}
         return {"rounding_snr_db": round(10 * np.log10(self.power / self.squared_error), 2)}
-
-
-def _workers(source: Source) -> int:
-    if len(source.trials) < _FEW:
-        return 1
-    return max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0))))
 
 
 def _require_free(out: Path, overwrite: bool) -> None:

@@ -4,11 +4,13 @@ import json
 import logging
 import os
 import signal as signals
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -219,6 +221,10 @@ def _rounded(signal: np.ndarray, dtype: str, name: str) -> np.ndarray:
 
 # ---- several processes
 
+_MOST_WORKERS = 8
+_WORTH_SECONDS = 20.0
+"""Work that is less is done before other processes have imported what they need."""
+
 _here: tuple[Source, Plan] | None = None
 """What a worker process opened when it started."""
 
@@ -227,7 +233,7 @@ Task = Callable[..., Any]
 
 @contextmanager
 def pool(
-    source: Source, plan: Plan, reopen: Reopen | None, workers: int
+    source: Source, plan: Plan, reopen: Reopen | None, workers: int | None
 ) -> Iterator[Callable[[Task, list[tuple[Any, ...]]], Iterator[Any]]]:
     """Yield a function that does tasks and returns their results in order.
 
@@ -235,18 +241,31 @@ def pool(
         source: opened here.
         plan: what goes with it.
         reopen: how other processes open it; without it all is done here.
-        workers: processes; 1 is this one.
+        workers: processes; 1 is this one. None begins in this one, and starts as many as there are
+            cores once what is left would take it more than `_WORTH_SECONDS`.
     """
-    if reopen is None or workers <= 1:
-        yield lambda task, calls: (task(source, plan, *call) for call in calls)
-        return
-    executor = ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=_start, initargs=(reopen, plan)
-    )
+    cores = max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0))))
+    count = 1 if reopen is None else workers or cores
+    executor: ProcessPoolExecutor | None = None
+
+    def each(task: Task, calls: list[tuple[Any, ...]]) -> Iterator[Any]:
+        nonlocal executor
+        began = time.monotonic()
+        for done, call in enumerate(calls):
+            left = (time.monotonic() - began) * (len(calls) - done) / max(1, done)
+            if count > 1 and (executor or workers or left > _WORTH_SECONDS):
+                executor = executor or ProcessPoolExecutor(
+                    count, get_context("spawn"), initializer=partial(_start, reopen, plan)
+                )
+                yield from _in_order(executor, task, calls[done:], 2 * count, source)
+                return
+            yield task(source, plan, *call)
+
     try:
-        yield lambda task, calls: _in_order(executor, task, calls, 2 * workers, source)
+        yield each
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        if executor is not None:
+            executor.shutdown(wait=True, cancel_futures=True)
 
 
 def _in_order(
@@ -267,9 +286,10 @@ def _in_order(
             yield result
 
 
-def _start(reopen: Reopen, plan: Plan) -> None:
+def _start(reopen: Reopen | None, plan: Plan) -> None:
     """Open the source in a worker, silently: the first process has said what there is to say."""
     global _here
+    assert reopen is not None
     signals.signal(signals.SIGINT, signals.SIG_IGN)  # the first process answers Ctrl-C
     logging.disable(logging.WARNING)
     os.environ["TQDM_DISABLE"] = "1"

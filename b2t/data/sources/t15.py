@@ -90,7 +90,8 @@ class T15Source:
             require_plausible_size(bins, features.shape[1], name)
             if not bins:
                 return np.zeros((0, features.shape[1]), np.float32)
-            self._look_at_padding(features, bins, name)
+            if bins < len(features):
+                self._look_at_padding(features, bins, name)
             return resampled(
                 lambda start, stop: _float32(features[start:stop]),
                 0,
@@ -178,13 +179,13 @@ def _split(file: Path) -> str:
 
 def _trial(path: Path, key: str, group: Any) -> TrialInfo:
     name = f"{path}, {key}"
-    if not isinstance(group, h5py.Group) or not _is_table(group.get("input_features")):
+    features: Any = group.get("input_features") if isinstance(group, h5py.Group) else None
+    if not _is_table(features):
         found = sorted(group) if isinstance(group, h5py.Group) else "no group"
         raise UserError(
             f"{name}: expected a dataset input_features [bins, channels], found {found}: is this "
             "a Brain-to-Text '25 file?"
         )
-    features = group["input_features"]
     if features.dtype.kind not in "fiu":
         raise UserError(
             f"{name}: input_features holds {features.dtype}, where real numbers are expected: "
@@ -222,7 +223,7 @@ def _bins(group: h5py.Group, held: int, name: str) -> int:
 
 def _float32(values: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):  # what becomes infinite is refused with its place
-        return values.astype(np.float32)
+        return values.astype(np.float32, copy=False)
 
 
 def _whole(value: Any, name: str) -> int:
