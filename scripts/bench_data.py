@@ -205,7 +205,7 @@ def wait(dataset: str, steps: int) -> float:
         ]  # fmt: skip
         subprocess.run(command, check=True, capture_output=True, text=True)
         lines = (Path(scratch) / "run" / "metrics.jsonl").read_text().splitlines()
-    shares = [json.loads(line)["metrics"].get("time/data_wait_fraction") for line in lines]
+    shares = [json.loads(line).get("time/data_wait_fraction") for line in lines]
     return [share for share in shares if share is not None][1]  # past the first steps
 
 

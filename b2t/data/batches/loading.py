@@ -5,6 +5,7 @@ import signal as signals
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -139,10 +140,19 @@ def _load(rows: TrialRows, keys: Iterator[list[Any]], workers: int) -> Iterator[
         # Python 3.12 warns of every fork beside threads; workers use numpy and Arrow alone.
         warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
         batches = iter(loader)
-    for batch in batches:
+    for batch in batches if workers else _one_ahead(batches):
         if isinstance(batch, UserError):
             raise batch
         yield batch
+
+
+def _one_ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    """Read the next batch in a thread while this one is worked on."""
+    with ThreadPoolExecutor(1, "batches") as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
 
 
 class _Keys:
