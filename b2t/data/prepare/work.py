@@ -252,7 +252,7 @@ def pool(
         nonlocal executor
         began = time.monotonic()
         for done, call in enumerate(calls):
-            left = (time.monotonic() - began) * (len(calls) - done) / max(1, done)
+            left = (time.monotonic() - began) * (len(calls) - done) / done if done else 0.0
             if count > 1 and (executor or workers or left > _WORTH_SECONDS):
                 executor = executor or ProcessPoolExecutor(
                     count, get_context("spawn"), initializer=partial(_start, reopen, plan)
