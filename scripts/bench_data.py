@@ -78,8 +78,8 @@ def measure(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
     least = best(lambda: read_hash_write(release, scratch / "copy.bin"), options.repeats)
     found["prepare_bound"] = alone / least
     print(
-        f"prepare: {found['prepare']:.2f} × the rate of h5py's reading alone (one process); reading, "
-        f"hashing and writing the same bytes with nothing else {found['prepare_bound']:.2f} ×"
+        f"prepare: {found['prepare']:.2f} × the rate of h5py's reading alone (one process); "
+        f"reading, hashing and writing the same bytes {found['prepare_bound']:.2f} ×"
     )
     copy, batches = against_a_copy(out, scratch / "flat.bin", options.repeats)
     found["batches"] = copy / batches
