@@ -192,6 +192,7 @@ def compile_job(job: Job) -> Report:
             "num_warps": job.warps,
             "num_stages": job.stages,
             "enable_fp_fusion": True,
+            **tuning.limits(job.kernel),
         },
     )
     usage, code = _disassemble(compiled.asm["cubin"])

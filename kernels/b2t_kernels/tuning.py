@@ -30,6 +30,8 @@ SHORT_OF_REGISTERS = TRITON < (3, 5)
 # No other pair spills nowhere: the compilers give one program different shares of the registers.
 REFINE_WIDTH, REFINE_WARPS = (128, 8) if TRITON < (3, 8) else (64, 2)
 BEAM_WIDTH, BEAM_WARPS = (64 if SHORT_OF_REGISTERS else 32), 8
+# What 3.8 makes of a beam's kernels spills with the registers that the assembler takes by itself.
+BEAM_REGISTERS = 168 if TRITON == (3, 8) else None
 
 Space = tuple[triton.Config, ...]
 
@@ -45,7 +47,9 @@ def config(warps: int, stages: int, **blocks: int) -> triton.Config:
 
 def options(chosen: triton.Config) -> dict[str, Any]:
     """A configuration as the arguments of a launch."""
-    return {**chosen.kwargs, "num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+    limit = {} if chosen.maxnreg is None else {"maxnreg": chosen.maxnreg}
+    launch = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+    return {**chosen.kwargs, **launch, **limit}
 
 
 def _tiles(padded_D: int, *shapes: tuple[int, int, int, int]) -> Space:
@@ -88,7 +92,9 @@ def settle_config(W: int) -> triton.Config:
 
 def beam_config() -> triton.Config:
     """Configuration of the kernels that continue a beam, one frame each."""
-    return config(BEAM_WARPS, 1, BLOCK_D=BEAM_WIDTH)
+    return triton.Config(
+        {"BLOCK_D": BEAM_WIDTH}, num_warps=BEAM_WARPS, num_stages=1, maxnreg=BEAM_REGISTERS
+    )
 
 
 def column_space(family: int, padded_D: int) -> Space:
@@ -288,6 +294,12 @@ def plain_variants(name: str) -> Iterator[dict[str, Any]]:
     if name == "candidates_kernel":
         yield {**blocks, "B": 1, "W": MOST_PARTS, "SLOTS": 8}
         yield {**blocks, "B": 8, "W": 32, "SLOTS": 8, "KEPT": 16}
+
+
+def limits(name: str) -> dict[str, int]:
+    """Options beside warps and stages with which a kernel is launched."""
+    beams = name in ("candidates_kernel", "winners_kernel")
+    return {"maxnreg": BEAM_REGISTERS} if beams and BEAM_REGISTERS else {}
 
 
 def kernel(name: str) -> Any:

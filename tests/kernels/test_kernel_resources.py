@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -89,9 +90,21 @@ def check_report(module):
         "k", "", 86, 256, "t", 8, 2, 128, 0, 0, 101_376, 101_376, "HMMA", 1.0, 1.0, 1.0, 0, {}
     )
     assert fine.problems() == []
-    from dataclasses import replace
-
     assert replace(fine, stack=8).problems() == []
     assert "spills" in replace(fine, local_memory_instructions=1).problems()[0]
     assert "shared memory" in replace(fine, shared=101_377).problems()[0]
     assert "tensor-core" in replace(fine, tensor_core="").problems()[0]
+
+
+def test_one_triton_written_alone_keeps_the_rows_of_the_others(repository):
+    with script(repository, "kernel_tritons") as module:
+        older, newer = (
+            module.Outcome(version, "2.4.1", 100, 0, 174, 0, 250) for version in ("3.9.0", "3.10.0")
+        )
+        held = module.table([newer, older])
+        again = module.table([replace(older, failed=2)], module.written_rows(held))
+    assert again == held.replace(
+        "| 3.9.0 | 2.15 | 2.4.1 | 100 passed, 0 failed",
+        "| 3.9.0 | 2.15 | 2.4.1 | 100 passed, 2 failed",
+    )
+    assert again.index("3.9.0") < again.index("3.10.0")
