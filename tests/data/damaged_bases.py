@@ -22,7 +22,10 @@ FOLDERS = (
 
 
 def write_recordings(folder, t15_trial, write_edf, write_set):
-    """Write one recording of each kind into a folder of its own."""
+    """Write one recording of each kind into a folder of its own.
+
+    CTF, KIT, CNT and EGI are missing: MNE reads them and writes none.
+    """
     for name in FOLDERS:
         (folder / name).mkdir(parents=True)
     _write_release(folder / "hdf5", t15_trial)
