@@ -137,10 +137,11 @@ def compare_best_slots(
         for turn in tl.static_range(RUNS):
             first = tl.min(tl.min(packed, axis=1), axis=0)
             place = (first % 4294967296).to(tl.int32)
-            here = (places == place) & (first < NO_SLOT)
+            # Comparisons of blocks: one of scalars, spread, is no mask to the interpreter of 3.9.
+            here = (packed == first) & (packed < NO_SLOT)
             run = tl.sum(tl.sum(tl.where(here, runs, 0), axis=1), axis=0)
             turns = lanes // GROUP == turn
-            usable |= turns & (first < NO_SLOT)
+            usable |= turns & (tl.where(turns, first, NO_SLOT) < NO_SLOT)
             beam = tl.where(turns, place // W, beam)
             codes = tl.where(turns, codes + run, codes)
             seen |= here
