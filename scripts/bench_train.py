@@ -12,8 +12,9 @@ batches with the same losses, optimizer groups, learning rates, clipping and cod
 trainer alone logs, watches and draws its dropout anew in each micro-batch.
 
 Frames are valid latent frames of all ranks. Data wait is the share of the trainer's time in which
-rank 0 waits for a batch. MFU and HFU need a GPU whose peak is known. Memory can only be told apart
-in processes of their own: `--alone` trains one loop, and prints the most that a rank held.
+rank 0 waits for a batch; sync, from the second segment on, that in which it packs and awaits the
+quantizer's sums over ranks. MFU and HFU need a GPU whose peak is known. Memory can only be told
+apart in processes of their own: `--alone` trains one loop, and prints the most that a rank held.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import resource
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
 from bench_overhead import Turns  # noqa: E402
 from throughput.bare import Bare, BareTorch  # noqa: E402
 from throughput.peers import HuggingFace, PlainDDP  # noqa: E402
+from throughput.sync import QuantizerSync  # noqa: E402
 
 from b2t.config import Config, load_config  # noqa: E402
 from b2t.log import configure, quiet_libraries  # noqa: E402
@@ -103,6 +105,7 @@ class Line:
     steps_per_s: float
     frames_per_s: float
     data_wait: float
+    sync: float
     mfu: float | None
     hfu: float | None
     ratio: float
@@ -123,20 +126,28 @@ class Frames(Callback):
         self.steps += 1
 
 
+@dataclass
 class Waits(Turns):
-    """Turns that also time how long the trainer waits for its own batches."""
+    """Turns that also time how long the trainer waits for its own batches and for other ranks."""
 
     waited: float = 0.0
+    sync: QuantizerSync = field(default_factory=QuantizerSync)
 
     def __next__(self) -> Any:
         """Return the next batch, after the other's turn where one is due."""
         if self.taken % self.length == 0:
             self._turn(self.taken // self.length)
+        if self.taken == self.length:
+            self.sync.seconds = 0.0  # with the start of the codebooks
         self.taken += 1
         began = time.perf_counter()
         batch = next(self.inner)
         self.waited += time.perf_counter() - began
         return batch
+
+    def _let_bare(self) -> None:
+        with self.sync.paused():
+            super()._let_bare()
 
 
 def case_config(options: argparse.Namespace, case: Case, folder: str, steps: int) -> Config:
@@ -189,7 +200,8 @@ def measure(options: argparse.Namespace, case: Case, ranks: Ranks, folder: str) 
         peer.model.quantizer.backend = case.kernels
 
     peer.start = started  # type: ignore[method-assign]
-    trainer.fit()
+    with clock.sync:
+        trainer.fit()
     ours, theirs = (
         np.array(segments[options.warmup :])[:, 0] / options.length
         for segments in (clock.ours, clock.theirs)
@@ -200,7 +212,8 @@ def measure(options: argparse.Namespace, case: Case, ranks: Ranks, folder: str) 
     mfu, hfu = utilization(config, trainer, rate)
     return Line(
         trainer.config.phases[0].name, case.against, case.kernels, case.checkpointing, ranks.world,
-        1 / step_s, rate, clock.waited / frames.steps / step_s, mfu, hfu,
+        1 / step_s, rate, clock.waited / frames.steps / step_s,
+        clock.sync.seconds / (frames.steps - options.length) / step_s, mfu, hfu,
         float(np.median(ratios)), float(low), float(high),
     )  # fmt: skip
 
@@ -252,7 +265,7 @@ def table(lines: list[Line]) -> str:
     """Put the lines in columns."""
     head = (
         f"{'phase':12}{'against':8}{'kernels':11}{'ckpt':6}{'ranks':6}{'steps/s':>9}{'frames/s':>11}"
-        f"{'data wait':>11}{'MFU':>8}{'HFU':>8}  ratio (quartiles)"
+        f"{'data wait':>11}{'sync':>8}{'MFU':>8}{'HFU':>8}  ratio (quartiles)"
     )
 
     def percent(value: float | None) -> str:
@@ -261,7 +274,7 @@ def table(lines: list[Line]) -> str:
     rows = [
         f"{line.phase:12}{line.against:8}{line.kernels:11}{line.checkpointing:6}{line.ranks:<6}"
         f"{line.steps_per_s:9.2f}{line.frames_per_s:11,.0f}{percent(line.data_wait):>11}"
-        f"{percent(line.mfu):>8}{percent(line.hfu):>8}  "
+        f"{percent(line.sync):>8}{percent(line.mfu):>8}{percent(line.hfu):>8}  "
         f"{line.ratio:.3f} ({line.ratio_low:.3f} – {line.ratio_high:.3f})"
         for line in lines
     ]

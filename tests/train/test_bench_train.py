@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
+from b2t.quantize.distributed import PendingSum
 from b2t.train.callbacks import Callback
 from tests.script_modules import script
 from tests.train.small_runs import SMALL, zero2
@@ -51,6 +53,7 @@ def test_the_peer_takes_the_same_steps(
         np.testing.assert_allclose(clocks[0].losses, losses.of_step[1::2], rtol=1e-5)
     assert len(clocks[0].theirs) == 4
     assert line.phase == "joint" and line.mfu is None and 0 < line.data_wait < 1
+    assert 0 < line.sync < 0.5
     assert line.frames_per_s / line.steps_per_s > 4  # frames of a step
 
 
@@ -66,10 +69,23 @@ def test_activations_are_checkpointed_where_asked(bench, tmp_path):
 
 def test_the_table_has_a_column_for_each_number(bench):
     line = bench.Line(
-        "joint", "ddp", "kernels", "off", 2, 4.0, 1234.5, 0.05, 0.3, 0.4, 0.97, 0.9, 1
+        "joint", "ddp", "kernels", "off", 2, 4.0, 1234.5, 0.05, 0.02, 0.3, 0.4, 0.97, 0.9, 1
     )
     head, row = bench.table([line]).splitlines()
     assert " ".join(head.split()).startswith("phase against kernels ckpt ranks steps/s frames/s")
     assert " ".join(row.split()) == (
-        "joint ddp kernels off 2 4.00 1,234 5.0 % 30.0 % 40.0 % 0.970 (0.900 – 1.000)"
+        "joint ddp kernels off 2 4.00 1,234 5.0 % 2.0 % 30.0 % 40.0 % 0.970 (0.900 – 1.000)"
     )
+
+
+def test_only_what_the_trainer_sums_over_ranks_is_timed(bench, monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: float(next(now)))
+    begin, wait = PendingSum.__init__, PendingSum.wait
+    with bench.QuantizerSync() as sync:
+        PendingSum([torch.ones(2)]).wait()
+        assert sync.seconds == 2  # a tick in each
+        with sync.paused():
+            PendingSum([torch.ones(2)]).wait()
+        assert sync.seconds == 2
+    assert (PendingSum.__init__, PendingSum.wait) == (begin, wait)
