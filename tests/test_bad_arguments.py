@@ -122,7 +122,7 @@ def test_a_full_disk_is_a_message(recording, tmp_path, capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "out"))
 
-    monkeypatch.setattr("b2t.data.prepare.work.ArrowWriter", full)
+    monkeypatch.setattr("b2t.data.prepare.work.ShardWriter", full)
     status, said = status_and_message(capsys, "prepare", recording, tmp_path / "out")
     assert status == 2 and f"{tmp_path / 'out'}: No space left on device" in said
 
