@@ -79,7 +79,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in _PLACE_ERRORS:
             raise
-        place = f"{error.filename}: " if error.filename else ""
+        # A write that fails, unlike an open, does not say where.
+        place = error.filename or getattr(arguments, "out", None)
+        place = f"{place}: " if place else ""
         print(
             f"b2t {arguments.command}: error: {place}{os.strerror(error.errno)}: free some space, "
             "or choose another place to read or write",

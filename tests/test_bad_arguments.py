@@ -127,6 +127,12 @@ def test_a_full_disk_is_a_message(recording, tmp_path, capsys, monkeypatch):
     assert status == 2 and f"{tmp_path / 'out'}: No space left on device" in said
 
 
+def test_a_disk_that_fills_up_names_the_place(recording, mounted, capsys):
+    folder = mounted("size=64k")
+    status, said = status_and_message(capsys, "prepare", recording, folder / "out", "--overwrite")
+    assert status == 2 and f"{folder / 'out'}" in said and "No space left on device" in said
+
+
 def test_a_read_only_disk_is_a_message(recording, mounted, capsys):
     folder = mounted("ro,size=64k")
     status, said = status_and_message(capsys, "prepare", recording, folder / "out")
