@@ -28,19 +28,21 @@ NEEDED = {
     "b2t/quantize/revival.py:_directions": "the same",
     "b2t/model/text_decoder.py:forward": "transformers looks whether the mask hides anything",
     "b2t/train/engine.py:step": "DeepSpeed looks for overflow and clips",
+    "b2t/train/plain.py:_clip": "the same without ZeRO",
 }
 
 
-@pytest.fixture(scope="module")
-def reads(training, tiny):
+@pytest.fixture(scope="module", params=[True, False], ids=["zero", "plain"])
+def reads(request, training, tiny):
     """Places that read, and how often, in all steps but those that log."""
     config = tiny(
         phases=[{"name": "joint", "steps": 24, "lr": 1e-3, "warmup_steps": 2}],
         log={"every": 6, "progress": False, "report": False},
         monitor={"window": 8},
+        optim={"zero_on_one_rank": request.param},
     )
     done = training.run(
-        "reads",
+        f"reads-{request.param}",
         config=config,
         launcher="python",
         ranks=1,
@@ -62,8 +64,9 @@ def test_monitors_read_nothing(reads):
 def test_the_probe_sees_what_is_known_to_read(reads):
     """A probe that is blind would pass the tests above."""
     known = ("b2t/train/ranks.py:sum", "b2t/train/step.py:totals")
-    known += ("b2t/quantize/frames.py:valid_latents", "b2t/train/engine.py:step")
+    known += ("b2t/quantize/frames.py:valid_latents",)
     assert set(known) <= set(reads)
+    assert {"b2t/train/engine.py:step", "b2t/train/plain.py:_clip"} & set(reads)
 
 
 def test_frames_are_counted_once_a_step(reads):
