@@ -10,7 +10,7 @@ passed, with the device, the versions, and figures of training; --write puts tha
 the benchmark between the markers of kernels/RESULTS.md. The steps, and their seconds:
 
     device       20  the GPU, its driver and the versions of what runs on it
-    correct     100  the kernels' checks on the device, and CUDA graphs
+    correct     100  the kernels' checks on the device, CUDA graphs, and augmentation there
     bench       110  scripts/bench_kernels.py, wall time and host time, from the flagship case on
     train       140  the demo in fp16 on simulated recordings, stopped after two minutes: it saves
     resume      110  a short run stopped by a signal and gone on, beside one left alone: the same?
@@ -148,12 +148,12 @@ def device_step(trial: Trial, limit: float) -> dict[str, Any]:
 
 
 def correct_step(trial: Trial, limit: float) -> dict[str, Any]:
-    """The kernels' tests."""
+    """The tests of kernels and of augmentation."""
     tests = ROOT / "tests" / "kernels"
     if trial.device == "cuda":
         # Most of the time goes into compiling: several processes share it.
         names = ("kernel_checks.py", "draw_checks.py", "test_kernel_gpu.py")
-        places = [tests / name for name in names]
+        places = [tests / name for name in names] + [ROOT / "tests/data/test_augment_gpu.py"]
         chosen = ["-k", "not test_kernels_on_the_gpu", "--numprocesses", "4"]
     else:
         places, chosen = [tests], ["-k", "test_kernel_ops and mistakes"] if trial.dry else []

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from b2t.data.options import AugmentOptions
 from b2t.smoothing import smooth_rows
@@ -169,7 +169,7 @@ def _noise(target: Tensor, draws: Packed, options: AugmentOptions) -> Tensor | f
     if not (options.offset_std or options.noise_std or options.random_walk_std):
         return 0.0
     noise = torch.zeros_like(target)
-    generator = torch.Generator(target.device)
+    generator = Generator(target.device)
     channels = target.shape[2]
     for row, (start, bins, seed) in zip(noise, draws.recorded(), strict=True):
         generator.manual_seed(seed)
