@@ -50,7 +50,9 @@ class PhaseConfig(Options):
     masking: MaskingOptions = MaskingOptions()
     """What is hidden of each trial where `losses.masked` is above 0."""
     augment: dict[str, Any] = Field(default={})
-    """Keys of `data.augment` that are otherwise in this phase, such as {noise_std: 0.5}."""
+    """Keys of `data.augment` that are otherwise in this phase, such as {noise_std: 0.5}; a ramp
+    {from: 0.0, to: 1.0, steps: 2000} (or share: 0.5 of the phase, or all of it) changes with the
+    batches that the phase has taken."""
     text_from: Literal["signals", "labels", "texts"] = "signals"
     """What text is learnt from by a text decoder that reads phonemes (`text_decoder.memory`): those
     heard in signals; those of the trials' labels, without encoding a signal where text is all that

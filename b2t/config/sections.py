@@ -12,6 +12,7 @@ from b2t.config.alert_rules import AlertRule
 from b2t.config.model import ModelConfig
 from b2t.config.phases import PhaseConfig, default_phases
 from b2t.data.options import AugmentOptions
+from b2t.data.ramps import values_at
 from b2t.model.options import SavedTextDecoderOptions
 from b2t.options import NonNegative, Options, Positive, PositiveInt, Rate
 from b2t.quantize.options import TemperatureOptions
@@ -250,19 +251,25 @@ class Config(Options):
                     f"phases.{number}.augment.{fixed[0]}: smoothing belongs to the model's input "
                     f"and is the same in all phases; set data.augment.{fixed[0]}"
                 )
+            where = f"phases.{number}.augment"
             try:
-                self.augment_of(number)
+                for step in (0, phase.steps):  # what lies between is no less in range
+                    self.augment_of(number, step)
             except ValidationError as error:
                 item = error.errors()[0]
-                key = ".".join(["phases", str(number), "augment", *map(str, item["loc"])])
                 message = item["msg"].removeprefix("Value error, ")
-                raise ValueError(f"{key}: {message}") from None
+                raise ValueError(
+                    f"{'.'.join([where, *map(str, item['loc'])])}: {message}"
+                ) from None
+            except ValueError as error:
+                raise ValueError(f"{where}.{error}") from None
         return self
 
-    def augment_of(self, phase: int) -> AugmentOptions:
-        """Return the augmentation of a phase, by number."""
-        given = {**self.data.augment.model_dump(), **self.phases[phase].augment}
-        return AugmentOptions(**given)
+    def augment_of(self, phase: int, step: int = 0) -> AugmentOptions:
+        """Return the augmentation of a phase, by number, after so many of its steps."""
+        chosen = self.phases[phase]
+        given = values_at(chosen.augment, step, chosen.steps)
+        return AugmentOptions(**{**self.data.augment.model_dump(), **given})
 
     @property
     def total_steps(self) -> int:

@@ -5,6 +5,7 @@ trained on, a batch at a time (`b2t.data.augment_batch`).
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,24 @@ def row_generator(seed: int, phase: int, epoch: int, row: str) -> np.random.Gene
     digest = hashlib.blake2b(row.encode(), digest_size=16).digest()
     words = [int(word) for word in np.frombuffer(digest, dtype="<u4")]
     return np.random.default_rng([seed, phase, epoch, *words])
+
+
+class AugmentCourse:
+    """Augmentation whose options change from step to step of a phase.
+
+    Args:
+        options_at: options of each step, smoothing in bins.
+    """
+
+    def __init__(self, options_at: Callable[[int], AugmentOptions]) -> None:
+        self._options_at = options_at
+        self._known: tuple[int, Augment] | None = None
+
+    def at(self, step: int) -> "Augment":
+        """Return the augmentation of a step, counted in global batches from the phase's start."""
+        if self._known is None or self._known[0] != step:
+            self._known = step, Augment(**self._options_at(step).model_dump())
+        return self._known[1]
 
 
 class Augment(AugmentOptions):
@@ -64,6 +83,10 @@ class Augment(AugmentOptions):
         target = np.asarray(signal, dtype=np.float32)
         smoothed = smooth(target, self.smoothing_bins) if self.smoothing_bins else target
         return Augmented(smoothed, target, np.ones(len(target), dtype=bool))
+
+    def at(self, step: int) -> "Augment":
+        """Return itself: the same in all steps, see `AugmentCourse`."""
+        return self
 
     def draw(
         self, shape: tuple[int, ...], sampling_rate: float, generator: np.random.Generator

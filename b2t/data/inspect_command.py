@@ -21,6 +21,7 @@ examples:
   b2t inspect 'parquet/*.parquet' --no-plot
   b2t inspect data/t15 --verify
   b2t inspect data/t15 --augment noise_std=1.0 time_stretch=[0.9,1.1] random_cut_ms=60
+  b2t inspect data/t15 --augment 'noise_std={from: 0, to: 1, steps: 2000}'
 """
 
 
@@ -52,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         nargs="*",
         help="plot the trial before and after augmentation instead: all of it, and each that is "
-        "on alone; keys of data.augment (default: the defaults of training)",
+        "on alone; keys of data.augment (default: the defaults of training), ramps of a phase at "
+        "their beginning, middle and end",
     )
     parser.add_argument(
         "--verify",
@@ -243,6 +245,7 @@ def _plot_augmented(
 
     from b2t.data.augment_figure import plot_augmented
     from b2t.data.options import AugmentOptions
+    from b2t.data.ramps import ramps_of
     from b2t.data.trials import read_signal, row_id
     from b2t.options import checked
 
@@ -256,10 +259,15 @@ def _plot_augmented(
                 f"{', '.join(AugmentOptions.model_fields)}"
             )
         options[key] = yaml.safe_load(value)
-    augment = checked(AugmentOptions, options, "--augment").at_rate(info.sampling_rate)
+    try:
+        ramps = ramps_of(options)
+    except ValueError as error:
+        raise UserError(f"--augment {error}") from None
+    ends = {**options, **{key: ramp.last for key, ramp in ramps.items()}}
+    augment = checked(AugmentOptions, ends, "--augment").at_rate(info.sampling_rate)
     record = trials.select_columns(["session", "block", "trial"]).with_format(None)[row]
     signal = read_signal(trials.with_format("arrow")[row])
-    plot_augmented(file, signal, info.sampling_rate, augment, row_id(record))
+    plot_augmented(file, signal, info.sampling_rate, augment, row_id(record), ramps)
 
 
 def _require_place(file: Path) -> None:

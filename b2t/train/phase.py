@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from b2t.config import COMPONENTS, Config, PhaseConfig
-from b2t.data.augment import Augment
+from b2t.data.augment import Augment, AugmentCourse
 from b2t.data.batches import (
     Batch,
     BatchPlan,
@@ -19,6 +19,7 @@ from b2t.data.batches import (
     sentence_batches,
     train_batches,
 )
+from b2t.data.ramps import ramps_of
 from b2t.data.trials import signal_lengths
 from b2t.errors import UserError
 from b2t.log import logger
@@ -170,7 +171,7 @@ def phase_batches(
     if config.phases[number].text_from == "texts":
         return _sentences(config, number, materials, ds_file, ranks, consumed)
     if materials.stream is not None:
-        return _streamed(config, number, materials, materials.stream, ds_file)
+        return _streamed(config, number, materials, materials.stream, ds_file, consumed)
     epoch, position = plan.place(config.run.seed, number, consumed)
     loader = train_batches(
         materials.train,
@@ -182,6 +183,7 @@ def phase_batches(
         phase=number,
         epoch=epoch,
         position=position,
+        consumed=consumed,
         micro_batch=ds_file.micro_batch,
         accumulation=ds_file.accumulation,
         rank=ranks.rank,
@@ -226,6 +228,7 @@ def _streamed(
     materials: Materials,
     source: StreamedTrials,
     ds_file: DeepSpeedFile,
+    consumed: int,
 ) -> Generator[list[Batch], None, None]:
     rows = TrialRows(
         materials.train, None, materials.info.sessions, _augment(config, number, materials),
@@ -236,6 +239,7 @@ def _streamed(
         materials.tokenizer,
         micro_batch=ds_file.micro_batch,
         accumulation=ds_file.accumulation,
+        consumed=consumed,
         max_frames=config.data.max_frames,
         max_tokens=config.data.max_text_tokens,
     )
@@ -249,12 +253,14 @@ def _unpacked(loader: Any) -> Generator[list[Batch], None, None]:
         loader.close()
 
 
-def _augment(config: Config, number: int, materials: Materials) -> Augment | None:
+def _augment(config: Config, number: int, materials: Materials) -> Augment | AugmentCourse | None:
     """What a phase does to its trials; nothing where it encodes no signal."""
     if not _hears(materials.model, config.phases[number]):
         return None
-    at_rate = config.augment_of(number).at_rate(materials.info.sampling_rate)
-    return Augment(**at_rate.model_dump())
+    rate = materials.info.sampling_rate
+    if not ramps_of(config.phases[number].augment):
+        return Augment(**config.augment_of(number).at_rate(rate).model_dump())
+    return AugmentCourse(lambda step: config.augment_of(number, step).at_rate(rate))
 
 
 def _hears(model: BrainToText, phase: PhaseConfig) -> bool:

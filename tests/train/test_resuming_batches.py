@@ -8,10 +8,12 @@ import torch
 from tests.data.test_streamed import description, shards
 from tests.train.small_runs import small_trainer, zero2
 
-SETTINGS = """
-    codebook_start.after_steps=1 evaluation.every=100 phases.0.steps=10 phases.1.steps=1
-    phases.2.steps=1 checkpoint.every=4 checkpoint.keep=9 stability.dry_batch=false
-""".split()  # noqa: SIM905
+SETTINGS = [
+    *("codebook_start.after_steps=1", "evaluation.every=100", "phases.0.steps=10"),
+    *("phases.1.steps=1", "phases.2.steps=1", "checkpoint.every=4", "checkpoint.keep=9"),
+    "stability.dry_batch=false",
+    "phases.0.augment={noise_std: {from: 0, to: 1}}",
+]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from b2t.data.augment import Augment
+from b2t.data.augment import Augment, AugmentCourse
 from b2t.data.batches.batch import Batch, Example, collate
 from b2t.data.batches.order import BatchPlan, evaluation_batches
 from b2t.data.batches.rows import TrialRows
@@ -31,12 +31,13 @@ def train_batches(
     plan: BatchPlan,
     tokenizer: "PreTrainedTokenizerBase | None",
     sessions: Sequence[str],
-    augment: Augment | None,
+    augment: Augment | AugmentCourse | None,
     *,
     seed: int,
     phase: int = 0,
     epoch: int = 0,
     position: int = 0,
+    consumed: int = 0,
     micro_batch: int,
     accumulation: int = 1,
     rank: int = 0,
@@ -47,7 +48,8 @@ def train_batches(
 ) -> Iterator[tuple[int, int, list[Batch]]]:
     """Yield (epoch, position, micro-batches of this rank) without end, from (epoch, position) on.
 
-    The same for any number of workers. Close the iterator to stop the workers.
+    The same for any number of workers. Close the iterator to stop the workers. ``consumed`` global
+    batches of the phase are past: what augmentation ramps with.
 
     Raises:
         UserError: a trial that cannot be trained on, or a text over ``max_tokens``.
@@ -72,26 +74,27 @@ def train_batches(
         world=world,
     )
     share(epoch, position)
-    return _steps(rows, plan, share, (epoch, position), accumulation, workers)
+    return _steps(rows, plan, share, (epoch, position, consumed), accumulation, workers)
 
 
 def _steps(
     rows: TrialRows,
     plan: BatchPlan,
     share: Callable[[int, int], list[np.ndarray]],
-    start: tuple[int, int],
+    start: tuple[int, int, int],
     accumulation: int,
     workers: int,
 ) -> Iterator[tuple[int, int, list[Batch]]]:
-    def keys() -> Iterator[list[tuple[int, int]]]:
-        epoch, position = start
+    def keys() -> Iterator[list[tuple[int, int, int]]]:
+        epoch, position, step = start
         while True:
             for micro in share(epoch, position):
-                yield [(epoch, int(index)) for index in micro]
+                yield [(epoch, int(index), step) for index in micro]
             epoch, position = following(epoch, position)
+            step += 1
 
     following = partial(plan.following, rows.seed, rows.phase)
-    epoch, position = start
+    epoch, position, _ = start
     batches = _load(rows, keys(), workers)
     while True:
         yield epoch, position, [next(batches) for _ in range(accumulation)]
@@ -119,7 +122,7 @@ def eval_batches(
     """
     rows = TrialRows(dataset, tokenizer, sessions, augment, max_tokens=max_tokens, masking=masking)
     plan = evaluation_batches(signal_lengths(dataset), batch_size, rank, world)
-    keys = ([(None, int(index)) for index in batch] for batch in plan)
+    keys = ([(None, int(index), 0) for index in batch] for batch in plan)
     return _load(rows, keys, workers)
 
 

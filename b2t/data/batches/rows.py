@@ -9,10 +9,9 @@ import pyarrow as pa
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
-from b2t.data.augment import Augment, row_generator
+from b2t.data.augment import Augment, AugmentCourse, row_generator
 from b2t.data.batches.batch import Example
 from b2t.data.masking import Masking
-from b2t.data.options import AugmentOptions
 from b2t.data.trials import TrialReader, require_bins, row_id, signal_of, values_of
 from b2t.errors import UserError
 from b2t.labels import UNSEEN_SESSION
@@ -43,7 +42,7 @@ class TrialRows(TorchDataset):
         dataset: Dataset,
         tokenizer: "PreTrainedTokenizerBase | None",
         sessions: Sequence[str],
-        augment: Augment | None = None,
+        augment: Augment | AugmentCourse | None = None,
         *,
         seed: int = 0,
         phase: int = 0,
@@ -56,7 +55,6 @@ class TrialRows(TorchDataset):
         self.labels = _labels(dataset, tokenizer)
         self.sessions = {name: index for index, name in enumerate(sessions)}
         self.augment = augment or Augment(enabled=False)
-        self._options = AugmentOptions(**self.augment.model_dump())
         self.seed = seed
         self.phase = phase
         self._require_short(max_tokens)
@@ -64,23 +62,26 @@ class TrialRows(TorchDataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, key: tuple[int | None, int]) -> Example | UserError:
-        """Read the row ``key`` = (epoch, index); an epoch of None reads without augmentation.
+    def __getitem__(self, key: tuple[int | None, int, int]) -> Example | UserError:
+        """Read the row ``key`` = (epoch, index, step); no epoch (None) reads it as it is.
 
         A user's error is returned, not raised: `DataLoader` would wrap it in a worker's traceback.
         """
-        epoch, index = key
+        epoch, index, step = key
         copy, row = divmod(int(index), len(self))
         try:
-            return self.example(epoch, row, copy)
+            return self.example(epoch, row, copy, step)
         except UserError as error:
             return error
 
-    def example(self, epoch: int | None, index: int, copy: int = 0) -> Example:
-        """Read one row, and draw its augmentation: another one for each ``copy`` of an epoch."""
+    def example(self, epoch: int | None, index: int, copy: int = 0, step: int = 0) -> Example:
+        """Read one row, and draw its augmentation: another one for each ``copy`` of an epoch.
+
+        ``step``, counted in global batches of the phase, is what augmentation may ramp with.
+        """
         row, trial = self._reader.row(index)
         signal = rectangular(trial, row_id(row))
-        return self.example_of(row, signal, self.labels[index], epoch, copy)
+        return self.example_of(row, signal, self.labels[index], epoch, copy, step)
 
     def example_of(
         self,
@@ -89,12 +90,13 @@ class TrialRows(TorchDataset):
         labels: np.ndarray,
         epoch: int | None,
         copy: int = 0,
+        step: int = 0,
     ) -> Example:
         """Make an example of a row's columns, its signal [T, C] and its labels [L]."""
         drawn_by = f"{row_id(row)} {copy}" if copy else row_id(row)
         name = row_id(row)
         session = self.sessions.get(row["session"], UNSEEN_SESSION)
-        augment = self.augment
+        augment = self.augment.at(step)
         draws = None
         if epoch is None or not augment.enabled:
             signal, target, mask = augment.evaluation(signal)
@@ -114,7 +116,7 @@ class TrialRows(TorchDataset):
             text=row["text"],
             hidden=self._hidden(mask, drawn_by, epoch),
             draws=draws,
-            options=None if draws is None else self._options,
+            options=None if draws is None else augment,
         )
 
     def _hidden(self, mask: np.ndarray, name: str, epoch: int | None) -> np.ndarray | None:

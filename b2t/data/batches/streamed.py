@@ -61,6 +61,7 @@ class StreamedTrials:
         *,
         micro_batch: int,
         accumulation: int,
+        consumed: int = 0,
         max_frames: int | None = None,
         max_tokens: int | None = None,
     ) -> Generator[list[Batch], None, None]:
@@ -71,6 +72,7 @@ class StreamedTrials:
             tokenizer: of the texts; None for data without.
             micro_batch: trials of a micro-batch; with ``max_frames`` at most.
             accumulation: micro-batches of a step.
+            consumed: global batches of the phase that are past: what augmentation ramps with.
             max_frames: padded bins of a micro-batch at most.
             max_tokens: longest label sequence, eos included.
 
@@ -92,10 +94,11 @@ class StreamedTrials:
                 )
                 last = step + 1 == plan.steps(*key)
                 batches = [
-                    collate([self._example(rows, window, labels, int(row)) for row in micro])
+                    collate([_example(rows, window, labels, int(row), consumed) for row in micro])
                     for micro in micros
                 ]
                 self.position = following if last else {**self.position, "step": step + 1}
+                consumed += 1
                 yield batches
 
     def _open(self, epoch: int, state: Any) -> tuple[IterableDataset, Iterator[dict[str, Any]]]:
@@ -104,13 +107,6 @@ class StreamedTrials:
         if state is not None:
             data.load_state_dict(state)
         return data, iter(data)
-
-    def _example(
-        self, rows: TrialRows, window: list[dict[str, Any]], labels: list[np.ndarray], place: int
-    ) -> Example:
-        row = window[place]
-        require_bins(row["signal"], row_id(row))
-        return rows.example_of(row, row["signal"], labels[place], row["epoch"])
 
     def _window(self, size: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Read the window at `position`; return it, and the position of the next."""
@@ -135,6 +131,14 @@ class StreamedTrials:
             "windows": here["windows"] + 1,
         }  # fmt: skip
         return window, following
+
+
+def _example(
+    rows: TrialRows, window: list[dict[str, Any]], labels: list[np.ndarray], place: int, step: int
+) -> Example:
+    row = window[place]
+    require_bins(row["signal"], row_id(row))
+    return rows.example_of(row, row["signal"], labels[place], row["epoch"], step=step)
 
 
 def _require_short(
