@@ -26,7 +26,8 @@ class RunConfig(Options):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of all randomness: initial weights, batch order, augmentation, dropout, k-means."""
     deterministic: bool = True
-    """Ask torch for deterministic algorithms where they exist (a warning names the others)."""
+    """Take deterministic algorithms, so that one seed gives one result, and a run that was stopped
+    and gone on too. A warning names what has none on a GPU."""
 
     @field_validator("dir", mode="before")
     @classmethod

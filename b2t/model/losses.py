@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from b2t.labels import IGNORE
+from b2t.model.ctc_gradient import repeatable_ctc
 from b2t.quantize.norms import Number
 
 
@@ -138,15 +139,11 @@ def ctc_nll(
     """Negative log-likelihood [B] of labels over all alignments; arguments as in `ctc_sums`."""
     real_first = frame_mask.int().argsort(dim=1, descending=True, stable=True)
     logits = logits.float().masked_fill(~frame_mask[..., None], 0.0)
-    logits = logits.gather(1, real_first[..., None].expand_as(logits))
-    return F.ctc_loss(
-        logits.log_softmax(-1).transpose(0, 1),
-        labels,
-        frame_mask.sum(1).clamp(min=1),
-        lengths,
-        blank=blank,
-        reduction="none",
-    )
+    logits = logits[torch.arange(len(logits), device=logits.device)[:, None], real_first]
+    log_probs, frames = logits.log_softmax(-1).transpose(0, 1), frame_mask.sum(1).clamp(min=1)
+    if logits.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return repeatable_ctc(log_probs, labels, frames, lengths, blank)
+    return F.ctc_loss(log_probs, labels, frames, lengths, blank=blank, reduction="none")
 
 
 def normalise(total: Tensor, count: Number) -> Tensor:

@@ -87,9 +87,12 @@ class Recurrence(nn.Module):
 
     def _read(self, x: Tensor, index: int) -> Tensor:
         state = self.first_state[index].expand(x.shape[0], -1)[None].contiguous()
-        return self.layers[index](x, state.to(x.dtype))[0]
+        # cuDNN goes backward in training mode alone, also through a frozen encoder; these layers
+        # have no dropout that would tell.
+        layer = self.layers[index].train(torch.is_grad_enabled())
+        return layer(x, state.to(x.dtype))[0]
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
     """Frames of x [B, P, D] in the order [B, P] of each row."""
-    return x.gather(1, order[..., None].expand_as(x))
+    return x[torch.arange(len(x), device=x.device)[:, None], order]

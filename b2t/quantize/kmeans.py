@@ -92,10 +92,10 @@ def seed_centers(
 
 def _draw(weights: Tensor, m: int, generator: torch.Generator) -> Tensor:
     """``m`` indices with probability ∝ ``weights``, with replacement, for any number of them."""
-    cumulative = weights.double().cumsum(0)
-    points = torch.rand(m, generator=generator, dtype=torch.float64).to(weights.device)
+    cumulative = weights.cpu().double().cumsum(0)  # a GPU adds up in another order each time
+    points = torch.rand(m, generator=generator, dtype=torch.float64)
     places = torch.searchsorted(cumulative, points * cumulative[-1], right=True)
-    return places.clamp(max=weights.shape[0] - 1)
+    return places.clamp(max=weights.shape[0] - 1).to(weights.device)
 
 
 def _accept(d2: Tensor, between: Tensor, generator: torch.Generator) -> list[int]:

@@ -54,7 +54,7 @@ class FramePool:
         hashes = all_gather_rows(self.hashes, group)
         mine = torch.ones_like(self.hashes, dtype=torch.bool)
         if hashes.shape[0] > self.size:
-            last = hashes.kthvalue(self.size).values
+            last = hashes.sort().values[self.size - 1]  # kthvalue may vary on a GPU
             hashes, mine = hashes[hashes <= last], self.hashes <= last
         parts = (self.residuals[:, mine], self.codes[:, mine])
         gathered = [all_gather_rows(p.transpose(0, 1).contiguous(), group) for p in parts]

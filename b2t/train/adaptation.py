@@ -181,9 +181,6 @@ def _learn(
     """Take one step; return the sum of the CTC losses, and the phonemes that it is over."""
     batch = to_model(batch, model)
     model.eval()
-    for module in model.encoder.modules():
-        if isinstance(module, nn.GRU):
-            module.train()  # cuDNN has no backward otherwise; these hold no dropout
     counts = model.counts(batch)
     loss = model(batch, StepNorms(counts), {"phoneme": 1.0}).loss
     optimizer.zero_grad()

@@ -12,6 +12,7 @@ from b2t.data.trials import signal_lengths
 from b2t.errors import UserError
 from b2t.log import logger
 from b2t.train.build import Materials
+from b2t.train.determinism import NotRepeatable, put_up_with, strict_backward
 from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.engine import DTYPES
 from b2t.train.memory import GIB, estimate_memory
@@ -79,13 +80,21 @@ class DryBatch:
         return collate([rows.example(0, int(row)) for row in longest[ranks.rank :: ranks.world]])
 
     def _try(self, phase: PhaseConfig, batch: Batch) -> None:
+        try:
+            self._go_through(phase, batch)
+        except NotRepeatable as problem:
+            put_up_with(problem)
+            self._go_through(phase, batch)
+
+    def _go_through(self, phase: PhaseConfig, batch: Batch) -> None:
         model, ranks = self.model, self.ranks
         memory = estimate_memory(model, phase, self.ds_file, ranks.world)
         held = memory.optimizer + memory.gradients if ranks.device.type == "cuda" else 0
         ballast = torch.empty(held, dtype=torch.uint8, device=ranks.device)
         dtype = next(p for p in model.parameters()).dtype
         output = model(batch.to(ranks.device, dtype), weights=phase.losses.model_dump())
-        output.loss.backward()
+        with strict_backward(ranks.device):
+            output.loss.backward()
         del ballast
 
     @contextmanager

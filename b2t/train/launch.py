@@ -3,8 +3,6 @@
 import os
 import socket
 
-import torch
-
 from b2t.config import Config
 from b2t.errors import UserError
 from b2t.log import logger
@@ -16,6 +14,7 @@ from b2t.train.build import Materials, build
 from b2t.train.callback import Callback, Run
 from b2t.train.callbacks import Console, MetricsFile, ProgressBar, Report, RunFiles, Webhook
 from b2t.train.data_audit import look_at_data
+from b2t.train.determinism import ask_for_determinism
 from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.flops import flops_of_phases
 from b2t.train.monitoring import Watch, build_monitors
@@ -50,9 +49,7 @@ def prepare_torch(config: Config, ds_file: DeepSpeedFile) -> None:
     if config.log.profile.collectives:
         record_collectives(config.run.dir / PROFILE)
     if config.run.deterministic:
-        # cuBLAS reads this when the device is first used.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        ask_for_determinism()
 
 
 def join_ranks(timeout_s: float) -> Ranks:

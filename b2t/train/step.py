@@ -19,6 +19,7 @@ from b2t.quantize.frame_hash import frame_ids
 from b2t.quantize.pending import Begun, PendingStats
 from b2t.quantize.schedules import anneal
 from b2t.train.budget import PhaseBudget
+from b2t.train.determinism import strict_backward
 from b2t.train.diagnosis import diagnose, skipped_alert
 from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.engine import PhaseEngine
@@ -141,7 +142,8 @@ class OptimizerStep:
                 stats = output.stats if stats is None else stats + output.stats
             if number + 1 == len(batches):
                 summed = self._begin_update(stats)
-            self.engine.backward(output.loss)
+            with strict_backward(self.ranks.device):
+                self.engine.backward(output.loss)
             applied = self.engine.step()
             self.window.add(output, self.ds_file.accumulation)
         if not applied and isinstance(summed, PendingStats):
