@@ -114,6 +114,9 @@ def load_model(
     """
     import torch
 
+    from b2t.model.attention_backends import without_plans_per_length
+
+    without_plans_per_length()
     if is_training_checkpoint(run.checkpoint):
         model = load_training_checkpoint(run.checkpoint, run.folder / BEST_MODEL)
     else:

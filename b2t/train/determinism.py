@@ -45,8 +45,6 @@ def ask_for_determinism() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Nothing here reads what it has not written: filling every new tensor would only cost time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    # cuDNN's attention, which torch prefers on H100, has no deterministic backward.
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @contextmanager

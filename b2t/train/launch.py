@@ -6,6 +6,7 @@ import socket
 from b2t.config import Config
 from b2t.errors import UserError
 from b2t.log import logger
+from b2t.model.attention_backends import without_plans_per_length
 from b2t.monitor.monitors import Monitors
 from b2t.monitor.training import peak_flops
 from b2t.run_files import PROFILE
@@ -39,7 +40,7 @@ log = logger(__name__)
 
 
 def prepare_torch(config: Config, ds_file: DeepSpeedFile) -> None:
-    """Refuse what this machine or configuration cannot train; set torch's determinism.
+    """Refuse what this machine or configuration cannot train; set torch's algorithms.
 
     Raises:
         UserError: fp16 without a GPU, or lengths that do not fit together.
@@ -48,6 +49,7 @@ def prepare_torch(config: Config, ds_file: DeepSpeedFile) -> None:
     check_lengths(config)
     if config.log.profile.collectives:
         record_collectives(config.run.dir / PROFILE)
+    without_plans_per_length()
     if config.run.deterministic:
         ask_for_determinism()
 

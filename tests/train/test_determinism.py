@@ -17,11 +17,9 @@ def as_before(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     before = torch.get_deterministic_debug_mode()
     filled = torch.utils.deterministic.fill_uninitialized_memory
-    sdp = torch.backends.cuda.cudnn_sdp_enabled()
     yield
     torch.set_deterministic_debug_mode(before)
     torch.utils.deterministic.fill_uninitialized_memory = filled
-    torch.backends.cuda.enable_cudnn_sdp(sdp)
 
 
 class Put(torch.autograd.Function):
@@ -58,7 +56,6 @@ def test_what_has_no_deterministic_version_is_refused_on_a_gpu_until_it_is_put_u
 
 def test_attention_may_not_warn_instead_of_being_deterministic():
     ask_for_determinism()
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
     with strict_backward(GPU):
         assert torch.get_deterministic_debug_mode() == 2
     assert torch.get_deterministic_debug_mode() == 1
