@@ -170,11 +170,13 @@ def code_gradient_kernel(
     tl.store(weight_ptr + place, weight, codes_here < K)
 
 
-def _row_splits(N: int, K: int, block_K: int, device: torch.device) -> tuple[int, int]:
+def _row_splits(N: int, K: int, config: triton.Config, device: torch.device) -> tuple[int, int]:
     """How many parts the rows are cut into so that few codes still fill a GPU, and their size."""
+    block_N, block_K = config.kwargs["BLOCK_N"], config.kwargs["BLOCK_K"]
     wanted = 2 * tuning.multiprocessors(device) // triton.cdiv(K, block_K)
     splits = max(1, min(MOST_SPLITS, wanted, triton.cdiv(N, 256)))
-    share = triton.cdiv(triton.cdiv(N, splits), 64) * 64
+    # Whole tiles: a tile that overran its part would count the next one's rows again.
+    share = triton.cdiv(triton.cdiv(N, splits), block_N) * block_N
     return triton.cdiv(N, share), share
 
 
@@ -204,7 +206,7 @@ class _Pass:
 
         def run(config: triton.Config) -> Tensor:
             block = config.kwargs["BLOCK_K"]
-            splits, share = _row_splits(self.N, self.K, block, self.device)
+            splits, share = _row_splits(self.N, self.K, config, self.device)
             partial = self.empty(splits, self.K)
             column_kernel[(triton.cdiv(self.K, block), splits)](
                 *self.operands, partial, self.N, self.K, share, **tuning.options(config)
@@ -255,7 +257,7 @@ class _Pass:
 
         def run(config: triton.Config) -> tuple[Tensor, Tensor]:
             block = config.kwargs["BLOCK_K"]
-            splits, share = _row_splits(self.N, self.K, block, self.device)
+            splits, share = _row_splits(self.N, self.K, config, self.device)
             partial, weight = self.empty(splits, self.K, self.D), self.empty(splits, self.K)
             code_gradient_kernel[(triton.cdiv(self.K, block), splits)](
                 *self.operands, grad, shift, partial, weight, self.N, self.K, self.D, share,
