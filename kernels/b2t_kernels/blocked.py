@@ -177,20 +177,26 @@ def _search_wide(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _settle_close(
-    x: Tensor, codebook: Tensor, codes: CentredCodes, best: Tensor, bound: Tensor
+    x: Tensor, codebook: Tensor, codes: CentredCodes, best: Tensor, index: Tensor
 ) -> Tensor:
-    """Nearest codes of rows [n, D] with a ``best`` score: |x − c|² in float64 for the near ones.
+    """Nearest codes of rows [n, D] with a ``best`` score, that of code ``index``, in float64.
 
-    Scores are computed once more; those of a nearest code are off by ``bound`` at most, then and
-    now.
+    Scores are computed once more. Each is off by its own code's bound at most (`_Search`'s with
+    |ĉ| for R, and 3u more for the comparison's own roundings), then and now: |x − c|² is computed
+    for codes alone whose score reaches ``best`` less both bounds.
     """
-    allowed = codes.allowed()
+    numbers = torch.finfo(codes.bias.dtype)
+    allowed, length = codes.allowed(), codes.bias.mul(-2).sqrt().clamp(min=numbers.tiny**0.5)
+    unit = (x.shape[1] + 8) * numbers.eps / 2
+    bounds = torch.stack([length, 0.5 * length.square()]) * unit
     step = max(1, 4 * RESCORE_ELEMENTS // codes.bias.numel())
     winners = [torch.empty(0, dtype=torch.int64, device=x.device)]
-    least = best - 2 * bound
-    for part, lowest in zip(x.split(step), least.split(step), strict=True):
-        scores = torch.addmm(codes.bias, codes.centre(part), codes.codes.T)
-        near = (scores >= lowest[:, None]) & allowed
+    for part, score, of in zip(x.split(step), best.split(step), index.split(step), strict=True):
+        rows = codes.centre(part)
+        sizes = torch.stack([rows.norm(dim=1), torch.ones_like(score)], dim=1)
+        least = score - (sizes * bounds.T[of]).sum(dim=1)
+        scores = torch.addmm(codes.bias, rows, codes.codes.T).addmm_(sizes, bounds)
+        near = (scores >= least[:, None]) & allowed
         winners.append(_nearest_of(part, codebook, *near.nonzero(as_tuple=True)))
     return torch.cat(winners)
 
@@ -239,10 +245,12 @@ class _Search:
             held = self.best[again].isfinite() & self.bound[again].isfinite()
             held &= self.codes.radius.square().isfinite()
             close, far = again[held], again[~held]
-            self.indices[close] = _settle_close(
-                self.x[close], self.codebook, self.codes, self.best[close], self.bound[close]
-            )
-            self.indices[far] = _search_wide(self.x[far], self.codebook)
+            if close.numel():
+                self.indices[close] = _settle_close(
+                    self.x[close], self.codebook, self.codes, self.best[close], self.indices[close]
+                )
+            if far.numel():
+                self.indices[far] = _search_wide(self.x[far], self.codebook)
         self.indices.masked_fill_(~self.valid, -1)
         if duplicates.numel():
             first = duplicates[self.indices.clamp(0, K - 1)]

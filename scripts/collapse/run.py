@@ -42,13 +42,17 @@ class Run:
             return Peer(self.plan.shape, self.plan.options)
         return NoQuantizer()
 
-    def crops(self, frames: int) -> Tensor:
-        """Training signal [B, T, C]: about ``frames`` frames, from anywhere in the segments."""
+    def crops(self, frames: int, generator: torch.Generator | None = None) -> Tensor:
+        """Training signal [B, T, C]: about ``frames`` frames, from anywhere in the segments.
+
+        Batches are drawn by the run's generator; what is drawn by another leaves them alone.
+        """
+        generator = generator or self.generator
         bins = min(CROP, self.train.shape[1] // self.model.patch) * self.model.patch
         count = max(1, frames * self.model.patch // bins)
-        rows = torch.randint(self.train.shape[0], (count, 1), generator=self.generator)
+        rows = torch.randint(self.train.shape[0], (count, 1), generator=generator)
         last = self.train.shape[1] - bins + 1
-        start = torch.randint(last, (count, 1), generator=self.generator)
+        start = torch.randint(last, (count, 1), generator=generator)
         return self.train[rows, start + torch.arange(bins)]
 
     def __call__(self) -> dict[str, float | list[float]]:
@@ -113,8 +117,10 @@ class Run:
         return torch.cat(parts)[:wanted]
 
     def _start(self) -> None:
+        # From a generator of their own: all quantizers of a seed train on the same batches.
+        own = torch.Generator().manual_seed(self.plan.seed)
         with torch.no_grad():
-            self.quantizer.start(iter(lambda: self.model.encode(self.crops(4096)), None))
+            self.quantizer.start(iter(lambda: self.model.encode(self.crops(4096, own)), None))
 
     # ---- measures
 

@@ -67,6 +67,28 @@ def test_same_seed_same_result(study, waves, tmp_path):
     assert json.dumps(results[0]) == json.dumps(results[1])
 
 
+def test_quantizers_of_a_seed_train_on_the_same_batches(study, waves, tmp_path, monkeypatch):
+    """Whatever their start draws: another order of batches moves the autoencoder itself by more."""
+    batches = []
+    step = study.Run._step
+
+    def seen(self, *arguments):
+        crops = self.crops
+        self.crops = lambda *a: batches[-1].append(crops(*a)) or batches[-1][-1]
+        step(self, *arguments)
+        self.crops = crops
+
+    monkeypatch.setattr(study.Run, "_step", seen)
+    conditions = ("none", "full", "vqp-best")
+    for condition in conditions:
+        batches.append([])
+        run(study, tmp_path / "runs.jsonl", "--conditions", condition)
+    first, *others = map(torch.cat, batches)
+    assert len(others) == 2
+    for other in others:
+        assert torch.equal(first, other)
+
+
 def test_search_never_sees_held_segments(study, waves, tmp_path):
     waves.held = torch.full_like(waves.held, float("nan"))
     run(study, tmp_path / "a", "--conditions", "full", "--on", "validation")
