@@ -78,7 +78,7 @@ def row_ids(dataset: Dataset) -> list[str]:
 
 def signal_lengths(dataset: Dataset) -> np.ndarray:
     """Return the number of time bins of every row, int64 [rows], from list offsets alone."""
-    chunks = [_storage(chunk) for chunk in dataset.data.column("signal").chunks]
+    chunks = [storage(chunk) for chunk in dataset.data.column("signal").chunks]
     counts = [pc.fill_null(pc.list_value_length(chunk), 0).to_numpy() for chunk in chunks]
     lengths = np.concatenate([np.zeros(0, np.int64), *counts]).astype(np.int64)
     if dataset._indices is None:
@@ -88,7 +88,7 @@ def signal_lengths(dataset: Dataset) -> np.ndarray:
 
 def read_signal(row: pa.Table) -> np.ndarray:
     """Return the signal of a one-row Arrow table, float32 [T, C] ([0, 0] for an empty trial)."""
-    return signal_of(_storage(row.column("signal")))
+    return signal_of(storage(row.column("signal")))
 
 
 def signal_of(trial: pa.Array) -> np.ndarray:
@@ -148,38 +148,6 @@ def require_finite(signal: np.ndarray, name: str) -> None:
         "finite values are expected: repair or remove the trial, or leave out such trials with "
         "`b2t prepare --skip-bad-trials`"
     )
-
-
-class TrialReader:
-    """Reads single rows of a dataset from its Arrow memory, without what `datasets` does around.
-
-    Args:
-        dataset: trials; its rows may be a selection.
-    """
-
-    def __init__(self, dataset: Dataset) -> None:
-        table = dataset.data
-        self._chosen = None if dataset._indices is None else dataset._indices.column(0).to_numpy()
-        self._columns = {
-            name: [_storage(chunk) for chunk in table.column(name).chunks]
-            for name in table.column_names
-        }
-        sizes = [len(chunk) for chunk in self._columns["signal"]]
-        self._starts = np.cumsum([0, *sizes])
-
-    def row(self, index: int) -> tuple[dict[str, Any], pa.Array]:
-        """Return the columns of a row but its signal, and its signal for `signal_of`."""
-        if not 0 <= index < (self._starts[-1] if self._chosen is None else len(self._chosen)):
-            raise IndexError(f"no row {index}")
-        place = index if self._chosen is None else int(self._chosen[index])
-        number = int(np.searchsorted(self._starts, place, side="right")) - 1
-        inner = place - int(self._starts[number])
-        row = {
-            name: chunks[number][inner].as_py()
-            for name, chunks in self._columns.items()
-            if name != "signal"
-        }
-        return row, self._columns["signal"][number].slice(inner, 1)
 
 
 def typical_rms(dataset: Dataset, limit: int = 32) -> float | None:
@@ -301,7 +269,8 @@ def _common_width(bins: pa.ListArray) -> int:
     return most
 
 
-def _storage(array: pa.Array) -> pa.Array:
+def storage(array: pa.Array) -> pa.Array:
+    """Return what an extension type lies in, in one piece."""
     if isinstance(array, pa.ChunkedArray):
         array = array.chunk(0) if array.num_chunks == 1 else pa.concat_arrays(array.chunks)
     return array.storage if isinstance(array, pa.ExtensionArray) else array

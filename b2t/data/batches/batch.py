@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from b2t.data.augment_batch import Draws, Packed, augmented, pack
+from b2t.data.batches.buffers import Buffers
 from b2t.data.options import AugmentOptions
 from b2t.data.trials import require_finite
 from b2t.labels import IGNORE
@@ -73,11 +74,10 @@ class Batch:
         Counted once, on the CPU when the batch was loaded, so that asking costs no device wait.
         """
         if self._counts is None:
+            channels = self.signal.shape[-1]
             self._counts = {
-                "bins": float(self.signal_mask.sum() * self.signal.shape[-1]),
-                "hidden": 0.0
-                if self.hidden is None
-                else float(self.hidden.sum() * self.signal.shape[-1]),
+                "bins": float(self.signal_mask.sum() * channels),
+                "hidden": 0.0 if self.hidden is None else float(self.hidden.sum() * channels),
                 "tokens": float((self.tokens != IGNORE).sum()),
                 "phonemes": float(self.phoneme_lengths.sum()),
                 "rows": float(len(self)),
@@ -129,7 +129,8 @@ class Example(NamedTuple):
     """One row: signal and target [T, C], mask [T], labels [L], phonemes [S].
 
     ``hidden`` [T] bool is what the loss `masked` asks for, None where nothing is hidden. With
-    ``draws`` signal and target are as recorded [T', C], and `Batch.to` augments them.
+    ``draws`` signal and target are as recorded [T', C], and `Batch.to` augments them. A target that
+    is ``checked`` is known to be finite.
     """
 
     signal: np.ndarray
@@ -143,28 +144,32 @@ class Example(NamedTuple):
     hidden: np.ndarray | None = None
     draws: Draws | None = None
     options: AugmentOptions | None = None
+    checked: bool = False
 
 
-def collate(examples: Sequence[Example]) -> Batch:
+def collate(examples: Sequence[Example], buffers: Buffers | None = None) -> Batch:
     """Pad ``examples`` into one batch.
+
+    Args:
+        examples: rows with the same channels.
+        buffers: memory to put signals in; None allocates it.
 
     Raises:
         UserError: a signal holds what would poison training; the message names its row.
     """
+    empty = np.empty if buffers is None else buffers.empty
 
-    def padded(name: str, value: float, *, check: bool = False) -> torch.Tensor:
+    def padded(name: str, value: float, *, least: int = 0, check: bool = False) -> torch.Tensor:
         rows = [getattr(example, name) for example in examples]
-        longest = max(map(len, rows))
-        whole = np.empty((len(rows), longest, *rows[0].shape[1:]), dtype=rows[0].dtype)
+        longest = max(least, *map(len, rows))
+        whole = empty((len(rows), longest, *rows[0].shape[1:]), rows[0].dtype)
         for place, row, example in zip(whole, rows, examples, strict=True):
             place[: len(row)], place[len(row) :] = row, value
-            if check:  # here, where the copy is still in the processor's cache
+            if (
+                check and not example.checked
+            ):  # here, where the copy is still in the processor's cache
                 require_finite(place[: len(row)], example.row)
         return torch.from_numpy(whole)
-
-    def padded_ids(name: str, value: int) -> torch.Tensor:
-        ids = padded(name, value)
-        return ids if ids.shape[1] else ids.new_full((len(examples), 1), value)
 
     def integers(values: list[int]) -> torch.Tensor:
         return torch.from_numpy(np.array(values, np.int64))
@@ -178,8 +183,8 @@ def collate(examples: Sequence[Example]) -> Batch:
         target=target,
         signal_mask=padded("mask", False),
         session=integers([example.session for example in examples]),
-        tokens=padded_ids("labels", IGNORE),
-        phonemes=padded_ids("phonemes", 0),
+        tokens=padded("labels", IGNORE, least=1),
+        phonemes=padded("phonemes", 0, least=1),
         phoneme_lengths=integers([len(example.phonemes) for example in examples]),
         rows=[example.row for example in examples],
         texts=[example.text for example in examples],

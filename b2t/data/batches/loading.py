@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from b2t.data.augment import Augment, AugmentCourse
 from b2t.data.batches.batch import Batch, Example, collate
+from b2t.data.batches.buffers import Buffers
 from b2t.data.batches.order import BatchPlan, evaluation_batches
 from b2t.data.batches.rows import TrialRows
 from b2t.data.masking import Masking
@@ -127,26 +128,45 @@ def eval_batches(
 
 
 def _load(rows: TrialRows, keys: Iterator[list[Any]], workers: int) -> Iterator[Batch]:
+    collated = partial(_collate_or_error, buffers=Buffers())
+    if workers:
+        batches = _from_workers(rows, keys, workers, collated)
+    else:
+        batches = _one_ahead(_from_here(rows, keys, collated))
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def _from_workers(
+    rows: TrialRows, keys: Iterator[list[Any]], workers: int, collated: Callable[..., Any]
+) -> Iterator[Batch | UserError]:
     loader = DataLoader(
         rows,
         batch_sampler=_Keys(keys),
-        collate_fn=_collate_or_error,
+        collate_fn=collated,
         num_workers=workers,
         # Its own generator: a new loader must not advance the model's random state.
         generator=torch.Generator(),
-        prefetch_factor=2 if workers else None,
+        prefetch_factor=2,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_calm_worker if workers else None,
-        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=_calm_worker,
+        multiprocessing_context="fork",
     )
     with warnings.catch_warnings():
         # Python 3.12 warns of every fork beside threads; workers use numpy and Arrow alone.
         warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-        batches = iter(loader)
-    for batch in batches if workers else _one_ahead(batches):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+        return iter(loader)
+
+
+def _from_here(
+    rows: TrialRows, keys: Iterator[list[Any]], collated: Callable[..., Any]
+) -> Iterator[Batch | UserError]:
+    pinned = torch.cuda.is_available()
+    for chosen in keys:
+        batch = collated([rows[key] for key in chosen])
+        yield batch.pin_memory() if pinned and isinstance(batch, Batch) else batch
 
 
 def _one_ahead(batches: Iterator[Any]) -> Iterator[Any]:
@@ -168,10 +188,12 @@ class _Keys:
         return self.keys
 
 
-def _collate_or_error(examples: Sequence[Example | UserError]) -> Batch | UserError:
+def _collate_or_error(
+    examples: Sequence[Example | UserError], buffers: Buffers
+) -> Batch | UserError:
     errors = [example for example in examples if isinstance(example, UserError)]
     try:
-        return errors[0] if errors else collate(examples)  # type: ignore[arg-type]
+        return errors[0] if errors else collate(examples, buffers)  # type: ignore[arg-type]
     except UserError as error:
         return error
 

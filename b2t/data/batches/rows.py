@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import pyarrow as pa
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
 from b2t.data.augment import Augment, AugmentCourse, row_generator
 from b2t.data.batches.batch import Example
 from b2t.data.masking import Masking
-from b2t.data.trials import TrialReader, require_bins, row_id, signal_of, values_of
+from b2t.data.trial_reader import TrialReader
+from b2t.data.trials import require_finite, row_id, values_of
 from b2t.errors import UserError
 from b2t.labels import UNSEEN_SESSION
 
@@ -52,6 +52,7 @@ class TrialRows(TorchDataset):
         self.masking = masking
         self.dataset = dataset
         self._reader = TrialReader(dataset)
+        self._checked = np.zeros(len(self._reader), bool)
         self.labels = _labels(dataset, tokenizer)
         self.sessions = {name: index for index, name in enumerate(sessions)}
         self.augment = augment or Augment(enabled=False)
@@ -79,9 +80,27 @@ class TrialRows(TorchDataset):
 
         ``step``, counted in global batches of the phase, is what augmentation may ramp with.
         """
-        row, trial = self._reader.row(index)
-        signal = rectangular(trial, row_id(row))
-        return self.example_of(row, signal, self.labels[index], epoch, copy, step)
+        row = self._reader.row(index)
+        signal = self._signal(index, row)
+        example = self.example_of(row, signal, self.labels[index], epoch, copy, step)
+        return example._replace(checked=True)
+
+    def _signal(self, index: int, row: dict[str, Any]) -> np.ndarray:
+        """Read the signal [T, C] of a row, and check it when it is read for the first time.
+
+        Raises:
+            UserError: it cannot be trained on; the message names the row.
+        """
+        try:
+            signal = self._reader.signal(index)
+        except ValueError as error:
+            raise UserError(
+                f"trial {row_id(row)}: {error}: every bin needs the same channels"
+            ) from None
+        if not self._checked[index]:  # what is mapped into memory stays as it is
+            require_finite(signal, row_id(row))
+            self._checked[index] = True
+        return signal
 
     def example_of(
         self,
@@ -93,8 +112,8 @@ class TrialRows(TorchDataset):
         step: int = 0,
     ) -> Example:
         """Make an example of a row's columns, its signal [T, C] and its labels [L]."""
-        drawn_by = f"{row_id(row)} {copy}" if copy else row_id(row)
         name = row_id(row)
+        drawn_by = f"{name} {copy}" if copy else name
         session = self.sessions.get(row["session"], UNSEEN_SESSION)
         augment = self.augment.at(step)
         draws = None
@@ -111,7 +130,7 @@ class TrialRows(TorchDataset):
             mask=mask,
             session=session,
             labels=labels,
-            phonemes=np.asarray(row["phonemes"] or [], dtype=np.int64),
+            phonemes=np.asarray(() if row["phonemes"] is None else row["phonemes"], np.int64),
             row=name,
             text=row["text"],
             hidden=self._hidden(mask, drawn_by, epoch),
@@ -176,20 +195,6 @@ def encode_texts(
 
 def _texts(dataset: Dataset) -> list[str | None]:
     return values_of(dataset, "text")
-
-
-def rectangular(trial: pa.Array, name: str) -> np.ndarray:
-    """Return the signal [T, C] of an Arrow list of one trial, whose values `collate` looks at.
-
-    Raises:
-        UserError: the trial is empty or ragged; the message names the row.
-    """
-    try:
-        signal = signal_of(trial)
-    except ValueError as error:
-        raise UserError(f"trial {name}: {error}: every bin needs the same channels") from None
-    require_bins(signal, name)
-    return signal
 
 
 def _too_long(

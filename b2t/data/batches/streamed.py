@@ -8,6 +8,7 @@ import numpy as np
 from datasets import IterableDataset
 
 from b2t.data.batches.batch import Batch, Example, collate
+from b2t.data.batches.buffers import Buffers
 from b2t.data.batches.order import BatchPlan, Budget
 from b2t.data.batches.rows import TrialRows, encode_texts
 from b2t.data.description import describe, row_of, stream
@@ -80,6 +81,7 @@ class StreamedTrials:
             UserError: in iterating, a row that cannot be trained on.
         """
         budget = None if max_frames is None else Budget(max_frames, micro_batch, accumulation)
+        buffers = Buffers()
         size = max(describe(self.path).window, micro_batch * accumulation)
         while True:
             window, following = self._window(size)
@@ -94,7 +96,10 @@ class StreamedTrials:
                 )
                 last = step + 1 == plan.steps(*key)
                 batches = [
-                    collate([_example(rows, window, labels, int(row), consumed) for row in micro])
+                    collate(
+                        [_example(rows, window, labels, int(row), consumed) for row in micro],
+                        buffers,
+                    )
                     for micro in micros
                 ]
                 self.position = following if last else {**self.position, "step": step + 1}

@@ -1,0 +1,81 @@
+"""Memory of batches: never two batches in one place, and not allocated anew for each."""
+
+import threading
+
+import numpy as np
+import torch
+
+from b2t.data.batches import BatchPlan, train_batches
+from b2t.data.batches.buffers import Buffers
+from tests.data.test_trial_reader import prepared
+
+SIDE = 1 << 10
+
+
+def address(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+def test_memory_is_given_again_only_when_no_tensor_holds_it():
+    buffers = Buffers()
+    first = torch.from_numpy(buffers.empty((SIDE, SIDE), np.float32))
+    place, part = address(first), first[3:5]
+    assert address(torch.from_numpy(buffers.empty((SIDE, SIDE), np.float32))) != place
+    del first
+    second = torch.from_numpy(buffers.empty((SIDE, SIDE), np.float32))
+    assert address(second) != place, "a part of it is still held"
+    through = part.numpy()
+    del part
+    assert address(torch.from_numpy(buffers.empty((SIDE, SIDE), np.float32))) != place
+    del through
+    third = torch.from_numpy(buffers.empty((SIDE, SIDE - 7), np.float16))
+    fourth = torch.from_numpy(buffers.empty((SIDE, SIDE + 7), np.float32))
+    assert third.shape == (SIDE, SIDE - 7) and third.dtype == torch.float16
+    assert place in (address(third), address(fourth)) and address(third) != address(fourth)
+
+
+def test_what_is_kept_is_bounded_and_small_arrays_are_numpys():
+    buffers = Buffers(kept=2)
+    held = [buffers.empty((SIDE * (n + 1), SIDE), np.float32) for n in range(5)]
+    del held
+    assert sorted(each.size for each in buffers._free.values()) == [
+        4 * SIDE * SIDE * n * 9 // 8 for n in (4, 5)
+    ]
+    small = buffers.empty((3, 4), np.float32)
+    del small
+    assert len(buffers._free) == 2
+
+
+def test_threads_never_share_memory():
+    buffers, wrong = Buffers(), []
+
+    def work(number):
+        for turn in range(60):
+            rows = 300 + (turn * 37 + number * 11) % 200
+            tensor = torch.from_numpy(buffers.empty((rows, SIDE), np.float32)).fill_(number)
+            if not bool((tensor == number).all()):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_batches_that_are_kept_stay_as_they_were(monkeypatch):
+    monkeypatch.setattr("b2t.data.batches.buffers._LARGE", 16)
+    dataset = prepared(24)
+    plan = BatchPlan([len(signal) for signal in dataset["signal"]], 4)
+    loader = train_batches(dataset, plan, None, ["day0", "day1"], None, seed=0, micro_batch=4)
+    kept = [next(loader)[2][0] for _ in range(2 * len(plan))]
+    copies = [batch.signal.clone() for batch in kept]
+    places = {address(batch.signal) for batch in kept}
+    del kept[::2]
+    later = [address(next(loader)[2][0].signal) for _ in range(len(plan))]
+    loader.close()
+    assert len(places) == 2 * len(plan) and places & set(later)
+    assert all(
+        torch.equal(batch.signal, copy) for batch, copy in zip(kept, copies[1::2], strict=True)
+    )
