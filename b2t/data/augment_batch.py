@@ -196,7 +196,9 @@ def _remove_bands(signal: Tensor, draws: Packed) -> None:
     ):
         if not any(width for _, width in removed):
             continue
-        spectrum = torch.fft.rfft(row[start : start + bins], dim=0)
+        # A copy: a GPU transforms memory that begins at an odd place by another plan, which rounds
+        # otherwise, and where a row begins depends on its batch.
+        spectrum = torch.fft.rfft(row[start : start + bins].clone(), dim=0)
         for low, width in removed:
             spectrum[low : low + width] = 0
         row[start : start + bins] = torch.fft.irfft(spectrum, n=bins, dim=0)

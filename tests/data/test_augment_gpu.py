@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from b2t.data.augment import Augment
+from b2t.data.augment_figure import OFF
 from b2t.data.batches import TrialRows, collate
 from tests.data.test_augment_batch import EVERYTHING
 from tests.data.test_batches import SESSIONS, Bytes, trials
@@ -48,11 +49,24 @@ def test_a_gpu_does_what_a_cpu_does_but_for_noise():
     torch.testing.assert_close(there.target.cpu(), here.target, rtol=1e-5, atol=1e-5)
 
 
+PARTS = {
+    "cut and stretch": {"random_cut_ms": 60, "time_stretch": (0.8, 1.25)},
+    "noise": {"noise_std": 0.5, "offset_std": 0.3},
+    "walk": {"random_walk_std": 0.1},
+    "smoothing": {"smoothing_bins": 1.5},
+    "bands": {"frequency_masks": 2, "frequency_mask_fraction": 0.3},
+    "silence": {"time_masks": 2, "time_mask_fraction": 0.2, "channel_dropout": 0.3},
+    "everything": EVERYTHING,
+}
+
+
 @on_gpu
-def test_a_row_comes_out_the_same_in_any_batch_on_a_gpu():
-    together = batch_of(range(9)).to("cuda")
+@pytest.mark.parametrize("part", PARTS)
+def test_a_row_comes_out_the_same_in_any_batch_on_a_gpu(part):
+    options = {**OFF, **PARTS[part]}
+    together = batch_of(range(9), options).to("cuda")
     for place in range(9):
-        alone = batch_of([place]).to("cuda")
+        alone = batch_of([place], options).to("cuda")
         bins = alone.signal.shape[1]
         assert torch.equal(together.signal[place, :bins], alone.signal[0])
         assert torch.equal(together.target[place, :bins], alone.target[0])
