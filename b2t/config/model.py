@@ -49,3 +49,6 @@ class ModelConfig(Options):
     """Codes to text."""
     activation_checkpointing: CheckpointingOptions = CheckpointingOptions()
     """Recompute activations in backward to save memory."""
+    compile_blocks: bool = False
+    """Run the blocks of encoder and signal decoder through `torch.compile` in training: fewer and
+    larger GPU kernels after some minutes of compiling at most; not under ZeRO-3."""

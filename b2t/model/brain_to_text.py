@@ -26,6 +26,7 @@ from b2t.model.options import EncoderOptions
 from b2t.model.outputs import BrainToTextOutput, Encoded, Scored
 from b2t.model.phoneme_head import PhonemeHead
 from b2t.model.pretrained import Pretrained
+from b2t.model.recurrence import Recurrence
 from b2t.model.text_side import TextSide
 from b2t.quantize import StepNorms
 from b2t.quantize.frame_hash import frame_ids
@@ -348,6 +349,15 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
         self.signal_decoder.transformer.checkpoint_every = signal_decoder
         if self.text_decoder is not None:
             self.text_decoder.checkpoint_activations(bool(text_decoder))
+
+    def compile_blocks(self, enabled: bool = True) -> None:
+        """Run the blocks of encoder and signal decoder through `torch.compile` in training.
+
+        Recurrent layers, the text decoder, validation and decoding stay as they are.
+        """
+        for stack in (self.encoder.body, self.signal_decoder.transformer):
+            if not isinstance(stack, Recurrence):
+                stack.compiled = enabled
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Recompute the activations of encoder, signal decoder and text decoder in backward."""

@@ -6,7 +6,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+
+from b2t.model.block_calls import call_block
 
 
 class ConvolutionBlock(nn.Module):
@@ -64,6 +65,7 @@ class Convolution(nn.Module):
 
     Attributes:
         checkpoint_every: recompute the activations of every n-th block in backward; 0 keeps all.
+        compiled: run blocks through `torch.compile` in training.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Convolution(nn.Module):
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size {kernel_size} must be odd, to look both ways alike")
         self.checkpoint_every = 0
+        self.compiled = False
         self.blocks = nn.ModuleList(
             ConvolutionBlock(dim, kernel_size, mlp_ratio, dropout, causal) for _ in range(depth)
         )
@@ -96,10 +99,11 @@ class Convolution(nn.Module):
         """
         real = mask[..., None]
         for index, block in enumerate(self.blocks):
-            if self.training and self.checkpoint_every and index % self.checkpoint_every == 0:
-                x = checkpoint(block, x, real, use_reentrant=False)
-            else:
-                x = block(x, real)
+            every = self.checkpoint_every if self.training else 0
+            x = call_block(
+                block, x, real, compiled=self.compiled and self.training,
+                recompute=every > 0 and index % every == 0,
+            )  # fmt: skip
         return self.norm(x).masked_fill(~real, 0.0)
 
     def start(self) -> list[Tensor]:

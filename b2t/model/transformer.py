@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+
+from b2t.model.block_calls import call_block
 
 
 def rotary_angles(
@@ -159,6 +160,7 @@ class Transformer(nn.Module):
 
     Attributes:
         checkpoint_every: recompute the activations of every n-th block in backward; 0 keeps all.
+        compiled: run blocks through `torch.compile` in training.
     """
 
     def __init__(
@@ -178,6 +180,7 @@ class Transformer(nn.Module):
             raise ValueError(f"dim {dim} over heads {heads} must be an even whole number")
         self.head_dim = dim // heads
         self.checkpoint_every = 0
+        self.compiled = False
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
 
@@ -194,10 +197,11 @@ class Transformer(nn.Module):
         keys = causal_mask(mask, self.window) if self.causal else attention_mask(mask)
         cosine, sine = rotary_angles(x.shape[1], self.head_dim, x.device)
         for index, block in enumerate(self.blocks):
-            if self.training and self.checkpoint_every and index % self.checkpoint_every == 0:
-                x = checkpoint(block, x, keys, cosine, sine, use_reentrant=False)
-            else:
-                x = block(x, keys, cosine, sine)
+            every = self.checkpoint_every if self.training else 0
+            x = call_block(
+                block, x, keys, cosine, sine, compiled=self.compiled and self.training,
+                recompute=every > 0 and index % every == 0,
+            )  # fmt: skip
         return self.norm(x).masked_fill(~mask[..., None], 0.0)
 
     def start(self) -> TransformerState:

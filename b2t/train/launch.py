@@ -43,9 +43,11 @@ def prepare_torch(config: Config, ds_file: DeepSpeedFile) -> None:
     """Refuse what this machine or configuration cannot train; set torch's algorithms.
 
     Raises:
-        UserError: fp16 without a GPU, or lengths that do not fit together.
+        UserError: fp16 without a GPU, compiled blocks under ZeRO-3, or lengths that do not fit
+            together.
     """
     check_precision(ds_file)
+    check_compiling(config, ds_file)
     check_lengths(config)
     if config.log.profile.collectives:
         record_collectives(config.run.dir / PROFILE)
@@ -169,6 +171,16 @@ def check_precision(ds_file: DeepSpeedFile) -> None:
         raise UserError(
             f"{ds_file.path}: fp16 needs a GPU, and none was found; without one use "
             "--deepspeed_config ds_configs/zero2_cpu.json"
+        )
+
+
+def check_compiling(config: Config, ds_file: DeepSpeedFile) -> None:
+    """Refuse compiled blocks under ZeRO-3, whose hooks fetch weights in the middle of them."""
+    if config.model.compile_blocks and ds_file.zero_stage == 3:
+        raise UserError(
+            f"model.compile_blocks=true with {ds_file.path}: ZeRO-3 fetches weights while a block "
+            "runs, which cannot be compiled; take a file of stage 1 or 2, or leave blocks as "
+            "they are (model.compile_blocks=false)"
         )
 
 
