@@ -27,6 +27,7 @@ from b2t.log import quiet_libraries
 from b2t.train.build import build
 from b2t.train.callbacks import Callback
 from b2t.train.ds_config import load_ds_config
+from b2t.train.launch import prepare_torch
 from b2t.train.main import default_ds_config, name_accelerator
 from b2t.train.monitoring import build_monitors
 from b2t.train.ranks import join, leave
@@ -63,6 +64,8 @@ def main() -> int:
     options = arguments()
     quiet_libraries()
     name_accelerator()
+    ds_file = load_ds_config(options.deepspeed_config or default_ds_config())
+    prepare_torch(load_config(options.config, options.overrides), ds_file)
     ranks = join()
     with tempfile.TemporaryDirectory() as scratch:
         steps = 2 * (options.warmup + options.pairs)
@@ -83,7 +86,6 @@ def main() -> int:
         materials = build(config)
         monitors = build_monitors(config, materials, ranks)
         clock = Clock(monitors, options.log_every, ranks.device)
-        ds_file = load_ds_config(options.deepspeed_config or default_ds_config())
         trainer = Trainer(config, ds_file, materials, ranks, [clock])
         clock.watch(trainer)
         trainer.fit()

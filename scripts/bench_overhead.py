@@ -3,10 +3,10 @@
     python scripts/bench_overhead.py --data data/demo/prepared
     deepspeed --num_accelerators 2 scripts/bench_overhead.py --data data/demo/prepared
 
-One rank is compared with bare PyTorch, several with bare DeepSpeed; `--against` chooses. Segments
-of a few steps alternate in the order A B B A, so that both meet the same state of the machine, and
-segment i of both trains on the same batches. The ratio of steps per second is the median over pairs
-of segments.
+One rank in float32 is compared with bare PyTorch, all else with bare DeepSpeed; `--against`
+chooses. Segments of a few steps alternate in the order A B B A, so that both meet the same state of
+the machine, and segment i of both trains on the same batches. The ratio of steps per second is the
+median over pairs of segments.
 
 The trainer is `b2t.train.trainer.Trainer` in the last phase of the configuration with the hooks
 that `train_ds.py` gives it: monitors, alerts, console, metrics file. Its segment is the whole of
@@ -47,7 +47,7 @@ from b2t.log import configure, quiet_libraries  # noqa: E402
 from b2t.train.admission import prepare_run  # noqa: E402
 from b2t.train.build import build  # noqa: E402
 from b2t.train.ds_config import load_ds_config  # noqa: E402
-from b2t.train.launch import main_callbacks  # noqa: E402
+from b2t.train.launch import main_callbacks, prepare_torch  # noqa: E402
 from b2t.train.main import default_ds_config, name_accelerator  # noqa: E402
 from b2t.train.monitoring import Watch, build_monitors  # noqa: E402
 from b2t.train.ranks import Ranks, join, leave  # noqa: E402
@@ -83,6 +83,10 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     quiet_libraries()
     name_accelerator()
+    prepare_torch(
+        load_config(options.config, options.overrides),
+        load_ds_config(options.deepspeed_config or default_ds_config()),
+    )
     ranks = join()
     configure(ranks.rank)
     logging.getLogger("b2t").setLevel(logging.WARNING)
@@ -101,8 +105,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace, ranks: Ranks, folder: str) -> dict[str, Any]:
     """Train in segments, trainer and bare loop in turn; return the numbers."""
-    against = options.against or ("torch" if ranks.world == 1 else "deepspeed")
     ds_file = load_ds_config(options.deepspeed_config or default_ds_config())
+    plain = ranks.world == 1 and ds_file.precision == "fp32"
+    against = options.against or ("torch" if plain else "deepspeed")
     pairs, length = options.warmup + options.segments, options.length
     config, checkpoint_every = benchmark_config(options, folder, pairs * length)
     materials = build(config)
@@ -182,8 +187,7 @@ class Turns:
 
     def __next__(self) -> list[Batch]:
         """Return the next batch, after the other's turn where one is due."""
-        if self.taken % self.length == 0:
-            self._turn(self.taken // self.length)
+        self._turn_when_due()
         self.taken += 1
         return next(self.inner)
 
@@ -193,6 +197,12 @@ class Turns:
             self._turn(self.pairs)
         self.inner.close()
         self.bare.batches.close()
+
+    def _turn_when_due(self) -> None:
+        """Begin the next turn; none is left where the trainer makes up for steps it skipped."""
+        number, within = divmod(self.taken, self.length)
+        if not within and number <= self.pairs:
+            self._turn(number)
 
     def _turn(self, number: int) -> None:
         """Close segment ``number`` − 1 and open segment ``number``: ours first where it is even."""

@@ -5,20 +5,29 @@
     python scripts/bench_train.py --data data/demo/prepared --alone b2t      # and ddp, hf: memory
 
 Each line is one phase of the configuration with one setting of what can be switched: the kernels
-(`reference` are their naive versions) and activation checkpointing. Segments of a few steps of the
-trainer alternate with those of the other loop, A B B A, as in `bench_overhead.py`, which has the
-details; the ratio is the median over pairs of segments. All loops train the same model on the same
-batches with the same losses, optimizer groups, learning rates, clipping and codebook updates; the
-trainer alone logs, watches and draws its dropout anew in each micro-batch.
+(`reference` are their naive versions), activation checkpointing, and blocks compiled or not.
+`--one-by-one` takes the first value of each with every loop, and then each other value alone,
+instead of all combinations. Segments of a few steps of the trainer alternate with those of the
+other loop, A B B A, as in `bench_overhead.py`, which has the details; the ratio is the median over
+pairs of segments. All loops train the same model on the same batches with the same losses,
+optimizer groups, learning rates, clipping and codebook updates, under `run.deterministic` as
+training sets it; the trainer alone logs, watches and draws its dropout anew in each micro-batch.
+In 16 bit the trainer casts its model, as DeepSpeed does, and the others run theirs under autocast,
+with the quantizer in float32.
 
 Frames are valid latent frames of all ranks. Data wait is the share of the trainer's time in which
 rank 0 waits for a batch; sync, from the second segment on, that in which it packs and awaits the
-quantizer's sums over ranks. MFU and HFU need a GPU whose peak is known. Memory can only be told
-apart in processes of their own: `--alone` trains one loop, and prints the most that a rank held.
+quantizer's sums over ranks. MFU and HFU need a GPU whose peak is known, and 16 bit. Memory can only
+be told apart where a loop trains alone: `--alone` prints the most that a rank held; of a GPU's
+memory, which torch counts, for several loops one after the other.
+
+A case that runs out of memory is named, and the others go on; so are those that `--budget` seconds
+leave no time for. The exit status is 1 after either.
 """
 
 import argparse
 import csv
+import gc
 import logging
 import resource
 import sys
@@ -45,11 +54,12 @@ from b2t.log import configure, quiet_libraries  # noqa: E402
 from b2t.monitor.context import StepContext  # noqa: E402
 from b2t.monitor.training import peak_flops  # noqa: E402
 from b2t.train.admission import prepare_run  # noqa: E402
-from b2t.train.build import build  # noqa: E402
+from b2t.train.build import Materials, build  # noqa: E402
 from b2t.train.callback import Callback, Run  # noqa: E402
+from b2t.train.dry_batch import out_of_memory  # noqa: E402
 from b2t.train.ds_config import DeepSpeedFile, load_ds_config  # noqa: E402
-from b2t.train.flops import flops_of_phases  # noqa: E402
-from b2t.train.launch import main_callbacks  # noqa: E402
+from b2t.train.flops import StepFlops, flops_of_phases  # noqa: E402
+from b2t.train.launch import main_callbacks, prepare_torch  # noqa: E402
 from b2t.train.main import default_ds_config, name_accelerator  # noqa: E402
 from b2t.train.monitoring import Watch, build_monitors  # noqa: E402
 from b2t.train.ranks import Ranks, join, leave  # noqa: E402
@@ -73,10 +83,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--kernels", nargs="+", choices=("kernels", "reference"), default=["kernels"]
     )
     parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off"])
+    parser.add_argument("--compile", nargs="+", choices=("off", "on"), default=["off"])
+    parser.add_argument("--one-by-one", action="store_true", help="not all combinations")
+    parser.add_argument("--budget", type=float, metavar="S", help="begin no case after S seconds")
     parser.add_argument("--segments", type=int, default=30, help="timed pairs (default: 30)")
     parser.add_argument("--warmup", type=int, default=4, help="untimed pairs (default: 4)")
     parser.add_argument("--length", type=int, default=2, help="steps of a segment (default: 2)")
-    parser.add_argument("--alone", choices=["b2t", *sorted(PEERS)], help="one loop, its memory")
+    parser.add_argument(
+        "--alone", nargs="+", choices=["b2t", *sorted(PEERS)], help="a loop, for its memory"
+    )
     parser.add_argument("--csv", type=Path, help="append the lines to this file")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
@@ -91,6 +106,7 @@ class Case:
     against: str
     kernels: str
     checkpointing: str
+    compiled: str
 
 
 @dataclass
@@ -101,6 +117,7 @@ class Line:
     against: str
     kernels: str
     checkpointing: str
+    compiled: str
     ranks: int
     steps_per_s: float
     frames_per_s: float
@@ -135,8 +152,7 @@ class Waits(Turns):
 
     def __next__(self) -> Any:
         """Return the next batch, after the other's turn where one is due."""
-        if self.taken % self.length == 0:
-            self._turn(self.taken // self.length)
+        self._turn_when_due()
         if self.taken == self.length:
             self.sync.seconds = 0.0  # with the start of the codebooks
         self.taken += 1
@@ -162,7 +178,8 @@ def case_config(options: argparse.Namespace, case: Case, folder: str, steps: int
         [
             f"data.path={options.data}", f"run.dir={folder}/run", "evaluation.decode_trials=0",
             "evaluation.max_trials=1", "codebook_start.after_steps=0", "log.report=false",
-            "log.progress=false", *switched, *options.overrides,
+            "log.progress=false", "log.wandb.enabled=false", *switched,
+            f"model.compile_blocks={str(case.compiled == 'on').lower()}", *options.overrides,
         ],
     )  # fmt: skip
     config.phases = [config.phases[case.phase].model_copy(update={"steps": steps})]
@@ -171,10 +188,9 @@ def case_config(options: argparse.Namespace, case: Case, folder: str, steps: int
 
 
 def make_trainer(
-    case: Case, config: Config, ds_file: DeepSpeedFile, ranks: Ranks
+    case: Case, config: Config, ds_file: DeepSpeedFile, ranks: Ranks, materials: Materials
 ) -> tuple[Trainer, Frames]:
     """Return the trainer of a case with all its hooks, ready to fit."""
-    materials = build(config)
     if materials.model.quantizer is not None:
         materials.model.quantizer.backend = case.kernels
     monitors, frames = build_monitors(config, materials, ranks), Frames()
@@ -189,7 +205,9 @@ def measure(options: argparse.Namespace, case: Case, ranks: Ranks, folder: str) 
     ds_file = load_ds_config(options.deepspeed_config or default_ds_config())
     pairs = options.warmup + options.segments
     config = case_config(options, case, folder, pairs * options.length)
-    trainer, frames = make_trainer(case, config, ds_file, ranks)
+    materials = build(config)
+    flops = known_flops(config, ds_file, ranks, materials)
+    trainer, frames = make_trainer(case, config, ds_file, ranks, materials)
     peer = PEERS[case.against](trainer)
     clock = Waits(trainer, peer, options.length, pairs, 1)
     trainer._batches = lambda: clock  # type: ignore[method-assign]
@@ -209,48 +227,66 @@ def measure(options: argparse.Namespace, case: Case, ranks: Ranks, folder: str) 
     ratios, step_s = theirs / ours, float(np.median(ours))
     low, high = np.percentile(ratios, [25, 75])
     rate = frames.frames / frames.steps / step_s
-    mfu, hfu = utilization(config, trainer, rate)
+    mfu, hfu = utilization(flops, ranks, rate)
     return Line(
-        trainer.config.phases[0].name, case.against, case.kernels, case.checkpointing, ranks.world,
+        trainer.config.phases[0].name, case.against, case.kernels, case.checkpointing,
+        case.compiled, ranks.world,
         1 / step_s, rate, clock.waited / frames.steps / step_s,
         clock.sync.seconds / (frames.steps - options.length) / step_s, mfu, hfu,
         float(np.median(ratios)), float(low), float(high),
     )  # fmt: skip
 
 
+def known_flops(
+    config: Config, ds_file: DeepSpeedFile, ranks: Ranks, materials: Materials
+) -> StepFlops | None:
+    """Return the operations of a frame where the device's peak is known; the model on the CPU."""
+    if peak_flops(ranks.device) is None or ds_file.precision == "fp32":
+        return None
+    return flops_of_phases(config, materials, ds_file.accumulation)[config.phases[0].name]
+
+
 def utilization(
-    config: Config, trainer: Trainer, frames_per_s: float
+    flops: StepFlops | None, ranks: Ranks, frames_per_s: float
 ) -> tuple[float | None, float | None]:
     """Return MFU and HFU, None where the device's peak is not known."""
-    peak, ds_file = peak_flops(trainer.ranks.device), trainer.ds_file
-    if peak is None or ds_file.precision == "fp32":
+    peak = peak_flops(ranks.device)
+    if flops is None or peak is None:
         return None, None
-    flops = flops_of_phases(config, trainer.materials, ds_file.accumulation)
-    found = flops[config.phases[0].name]
-    mfu = frames_per_s * found.per_frame / (peak * trainer.ranks.world)
-    return mfu, mfu * (1 + found.recomputed)
+    mfu = frames_per_s * flops.per_frame / (peak * ranks.world)
+    return mfu, mfu * (1 + flops.recomputed)
 
 
-def alone(options: argparse.Namespace, case: Case, ranks: Ranks, folder: str) -> str:
+def alone(options: argparse.Namespace, case: Case, ranks: Ranks, folder: str, loop: str) -> str:
     """Train one loop, and say how much memory a rank held at most."""
+    gc.collect()
+    on_gpu, others = ranks.device.type == "cuda", 0
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(ranks.device)
+        others = torch.cuda.memory_allocated(ranks.device)
     ds_file = load_ds_config(options.deepspeed_config or default_ds_config())
     steps = options.length * (options.warmup + options.segments)
     config = case_config(options, case, folder, steps)
-    trainer, _ = make_trainer(case, config, ds_file, ranks)
-    before = held(ranks)
+    trainer, _ = make_trainer(case, config, ds_file, ranks, build(config))
+    before = held(ranks) - others
     began = time.perf_counter()
-    if options.alone == "b2t":
+    if loop == "b2t":
         trainer.fit()
     else:
-        peer = PEERS[options.alone](trainer)
+        peer = PEERS[loop](trainer)
         peer.start_alone(trainer)
         peer.segment(steps)
+        peer.batches.close()
+    if on_gpu:
+        torch.cuda.synchronize(ranks.device)
     taken = time.perf_counter() - began
-    most = max(ranks.gather(held(ranks)))
+    most = max(ranks.gather(held(ranks) - others))
+    kind = "of the GPU" if on_gpu else "of the host"
     return (
-        f"{options.alone} alone, phase {config.phases[0].name}, {ranks.world} rank(s): at most "
-        f"{most / GIB:.3f} GiB held by a rank, {before / GIB:.3f} before it trained; {steps} steps "
-        f"in {taken:.1f} s with their start"
+        f"{loop} alone, phase {config.phases[0].name}, {ranks.world} rank(s): at most "
+        f"{most / GIB:.3f} GiB {kind} held by a rank, {before / GIB:.3f} before it trained; "
+        f"{steps} steps in {taken:.1f} s with their start"
     )
 
 
@@ -264,7 +300,7 @@ def held(ranks: Ranks) -> int:
 def table(lines: list[Line]) -> str:
     """Put the lines in columns."""
     head = (
-        f"{'phase':12}{'against':8}{'kernels':11}{'ckpt':6}{'ranks':6}{'steps/s':>9}{'frames/s':>11}"
+        f"{'phase':12}{'against':8}{'kernels':11}{'ckpt':6}{'compile':9}{'ranks':6}{'steps/s':>9}{'frames/s':>11}"
         f"{'data wait':>11}{'sync':>8}{'MFU':>8}{'HFU':>8}  ratio (quartiles)"
     )
 
@@ -272,7 +308,8 @@ def table(lines: list[Line]) -> str:
         return "–" if value is None else f"{100 * value:.1f} %"
 
     rows = [
-        f"{line.phase:12}{line.against:8}{line.kernels:11}{line.checkpointing:6}{line.ranks:<6}"
+        f"{line.phase:12}{line.against:8}{line.kernels:11}{line.checkpointing:6}"
+        f"{line.compiled:9}{line.ranks:<6}"
         f"{line.steps_per_s:9.2f}{line.frames_per_s:11,.0f}{percent(line.data_wait):>11}"
         f"{percent(line.sync):>8}{percent(line.mfu):>8}{percent(line.hfu):>8}  "
         f"{line.ratio:.3f} ({line.ratio_low:.3f} – {line.ratio_high:.3f})"
@@ -281,37 +318,74 @@ def table(lines: list[Line]) -> str:
     return "\n".join([head, *rows])
 
 
+def cases(options: argparse.Namespace) -> list[Case]:
+    """Return the cases that are asked for, in order."""
+    phases = options.phases or range(len(load_config(options.config, []).phases))
+    loops = options.against[:1] if options.alone else options.against
+    chosen = [loops, options.kernels, options.checkpointing, options.compile]
+    if options.one_by_one:
+        first = [values[0] for values in chosen]
+        sets = [first] + [
+            [*first[:place], value, *first[place + 1 :]]
+            for place, values in enumerate(chosen)
+            for value in values[1:]
+        ]
+    else:
+        sets = [list(each) for each in product(*chosen)]
+    return [Case(phase, *each) for phase in phases for each in sets]
+
+
+def run_case(options: argparse.Namespace, case: Case, ranks: Ranks, lines: list[Line]) -> str:
+    """Measure a case; return what there is to say of it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        place = ranks.from_main(scratch)
+        if options.alone:
+            told = [alone(options, case, ranks, f"{place}/{loop}", loop) for loop in options.alone]
+            said = "\n".join(told)
+        else:
+            lines.append(measure(options, case, ranks, place))
+            said = table(lines[-1:]).splitlines()[1]
+        ranks.barrier()
+    return said
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Measure all cases and print them."""
+    """Measure all cases and print them; 1 where one could not be measured."""
+    began = time.monotonic()
     options = arguments(argv)
     quiet_libraries()
     name_accelerator()
+    config = load_config(options.config, options.overrides)
+    prepare_torch(config, load_ds_config(options.deepspeed_config or default_ds_config()))
     ranks = join()
     configure(ranks.rank)
     logging.getLogger("b2t").setLevel(logging.WARNING)
-    phases = options.phases or range(len(load_config(options.config, []).phases))
-    peers = options.against[:1] if options.alone else options.against
-    chosen = product(phases, peers, options.kernels, options.checkpointing)
+    if options.alone and len(options.alone) > 1 and ranks.device.type != "cuda":
+        raise SystemExit("--alone takes one loop on CPUs: memory is that of the process")
     lines: list[Line] = []
+    missed = 0
     try:
-        for case in (Case(*each) for each in chosen):
-            with tempfile.TemporaryDirectory() as scratch:
-                place = ranks.from_main(scratch)
-                if options.alone:
-                    said = alone(options, case, ranks, place)
-                else:
-                    lines.append(measure(options, case, ranks, place))
-                    said = table(lines[-1:]).splitlines()[1]
-                ranks.barrier()
+        for case in cases(options):
+            late = time.monotonic() - began > (options.budget or float("inf"))
+            if any(ranks.gather(late)):
+                said, missed = f"{case}: no time left", missed + 1
+            else:
+                try:
+                    said = run_case(options, case, ranks, lines)
+                except RuntimeError as error:
+                    if ranks.world > 1 or not out_of_memory(error):
+                        raise
+                    said, missed = f"{case}: {str(error).splitlines()[0]}", missed + 1
             if ranks.is_main:
                 print(said, flush=True)
+            gc.collect()
     finally:
         leave()
     if ranks.is_main and lines:
         print(f"\n{table(lines)}")
         if options.csv:
             write(options.csv, lines)
-    return 0
+    return 1 if missed else 0
 
 
 def write(path: Path, lines: list[Line]) -> None:

@@ -2,20 +2,27 @@
 
     torchrun --nproc_per_node 2 scripts/measure_plan.py
     python scripts/measure_plan.py demo accumulated      # one rank, where there is no ZeRO
+    python scripts/measure_plan.py a5500x2 t15           # one GPU, fp16
 
-Each case is a model, a DeepSpeed file and a size of trials. Ranks take three steps of it with the
+Each case is a model, a DeepSpeed file and a size of trials. Ranks take a few steps of it with the
 engine, step and codebook update that training uses, on noise. Memory is what torch's profiler
 sees its CPU allocator hand out, from before the model is built: every tensor and every workspace
-of an operator, but no Python and no library. Traffic is what reaches `torch.distributed`. CPU ranks
-hold the host's float32 copies of the weights in the same memory, so that the plan adds them.
+of an operator, but no Python and no library; on a GPU it is the most that torch's allocator there
+counts. Traffic is what reaches `torch.distributed`, between two ranks or more. CPU ranks hold the
+host's float32 copies of the weights in the same memory, so that the plan adds them.
+
+Without names all cases run that fit the device: those of fp16 on a GPU, the others on CPUs.
 """
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +53,17 @@ from b2t.train.step import OptimizerStep
 from b2t.train.window import Window
 
 MIB = 2**20
+_SKIPPED = 16
+"""Steps that fp16 may skip on the way to its loss scale."""
 _LETS_GO = 0.005
 """Seconds after which gloo's thread holds no tensor of a collective that is done."""
 Traffic = Counter[tuple[str, int]]
+_FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8}}
+_BUCKETS = {
+    "overlap_comm": True, "reduce_scatter": True,
+    "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000,
+}  # fmt: skip
+_LARGE = {"micro": 8, "seconds": 10.0, "channels": 512, "precision": _FP16, "zero": _BUCKETS}
 _WIDE = ["model.encoder.dim=256", "model.signal_decoder.depth=3"]
 _CODES = ["model.quantizer.num_quantizers=8", "model.quantizer.codebook_size=1024"]
 CASES: dict[str, dict[str, Any]] = {
@@ -72,6 +87,14 @@ CASES: dict[str, dict[str, Any]] = {
     "ZeRO-1": {"phase": 2, "micro": 4, "seconds": 6.0, "zero": {"stage": 1}},
     "reduce_scatter": {"phase": 2, "micro": 4, "seconds": 6.0, "zero": {"reduce_scatter": True}},
     "bf16": {"phase": 2, "micro": 4, "seconds": 6.0, "precision": {"bf16": {"enabled": True}}},
+    "a5500x2": {"phase": 2, "config": "a5500x2", **_LARGE},
+    "a5500x2, large batch": {"phase": 2, "config": "a5500x2", **_LARGE, "micro": 32},
+    "a5500x2, activations kept": {
+        "phase": 2, "config": "a5500x2", **_LARGE,
+        "overrides": [f"model.activation_checkpointing.{part}=0"
+                      for part in ("encoder", "signal_decoder", "text_decoder")],
+    },
+    "t15": {"phase": 0, "config": "t15", **_LARGE},
 }  # fmt: skip
 
 
@@ -106,7 +129,7 @@ def _bare(kind: str) -> str:
 def read_case(name: str, folder: Path, world: int) -> tuple[Config, DeepSpeedFile, Workload]:
     """Return configuration, DeepSpeed file and trials of a case."""
     case = CASES[name]
-    config = load_config("demo", case.get("overrides", []))
+    config = load_config(case.get("config", "demo"), case.get("overrides", []))
     zero = {"stage": 2, "overlap_comm": False, "reduce_scatter": False,
             "reduce_bucket_size": 500_000, "allgather_bucket_size": 500_000}  # fmt: skip
     file = folder / "ds.json"
@@ -118,7 +141,8 @@ def read_case(name: str, folder: Path, world: int) -> tuple[Config, DeepSpeedFil
         "zero_optimization": {**zero, **case.get("zero", {})},
     }))  # fmt: skip
     seconds = case["seconds"]
-    workload = assumed(64, 50.0, seconds, seconds, 4, config.data.max_text_tokens)
+    channels = case.get("channels", 64)
+    workload = assumed(channels, 50.0, seconds, seconds, 4, config.data.max_text_tokens)
     ds_file = without_needless_zero(load_ds_config(file), config.optim, world)
     return config, ds_file, workload
 
@@ -126,10 +150,10 @@ def read_case(name: str, folder: Path, world: int) -> tuple[Config, DeepSpeedFil
 def measure(
     config: Config, ds_file: DeepSpeedFile, workload: Workload, number: int, ranks: Ranks
 ) -> tuple[int, Traffic]:
-    """Take three steps of a phase; return the most bytes allocated and the third step's traffic."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    """Take a few steps of a phase; return the most bytes allocated and the last step's traffic."""
+    with most_allocated(ranks.device) as most:
         torch.manual_seed(config.run.seed)
-        model = BrainToText(architecture(config, workload))
+        model = BrainToText(architecture(config, workload)).to(ranks.device)
         knobs = config.model.activation_checkpointing
         model.checkpoint_activations(knobs.encoder, knobs.signal_decoder, knobs.text_decoder)
         assert model.quantizer is not None
@@ -139,20 +163,37 @@ def measure(
         trained = TrainedPhase(model, config, number, ds_file, masters, {}, None, lambda: 0.0)
         sent = take_steps(model, config, ds_file, workload, number, ranks, trained)
         trained.engine.close()
+    return most[0], sent
+
+
+@contextmanager
+def most_allocated(device: torch.device) -> Iterator[list[int]]:
+    """Measure the most bytes that are held at once inside; the list has them afterwards."""
+    most: list[int] = []
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield most
+        most.append(torch.cuda.max_memory_allocated(device) - before)
+        return
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield most
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    live = most = 0
+    live = most_so_far = 0
     for _, change in changes:
         live += change
-        most = max(most, live)
-    return most, sent
+        most_so_far = max(most_so_far, live)
+    most.append(most_so_far)
 
 
 def take_steps(
     model: BrainToText, config: Config, ds_file: DeepSpeedFile, workload: Workload,
     number: int, ranks: Ranks, trained: TrainedPhase,
 ) -> Traffic:  # fmt: skip
-    """Take three steps on noise; return what the last of them sent."""
+    """Take steps on noise until three were applied; return what the last of them sent."""
     progress, window = Progress(phase=number), Window(ranks)
     stepping = OptimizerStep(
         model, trained.engine, config, progress, ds_file, ranks, window,
@@ -167,34 +208,43 @@ def take_steps(
         batches.append(batch.to("cpu", trained.engine.dtype))
     sent: Traffic = Counter()
     stepping.phase = config.phases[number].model_copy(update={"revival": False})
-    for _ in range(3):
-        with Counted() as counted:
-            take_step(model, stepping, batches)
-        sent = counted.sent
-    return sent
+    applied = 0
+    for _ in range(3 + _SKIPPED):
+        counting = Counted() if ranks.world > 1 else nullcontext()
+        with counting as counted:
+            applied += take_step(model, stepping, batches)
+        sent = Counter() if counted is None else counted.sent
+        if applied == 3:
+            return sent
+    raise SystemExit(f"{applied} of {3 + _SKIPPED} steps were applied: the loss scale is too high")
 
 
-def take_step(model: BrainToText, stepping: OptimizerStep, batches: list[Batch]) -> None:
+def take_step(model: BrainToText, stepping: OptimizerStep, batches: list[Batch]) -> bool:
     """Take one step; as in the trainer nothing of it is held when it is over."""
     totals = stepping.totals(batches, None, False)
     result = stepping.take(batches, totals)
     report = None
+    if not result.applied:
+        stepping.window.drop_step()
+        return False
     if "quantizer" in stepping.phase.trainable:
         report = model.quantizer.update(result.stats)
     stepping.window.close_step(totals, 1.0, 0.0, report)
+    return True
 
 
 def planned(
-    config: Config, ds_file: DeepSpeedFile, workload: Workload, number: int, world: int
+    config: Config, ds_file: DeepSpeedFile, workload: Workload, number: int, ranks: Ranks
 ) -> tuple[int, Traffic]:
     """Return what the plan says of the same."""
+    world = ranks.world
     planner, phase = Planner(config, ds_file, world, workload), config.phases[number]
     memory = planner.memory(phase)
     step = planner.step(phase, ds_file.micro_batch, workload.bins)
     sent: Traffic = Counter()
     for message in plan_traffic(planner.model, phase, config.optim, ds_file, world, step):
         sent[message.kind, message.size] += message.times
-    return memory.peak + memory.host, sent
+    return memory.peak + (memory.host if ranks.device.type == "cpu" else 0), sent
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -208,13 +258,13 @@ def main(argv: list[str] | None = None) -> int:
     quiet_libraries()
     name_accelerator()
     ranks = join()
-    found = []
-    for name in options.cases or CASES:
+    found: list[dict[str, Any]] = []
+    for name in options.cases or fitting(ranks.device):
         with tempfile.TemporaryDirectory() as folder:
             case = read_case(name, Path(folder), ranks.world)
         number = CASES[name]["phase"]
         most, sent = measure(*case, number, ranks)
-        expected, messages = planned(*case, number, ranks.world)
+        expected, messages = planned(*case, number, ranks)
         most = max(ranks.gather(most))
         found.append({
             "case": name, "measured": most, "planned": expected,
@@ -228,6 +278,12 @@ def main(argv: list[str] | None = None) -> int:
             options.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     good = [one["exact"] and abs(one["planned"] / one["measured"] - 1) < 0.1 for one in found]
     return 0 if all(good) else 1
+
+
+def fitting(device: torch.device) -> list[str]:
+    """Names of the cases that this kind of device can train and hold."""
+    on_gpu = device.type == "cuda"
+    return [name for name, case in CASES.items() if (case.get("precision") is _FP16) == on_gpu]
 
 
 def show(found: list[dict[str, Any]]) -> None:

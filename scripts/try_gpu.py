@@ -1,4 +1,4 @@
-"""A first quarter of an hour on a GPU, in one command of eight minutes: is it right, is it fast.
+"""A first quarter of an hour on a GPU, in one command of ten minutes: is it right, is it fast.
 
     python scripts/try_gpu.py --write             # everything, into results/gpu and RESULTS.md
     python scripts/try_gpu.py --only bench        # one step
@@ -14,6 +14,8 @@ the benchmark between the markers of kernels/RESULTS.md. The steps, and their se
     bench       110  scripts/bench_kernels.py, wall time and host time, from the flagship case on
     train       140  the demo in fp16 on simulated recordings, stopped after two minutes: it saves
     resume      110  a short run stopped by a signal and gone on, beside one left alone: the same?
+    scale       120  scripts/bench_train.py with a5500x2 in fp16 beside DDP and Hugging Face's
+                     Trainer; then memory, measured and planned: results/gpu/scale.md
 
 The exit status is 1 when a step failed.
 """
@@ -44,6 +46,12 @@ SHORT = [
 TINY = [
     *("model.encoder.dim=32", "model.encoder.depth=1", "model.quantizer.codebook_size=32"),
     *("model.text_decoder.dim=32", "model.text_decoder.depth=1", "model.text_decoder.ffn_dim=64"),
+]
+SMALL_BENCH = [
+    *("model.encoder.dim=32", "model.encoder.depth=1", "model.encoder.heads=2"),
+    *("model.signal_decoder.depth=1", "model.signal_decoder.heads=2", "model.text_decoder.dim=32"),
+    *("model.text_decoder.depth=1", "model.text_decoder.heads=2", "model.text_decoder.ffn_dim=64"),
+    *("model.quantizer.codebook_size=32", "model.quantizer.codebook_dim=8"),
 ]
 RESULTS = ROOT / "kernels" / "RESULTS.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -106,6 +114,19 @@ class Trial:
             process.wait()
             raise
 
+    def run_together(self, commands: dict[str, list[str]], deadline: float) -> dict[str, int]:
+        """Exit statuses of processes beside each other, by their logs; 124 where one was killed."""
+        processes = {log: self.start(log, command) for log, command in commands.items()}
+        statuses = {}
+        for log, process in processes.items():
+            try:
+                statuses[log] = process.wait(max(1.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                statuses[log] = 124
+        return statuses
+
     def training(self, name: str, overrides: list[str]) -> list[str]:
         """Command of a run of the demo's configuration."""
         file = "zero2_cpu" if self.device == "cpu" else "zero2_fp16"
@@ -118,15 +139,19 @@ class Trial:
 
     def simulated(self, limit: float) -> None:
         """Simulate and prepare recordings, unless they are there."""
-        if (self.data / "b2t.json").exists():
-            return
         counts = ["40", "8", "8"] if self.dry else ["400", "40", "40"]
-        raw = str(self.out / "recordings" / "simulated")
-        b2t = [sys.executable, "-m", "b2t.cli"]
-        simulate = ["simulate", raw, "--force", "--electrodes", "64", "--select-from", "128"]
-        for command in ([*simulate, "--trials", *counts], ["prepare", raw, str(self.data)]):
-            if self.run("recordings", b2t + command, limit):
-                raise RuntimeError(f"b2t {command[0]} failed: see recordings.log")
+        self.recorded("recordings", [*counts, "--electrodes", "64", "--select-from", "128"], limit)
+
+    def recorded(self, name: str, trials: list[str], limit: float) -> Path:
+        """Prepared recordings of this name, simulated unless they are there."""
+        prepared = self.out / name / "prepared"
+        if not (prepared / "b2t.json").exists():
+            raw, b2t = str(self.out / name / "simulated"), [sys.executable, "-m", "b2t.cli"]
+            simulate = ["simulate", raw, "--force", "--trials", *trials]
+            for command in (simulate, ["prepare", raw, str(prepared)]):
+                if self.run(name, b2t + command, limit):
+                    raise RuntimeError(f"b2t {command[0]} failed: see {name}.log")
+        return prepared
 
 
 def device_step(trial: Trial, limit: float) -> dict[str, Any]:
@@ -206,6 +231,63 @@ def resume_step(trial: Trial, limit: float) -> dict[str, Any]:
     return differences(trial.out / "alone", trial.out / "stopped")
 
 
+def scale_step(trial: Trial, limit: float) -> dict[str, Any]:
+    """Throughput beside other loops, then memory beside other loops and beside the plan."""
+    began = time.monotonic()
+    electrodes = "4" if trial.dry else "256"
+    counts = ["24", "4", "4"] if trial.dry else ["192", "8", "8"]
+    data = trial.recorded("wide", [*counts, "--electrodes", electrodes], limit / 2)
+    bench = scale_command(trial, data)
+    cases = {"scale": [*bench, *scale_sizes(trial.dry), *scale_cases(limit)]}
+    statuses = trial.run_together(cases, began + 0.7 * limit)
+    memory = [*bench, "--segments", "2", "--warmup", "1", "--alone", "b2t"]
+    memory += ["ddp", "hf"] if trial.device == "cuda" else []
+    plan = [sys.executable, "scripts/measure_plan.py"]
+    plan += ["a5500x2", "t15", "a5500x2, activations kept"] if not trial.dry else ["demo"]
+    statuses |= trial.run_together({"scale-memory": memory, "scale-plan": plan}, began + limit)
+    logs = {name: (trial.out / f"{name}.log").read_text("utf-8")
+            for name in ("scale", "scale-memory", "scale-plan")}  # fmt: skip
+    text = "\n".join(f"## {name}\n\n```\n{log.strip()}\n```\n" for name, log in logs.items())
+    (trial.out / "scale.md").write_text(text, "utf-8")
+    failed = [name for name, code in statuses.items() if code]
+    require(bool(failed), f"{', '.join(failed)}: see scale.md")
+    return {"table": "scale.md"}
+
+
+def scale_command(trial: Trial, data: Path) -> list[str]:
+    """What all runs of the throughput's benchmark have in common: one step a batch, in fp16."""
+    file = "zero2_cpu" if trial.device == "cpu" else "zero2_fp16"
+    content = json.loads((ROOT / "ds_configs" / f"{file}.json").read_text("utf-8"))
+    content |= {
+        "train_micro_batch_size_per_gpu": 4 if trial.dry else 32,
+        "gradient_accumulation_steps": 1,
+    }
+    if "fp16" in content:
+        content["fp16"]["initial_scale_power"] = 12  # few steps are skipped on the way down
+    chosen = trial.out / "scale.json"
+    chosen.write_text(json.dumps(content, indent=1), "utf-8")
+    return [
+        *(sys.executable, "scripts/bench_train.py", "--data", str(data), "--config", "a5500x2"),
+        *("--deepspeed_config", str(chosen), "--phases", "2"),
+        *("model.quantizer.kmeans_init=false", *(SMALL_BENCH if trial.dry else [])),
+    ]
+
+
+def scale_cases(limit: float) -> list[str]:
+    """One case for each loop, then one for each thing that can be switched."""
+    return [
+        *("--one-by-one", "--against", "ddp", "hf", "--compile", "off", "on"),
+        *("--checkpointing", "off", "on", "--kernels", "kernels", "reference"),
+        *("--budget", str(0.5 * limit)),
+    ]
+
+
+def scale_sizes(dry: bool) -> list[str]:
+    """How many steps are timed."""
+    segments, warmup, length = ("2", "1", "1") if dry else ("8", "3", "4")
+    return ["--segments", segments, "--warmup", warmup, "--length", length]
+
+
 def leave_when(process: subprocess.Popen, ready: Callable[[], bool], limit: float) -> int:
     """Exit status of a run that is asked to leave once it is ``ready``, or at its limit."""
     deadline = time.monotonic() + limit
@@ -271,6 +353,7 @@ STEPS: dict[str, tuple[Callable[[Trial, float], dict[str, Any]], float]] = {
     "bench": (bench_step, 110),
     "train": (train_step, 140),
     "resume": (resume_step, 110),
+    "scale": (scale_step, 120),
 }
 
 
@@ -324,7 +407,7 @@ def main(argv: list[str] | None = None) -> int:
     trial = Trial(out, options.device, options.dry)
     outcomes = []
     for name in options.only:
-        for old in (out / f"{name}.log", out / "train" if name == "train" else out / "none"):
+        for old in (*out.glob(f"{name}*.log"), out / "train" if name == "train" else out / "none"):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
         if name == "resume":
             for run in ("alone", "stopped"):

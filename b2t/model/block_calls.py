@@ -1,4 +1,4 @@
-"""How a stack calls its blocks: as they are or compiled, keeping activations or recomputing them."""
+"""How a stack calls its blocks: as they are or compiled, with activations kept or recomputed."""
 
 import functools
 from collections.abc import Callable
@@ -39,6 +39,4 @@ def _call(block: nn.Module, *inputs: Tensor) -> Tensor:
 def _compiled(backend: str) -> Callable[..., Tensor]:
     # Dropout draws what the uncompiled block draws, also in passes that are compiled apart.
     options = {"fallback_random": True} if backend == "inductor" else None
-    return torch.compile(
-        _call, dynamic=True, fullgraph=True, backend=backend, options=options
-    )
+    return torch.compile(_call, dynamic=True, fullgraph=True, backend=backend, options=options)

@@ -16,7 +16,15 @@ from transformers import TrainerCallback, TrainingArguments
 from b2t.data.batches import Batch
 from throughput.bare import Bare
 
-_FIT = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_CAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def keep_quantizer_exact(peer: Bare) -> None:
+    """Let autocast leave the quantizer alone, which computes in float32 in any loop."""
+    quantizer = peer.model.quantizer
+    if quantizer is not None and peer.ds_file.precision in _CAST:
+        exact = torch.autocast(peer.ranks.device.type, enabled=False)
+        quantizer.forward = exact(quantizer.forward)
 
 
 class PlainDDP(Bare):
@@ -26,10 +34,11 @@ class PlainDDP(Bare):
     """
 
     def _prepare(self) -> None:
+        keep_quantizer_exact(self)
         self.wrapped = DistributedDataParallel(self.model, broadcast_buffers=False)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.scheduler = LambdaLR(self.optimizer, self.courses)
-        half, kind = _FIT.get(self.ds_file.precision), self.ranks.device.type
+        half, kind = _CAST.get(self.ds_file.precision), self.ranks.device.type
         self.cast = nullcontext() if half is None else torch.autocast(kind, half)
         self.scaler = torch.amp.GradScaler(kind, enabled=self.ds_file.precision == "fp16")
 
@@ -59,6 +68,7 @@ class HuggingFace(Bare):
     """
 
     def _prepare(self) -> None:
+        keep_quantizer_exact(self)
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._left = 0
         self._failure: BaseException | None = None

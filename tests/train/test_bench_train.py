@@ -46,7 +46,7 @@ def test_the_peer_takes_the_same_steps(
         ["--data", str(tiny_trials), "--deepspeed_config", str(ds_path), "--segments", "3",
          "--warmup", "1", *SMALL, *SETTINGS, "phases.2.exact_regularizers=false"]
     )  # fmt: skip
-    case = bench.Case(2, against, "kernels", "off")
+    case = bench.Case(2, against, "kernels", "off", "off")
     line = bench.measure(options, case, one_rank, str(tmp_path))
     assert len(losses.of_step) == 8 and len(set(losses.of_step)) == 8
     if accumulation == 1:  # the peers' last loss is that of one micro-batch
@@ -57,24 +57,64 @@ def test_the_peer_takes_the_same_steps(
     assert line.frames_per_s / line.steps_per_s > 4  # frames of a step
 
 
-def test_activations_are_checkpointed_where_asked(bench, tmp_path):
+@pytest.mark.parametrize("against", ["ddp", "hf"])
+def test_steps_that_fp16_skips_leave_pairs_whole(
+    bench, against, tiny_trials, tmp_path, one_rank, monkeypatch
+):
+    """The first loss scale overflows: the trainer makes up for what it skips, untimed."""
+    from deepspeed.accelerator import get_accelerator
+
+    # DeepSpeed refuses fp16 on CPUs; its engine and loss scaler work there all the same.
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    monkeypatch.setattr(bench, "main_callbacks", lambda *_: [])
+    fp16 = {"enabled": True, "initial_scale_power": 30, "hysteresis": 1}
+    ds_path = zero2(tmp_path, 4, 1, fp16=fp16).path
+    options = bench.arguments(
+        ["--data", str(tiny_trials), "--deepspeed_config", str(ds_path), "--segments", "3",
+         "--warmup", "1", *SMALL, *SETTINGS]
+    )  # fmt: skip
+    clocks, made = [], bench.Waits.__post_init__
+    monkeypatch.setattr(
+        bench.Waits, "__post_init__", lambda clock: clocks.append(clock) or made(clock)
+    )
+    case = bench.Case(2, against, "kernels", "off", "off")
+    line = bench.measure(options, case, one_rank, str(tmp_path))
+    (clock,) = clocks
+    assert clock.trainer.progress.skipped > 0 and clock.taken > 8
+    assert len(clock.ours) == len(clock.theirs) == 4 and line.ratio > 0
+
+
+def test_one_by_one_changes_one_thing_at_a_time(bench):
+    options = bench.arguments(
+        ["--data", "x", "--one-by-one", "--phases", "1", "--against", "hf", "ddp",
+         "--checkpointing", "off", "on", "--compile", "off", "on"]
+    )  # fmt: skip
+    assert [(c.against, c.checkpointing, c.compiled) for c in bench.cases(options)] == [
+        ("hf", "off", "off"), ("ddp", "off", "off"), ("hf", "on", "off"), ("hf", "off", "on"),
+    ]  # fmt: skip
+
+
+def test_a_case_switches_what_it_names(bench, tmp_path):
     options = bench.arguments(["--data", "x"])
     for asked, every in (("on", 1), ("off", 0)):
-        case = bench.Case(0, "ddp", "kernels", asked)
+        case = bench.Case(0, "ddp", "kernels", asked, asked)
         config = bench.case_config(options, case, str(tmp_path), 7)
         found = config.model.activation_checkpointing
         assert (found.encoder, found.signal_decoder, found.text_decoder) == (every,) * 3
+        assert config.model.compile_blocks is (asked == "on")
         assert [phase.steps for phase in config.phases] == [7]
 
 
 def test_the_table_has_a_column_for_each_number(bench):
     line = bench.Line(
-        "joint", "ddp", "kernels", "off", 2, 4.0, 1234.5, 0.05, 0.02, 0.3, 0.4, 0.97, 0.9, 1
+        "joint", "ddp", "kernels", "off", "on", 2, 4.0, 1234.5, 0.05, 0.02, 0.3, 0.4, 0.97, 0.9, 1
     )
     head, row = bench.table([line]).splitlines()
-    assert " ".join(head.split()).startswith("phase against kernels ckpt ranks steps/s frames/s")
+    assert " ".join(head.split()).startswith(
+        "phase against kernels ckpt compile ranks steps/s frames/s"
+    )
     assert " ".join(row.split()) == (
-        "joint ddp kernels off 2 4.00 1,234 5.0 % 2.0 % 30.0 % 40.0 % 0.970 (0.900 – 1.000)"
+        "joint ddp kernels off on 2 4.00 1,234 5.0 % 2.0 % 30.0 % 40.0 % 0.970 (0.900 – 1.000)"
     )
 
 

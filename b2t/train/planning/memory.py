@@ -61,7 +61,7 @@ class MemoryPlan:
 
     Attributes:
         weights: in the engine's precision; this rank's part under ZeRO-3.
-        optimizer: float32 masters and Adam's moments of this rank's share.
+        optimizer: float32 masters, Adam's moments and averaged weights of this rank's share.
         codebooks: and their averages, float32 on every rank.
         batches: of one step, on the device together.
         gradients: of this rank's share, kept from micro-batch to micro-batch.
@@ -130,15 +130,23 @@ def plan_memory(
         training = _in_plain_backward(model, step, grows=not kept)
     return MemoryPlan(
         weights=live,
-        optimizer=0 if ds_file.offload else 12 * share if ds_file.zero_stage else 8 * parts.trained,
+        optimizer=_optimizer_bytes(ds_file, share, parts.trained, optim.weight_ema is not None),
         codebooks=sum(b.numel() * b.element_size() for b in model.buffers()),
         batches=ds_file.accumulation * batch_bytes(workload, ds_file),
         gradients=kept,
         training=training + (outputs if ds_file.accumulation > 1 else 0) + sent,
         stepping=outputs + held + (_flat_bytes(ds_file) * largest if ds_file.zero_stage else 0),
         updating=outputs + step.update + sent,
-        host=4 * weights + (16 * share if ds_file.offload else 0),
+        host=4 * weights + ((20 if optim.weight_ema else 16) * share if ds_file.offload else 0),
     )
+
+
+def _optimizer_bytes(ds_file: DeepSpeedFile, share: int, trained: int, averaged: bool) -> int:
+    """Bytes of a rank's masters, moments and averages; without ZeRO masters are the weights."""
+    if ds_file.offload:
+        return 0  # averages lie beside the masters, in the host's memory
+    of_each = 4 if averaged else 0
+    return (12 + of_each) * share if ds_file.zero_stage else (8 + of_each) * trained
 
 
 def _of_stage(

@@ -95,6 +95,18 @@ def test_memory_of_the_optimizer_falls_with_ranks_and_that_of_codebooks_does_not
     assert shared.codebooks == alone.codebooks
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_averaged_weights_take_a_share_of_their_own(tmp_path, stage):
+    zero = {"zero_optimization": {"stage": stage}}
+    plain, averaged = (
+        a_planner(tmp_path, 2, *override, **zero) for override in ([], ["optim.weight_ema=0.99"])
+    )
+    averaged._traced = plain._traced
+    phase = plain.config.phases[2]
+    share = sum(partitions(plain.model, phase, plain.config.optim, 2).shares)
+    assert averaged.memory(phase).peak - plain.memory(phase).peak == 4 * share
+
+
 def test_a_frozen_encoder_keeps_no_activations(tmp_path):
     planner = a_planner(tmp_path)
     frozen = planner.config.phases[1]
