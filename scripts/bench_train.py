@@ -10,8 +10,9 @@ Each line is one phase of the configuration with one setting of what can be swit
 instead of all combinations. Segments of a few steps of the trainer alternate with those of the
 other loop, A B B A, as in `bench_overhead.py`, which has the details; the ratio is the median over
 pairs of segments. All loops train the same model on the same batches with the same losses,
-optimizer groups, learning rates, clipping and codebook updates, under `run.deterministic` as
-training sets it; the trainer alone logs, watches and draws its dropout anew in each micro-batch.
+optimizer groups, learning rates, clipping and codebook updates; the trainer alone logs, watches
+and draws its dropout anew in each micro-batch. `run.deterministic` holds for all loops, but on a
+GPU the trainer alone goes backward by deterministic algorithms only: compare with it set to false.
 In 16 bit the trainer casts its model, as DeepSpeed does, and the others run theirs under autocast,
 with the quantizer in float32.
 
@@ -145,9 +146,15 @@ class Frames(Callback):
 
 @dataclass
 class Waits(Turns):
-    """Turns that also time how long the trainer waits for its own batches and for other ranks."""
+    """Turns that also time how long the trainer waits for its own batches and for other ranks.
+
+    Attributes:
+        waited: seconds for batches, but for the first ``untimed`` of them, which loaders start in.
+        sync: for other ranks.
+    """
 
     waited: float = 0.0
+    untimed: int = 0
     sync: QuantizerSync = field(default_factory=QuantizerSync)
 
     def __next__(self) -> Any:
@@ -158,7 +165,8 @@ class Waits(Turns):
         self.taken += 1
         began = time.perf_counter()
         batch = next(self.inner)
-        self.waited += time.perf_counter() - began
+        if self.untimed < self.taken <= self.pairs * self.length:
+            self.waited += time.perf_counter() - began
         return batch
 
     def _let_bare(self) -> None:
@@ -210,6 +218,7 @@ def measure(options: argparse.Namespace, case: Case, ranks: Ranks, folder: str) 
     trainer, frames = make_trainer(case, config, ds_file, ranks, materials)
     peer = PEERS[case.against](trainer)
     clock = Waits(trainer, peer, options.length, pairs, 1)
+    clock.untimed = options.warmup * options.length
     trainer._batches = lambda: clock  # type: ignore[method-assign]
     start = peer.start
 
@@ -231,7 +240,7 @@ def measure(options: argparse.Namespace, case: Case, ranks: Ranks, folder: str) 
     return Line(
         trainer.config.phases[0].name, case.against, case.kernels, case.checkpointing,
         case.compiled, ranks.world,
-        1 / step_s, rate, clock.waited / frames.steps / step_s,
+        1 / step_s, rate, clock.waited / (options.segments * options.length) / step_s,
         clock.sync.seconds / (frames.steps - options.length) / step_s, mfu, hfu,
         float(np.median(ratios)), float(low), float(high),
     )  # fmt: skip
@@ -325,11 +334,14 @@ def cases(options: argparse.Namespace) -> list[Case]:
     chosen = [loops, options.kernels, options.checkpointing, options.compile]
     if options.one_by_one:
         first = [values[0] for values in chosen]
-        sets = [first] + [
-            [*first[:place], value, *first[place + 1 :]]
-            for place, values in enumerate(chosen)
-            for value in values[1:]
-        ]
+        sets = (
+            [first]
+            + [
+                [*first[:place], value, *first[place + 1 :]]
+                for place in (0, 3, 2, 1)  # what may run out of memory comes last
+                for value in chosen[place][1:]
+            ]
+        )
     else:
         sets = [list(each) for each in product(*chosen)]
     return [Case(phase, *each) for phase in phases for each in sets]
