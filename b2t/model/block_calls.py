@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,5 +39,5 @@ def _call(block: nn.Module, *inputs: Tensor) -> Tensor:
 @functools.cache
 def _compiled(backend: str) -> Callable[..., Tensor]:
     # Dropout draws what the uncompiled block draws, also in passes that are compiled apart.
-    options = {"fallback_random": True} if backend == "inductor" else None
+    options: dict[str, Any] | None = {"fallback_random": True} if backend == "inductor" else None
     return torch.compile(_call, dynamic=True, fullgraph=True, backend=backend, options=options)
