@@ -26,6 +26,7 @@ from torch import Tensor
 from b2t_kernels import tuning
 from b2t_kernels.exact import NOTHING, UNIT, WHOLE_SLOT, threshold_of_reach
 from b2t_kernels.gumbel import mix
+from b2t_kernels.launching import launched, power_of_two_above
 from b2t_kernels.nearest import Scanned, Wanted, scan
 from b2t_kernels.prepare import (
     GROUP,
@@ -304,17 +305,17 @@ def _extend(
     left = torch.empty(0 if last else n * wanted, D, dtype=torch.float32, device=x.device)
     longer = torch.empty(n * wanted, layer + 1, dtype=torch.int64, device=x.device)
     # Ties that float32 cannot tell apart must all be there.
-    kept_keys = max(16, triton.next_power_of_2(2 * wanted))
+    kept_keys = max(16, power_of_two_above(2 * wanted))
     keys = torch.empty(n, kept_keys, dtype=torch.int32, device=x.device)
     options = {"KEPT": kept_keys, **tuning.options(tuning.beam_config())}
-    candidates_kernel[(n,)](
+    launched(candidates_kernel)[(n,)](
         x, codebook, codes.bias, codes.statistics, rows.shrink, rows.squares, rows.error,
         rows.valid, kept.best, kept.runs, kept.second, keys,
         K, D, padded_codes(K), kept.share, beams, kept.best.shape[1], wanted,
-        B=triton.next_power_of_2(beams), W=triton.next_power_of_2(kept.best.shape[1]),
+        B=power_of_two_above(beams), W=power_of_two_above(kept.best.shape[1]),
         SLOTS=kept.slots, **options,
     )  # fmt: skip
-    winners_kernel[(n,)](
+    launched(winners_kernel)[(n,)](
         x, codebook, keys, paths if layer else longer, left, longer,
         K, D, beams, wanted, layer, int(last), **options,
     )  # fmt: skip

@@ -159,10 +159,8 @@ def usage_forward(
         total, found = usage.usage_forward(
             x, codebook, temperature, mask, codes, exact is not None, bool(exact)
         )
-        # Indices and counts lie in one buffer with the number of rows, and an operator's results
-        # must not share memory.
         counts = found.counts if exact is not None else found.counts[:0]
-        return total, found.lse, found.frames.clone(), found.indices, counts.clone()
+        return total, found.lse, found.frames, found.indices, counts
 
     return _run(
         "code_usage",

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from b2t_kernels import tuning
+from b2t_kernels.launching import ceildiv, launched, power_of_two_above
 from b2t_kernels.nearest import Scanned, Wanted, run_scores, scan
 from b2t_kernels.noise import noise
 from b2t_kernels.prepare import GROUP, PreparedCodes, code_scale, padded_codes
@@ -51,9 +52,9 @@ def _merge(
     indices: Tensor, counts: Tensor,
 ) -> None:  # fmt: skip
     assert wanted.keys is not None
-    (N, width), W = rows.rows.shape, triton.next_power_of_2(kept.best.shape[1])
+    (N, width), W = rows.rows.shape, power_of_two_above(kept.best.shape[1])
     config = tuning.settle_config(W)
-    drawn_kernel[(triton.cdiv(N, config.kwargs["BLOCK_N"]),)](
+    launched(drawn_kernel)[(ceildiv(N, config.kwargs["BLOCK_N"]),)](
         rows.rows, rows.shrink, rows.valid, codes.codes, codes.bias, codes.statistics,
         wanted.temperature, *wanted.keys, kept.best, kept.runs, indices, counts,
         N, width, kept.best.shape[1], W=W, **tuning.options(config),

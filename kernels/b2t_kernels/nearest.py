@@ -26,6 +26,7 @@ from b2t_kernels.exact import (
     tolerance_of,
     two_least,
 )
+from b2t_kernels.launching import ceildiv, launched, power_of_two_above
 from b2t_kernels.prepare import (
     GROUP,
     PreparedCodes,
@@ -204,7 +205,7 @@ def _scan(
     second = torch.empty_like(best) if wanted.exact else best
     mass = torch.empty_like(best) if wanted.soft else best
     row_keys, code_keys = wanted.keys or (runs, runs)
-    scan_kernel[(triton.cdiv(N, block_N), splits)](
+    launched(scan_kernel)[(ceildiv(N, block_N), splits)](
         rows.rows, rows.shrink, codes.codes, codes.bias, codes.statistics,
         best if wanted.temperature is None else wanted.temperature, row_keys, code_keys,
         best, runs, second, mass, N, width, padded_K, share,
@@ -220,12 +221,12 @@ def _settle(
 ) -> None:  # fmt: skip
     """Merge what was scanned into ``found``; ``length`` [≥ 1] int64 starts at zero."""
     (N, D), K, device = x.shape, codebook.shape[0], x.device
-    W = triton.next_power_of_2(kept.best.shape[1])
+    W = power_of_two_above(kept.best.shape[1])
     queued = N if wanted.exact else 0
     queue = torch.empty(queued, dtype=torch.int64, device=device)
     listed = torch.empty(queued, W, dtype=torch.int32, device=device)
     config = tuning.settle_config(W)
-    settle_kernel[(triton.cdiv(N, config.kwargs["BLOCK_N"]),)](
+    launched(settle_kernel)[(ceildiv(N, config.kwargs["BLOCK_N"]),)](
         x, codebook, *rows, codes.codes, codes.bias, codes.statistics,
         wanted.temperature if wanted.soft else kept.best,
         kept.best, kept.runs, kept.second, kept.mass,
@@ -235,7 +236,7 @@ def _settle(
         **tuning.options(config),
     )  # fmt: skip
     if wanted.exact:
-        refine_kernel[(min(N, REFINE_PROGRAMS),)](
+        launched(refine_kernel)[(min(N, REFINE_PROGRAMS),)](
             x, codebook, codes.bias, found.indices, found.counts, queue, length, listed,
             K, D, padded_codes(K), kept.share,
             W=W, SLOTS=kept.slots, BLOCK_D=tuning.REFINE_WIDTH, num_warps=tuning.REFINE_WARPS,

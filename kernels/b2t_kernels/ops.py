@@ -91,7 +91,30 @@ def nearest_code(
     """
     exact = check_precision(precision)
     check_search(x, codebook, mask)
+    if undispatched(x):
+        with torch.no_grad():
+            return cuda.nearest_code(x, codebook, mask, exact, prepared)
     return _nearest_code(x, codebook, mask, exact, list(prepared))
+
+
+def undispatched(x: Tensor) -> bool:
+    """Whether to run on a GPU at once: torch's dispatcher takes the host longer than the kernels.
+
+    It is needed where something watches it, such as ``torch.compile`` or a tensor of no data.
+    """
+    return (
+        x.is_cuda
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def on_device(number: float | Tensor, x: Tensor) -> Tensor:
+    """A float32 scalar [] beside x. A number is filled in there: no copy breaks a CUDA graph."""
+    if isinstance(number, Tensor):
+        return number.to(x.device, torch.float32)
+    return torch.full((), number, dtype=torch.float32, device=x.device)
 
 
 @torch.no_grad()
@@ -125,7 +148,7 @@ def sample_code(
     check_search(x, codebook, None)
     check_rows("row_keys", row_keys, x, torch.int64)
     check_rows("code_keys", code_keys, codebook, torch.int64)
-    scale = torch.as_tensor(temperature, dtype=torch.float32, device=x.device)
+    scale = on_device(temperature, x)
     if x.is_cuda:
         return cuda.sample_code(x, codebook, scale, row_keys, code_keys, prepared)
     return blocked.sample_code(
@@ -232,6 +255,9 @@ def code_sums(
                 f"{counts.dtype} and {'a' if mask is not None else 'no'} mask"
             )
         check_devices(x, counts=counts)
+    if undispatched(x):
+        with torch.no_grad():
+            return cuda.code_sums(x, indices, K, mask, counts, method == "atomic")
     return _code_sums(x, indices, K, mask, counts, method == "atomic")
 
 

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from b2t_kernels.launching import ceildiv, launched, power_of_two_above
+
 CODE_PADDING = 256
 GROUP = tl.constexpr(8)
 MEAN_SAMPLE = 1024
@@ -230,13 +232,13 @@ def physical_place(K: int, device: torch.device) -> Tensor:
 def padded_width(D: int) -> int:
     """D′: 64 at least, a power of two up to 512, whole 128s above."""
     if D <= 512:
-        return max(64, triton.next_power_of_2(D))
-    return triton.cdiv(D, 128) * 128
+        return max(64, power_of_two_above(D))
+    return ceildiv(D, 128) * 128
 
 
 def padded_codes(K: int) -> int:
     """K′: whole tiles for every configuration."""
-    return triton.cdiv(K, CODE_PADDING) * CODE_PADDING
+    return ceildiv(K, CODE_PADDING) * CODE_PADDING
 
 
 def prepare(codebooks: Tensor) -> PreparedCodes:
@@ -252,12 +254,14 @@ def prepare(codebooks: Tensor) -> PreparedCodes:
     bits = statistics.view(torch.int32)
     block_D = min(128, padded_D)
     step = max(1, K // MEAN_SAMPLE)
-    mean_kernel[(triton.cdiv(padded_D, 32), Q)](
+    launched(mean_kernel)[(ceildiv(padded_D, 32), Q)](
         codebooks, mean, K, D, padded_D, step, BLOCK_K=128, BLOCK_D=32
     )
-    grid = (triton.cdiv(padded_K, 32), Q)
-    extent_kernel[grid](codebooks, mean, bits, K, D, padded_D, BLOCK_K=32, BLOCK_D=block_D)
-    round_kernel[grid](
+    grid = (ceildiv(padded_K, 32), Q)
+    launched(extent_kernel)[grid](
+        codebooks, mean, bits, K, D, padded_D, BLOCK_K=32, BLOCK_D=block_D
+    )
+    launched(round_kernel)[grid](
         codebooks,
         mean,
         statistics,

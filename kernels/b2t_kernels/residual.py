@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from b2t_kernels.launching import ceildiv, launched
+
 
 @triton.jit
 def chosen_codes(codebook_ptr, gain_ptr, codes, columns, K, D):
@@ -64,10 +66,10 @@ def leave(
     """See :func:`b2t_kernels.leave`."""
     N, D = residual.shape
     gain = torch.ones((), device=residual.device) if gain is None else gain
-    programs = triton.cdiv(N, 16)
+    programs = ceildiv(N, 16)
     squares = torch.empty(programs, dtype=torch.float32, device=residual.device)
     if N:
-        leave_kernel[(programs,)](
+        launched(leave_kernel)[(programs,)](
             residual, residual if errors is None else errors, codebook.contiguous(), gain,
             indices.contiguous(), squares, N, codebook.shape[0], D,
             BLOCK_N=16, BLOCK_D=128, ERRORS=errors is not None,
@@ -81,7 +83,7 @@ def sum_codes(codebooks: Tensor, codes: Tensor, gain: Tensor | None) -> Tensor:
     gain = torch.ones(L, device=codes.device) if gain is None else gain
     total = torch.empty(N, D, dtype=torch.float32, device=codes.device)
     if N:
-        total_kernel[(triton.cdiv(N, 16), triton.cdiv(D, 128))](
+        launched(total_kernel)[(ceildiv(N, 16), ceildiv(D, 128))](
             codebooks.contiguous(), gain.contiguous(), codes.contiguous(), total,
             N, Q, K, D, int(L > 1), BLOCK_N=16, BLOCK_D=128,
         )  # fmt: skip

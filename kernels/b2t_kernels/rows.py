@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from b2t_kernels.launching import ceildiv, launched, power_of_two_above
 from b2t_kernels.prepare import (
     ROW_EXPONENT,
     PreparedCodes,
@@ -98,7 +99,7 @@ def rows_kernel(
 
 def rows_tile(padded_D: int) -> tuple[int, int]:
     """Rows and columns of one program's tile."""
-    width = triton.next_power_of_2(padded_D)
+    width = power_of_two_above(padded_D)
     return max(1, 4096 // width), width
 
 
@@ -110,7 +111,7 @@ def prepare_rows(x: Tensor, prepared: PreparedCodes, mask: Tensor | None) -> Pre
     shrink, squares, error = (torch.empty(N, dtype=torch.float32, device=device) for _ in range(3))
     valid = torch.empty(N, dtype=torch.uint8, device=device)
     block_N, block_D = rows_tile(width)
-    rows_kernel[(triton.cdiv(N, block_N),)](
+    launched(rows_kernel)[(ceildiv(N, block_N),)](
         x,
         x if mask is None else mask.view(torch.uint8),
         prepared.mean,

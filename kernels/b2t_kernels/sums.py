@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from b2t_kernels.launching import ceildiv, launched, power_of_two_above
+
 CHUNK = 512
 
 
@@ -99,14 +101,16 @@ def code_sums(
     """See :func:`b2t_kernels.code_sums`."""
     x, (N, D), device = x.contiguous(), x.shape, x.device
     bins = (indices if mask is None else indices.masked_fill(~mask, -1)).contiguous()
-    width = min(128, triton.next_power_of_2(D))
-    columns = triton.cdiv(D, width)
+    width = min(128, power_of_two_above(D))
+    columns = ceildiv(D, width)
     if atomic:
         sums = torch.zeros(K, D, dtype=torch.float32, device=device)
         counts = torch.zeros(K, dtype=torch.int64, device=device)
         if N:
-            grid = (triton.cdiv(N, 16), columns)
-            scatter_kernel[grid](x, bins, sums, counts, N, K, D, BLOCK_N=16, BLOCK_D=width)
+            grid = (ceildiv(N, 16), columns)
+            launched(scatter_kernel)[grid](
+                x, bins, sums, counts, N, K, D, BLOCK_N=16, BLOCK_D=width
+            )
         return sums, counts
     # A narrower key takes fewer passes of the radix sort; what lies outside sorts first or last.
     narrow = bins.clamp(-1, K).to(torch.int16 if K < 1 << 15 else torch.int32)
@@ -125,10 +129,10 @@ def code_sums(
     owners = torch.searchsorted(chunks[1:], torch.arange(most, device=device), right=True)
     sums = torch.empty(K, D, dtype=torch.float32, device=device)
     partial = torch.empty(most, D, dtype=torch.float32, device=device)
-    segment_kernel[(K + most, columns)](
+    launched(segment_kernel)[(K + most, columns)](
         x, order, offsets, owners, chunks, sums, partial, K, D,
         BLOCK_N=32, BLOCK_D=width, CHUNK=CHUNK,
     )  # fmt: skip
     if most:
-        gather_kernel[(K, columns)](chunks, partial, sums, D, BLOCK_N=32, BLOCK_D=width)
+        launched(gather_kernel)[(K, columns)](chunks, partial, sums, D, BLOCK_N=32, BLOCK_D=width)
     return sums, counts

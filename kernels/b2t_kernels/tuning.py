@@ -19,6 +19,8 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
+from b2t_kernels.launching import ceildiv, power_of_two_above
+
 SHARED_MEMORY_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448}
 WIDEST_WHOLE = 256
 WIDEST_USAGE = 256
@@ -59,6 +61,7 @@ def _tiles(padded_D: int, *shapes: tuple[int, int, int, int]) -> Space:
     )
 
 
+@functools.cache
 def scan_space(family: int, padded_D: int, draw: bool = False) -> Space:
     """Configurations of the scan: (BLOCK_N, BLOCK_K, warps, stages), the preferred one first.
 
@@ -85,11 +88,13 @@ def scan_space(family: int, padded_D: int, draw: bool = False) -> Space:
     }[family])  # fmt: skip
 
 
+@functools.cache
 def settle_config(W: int) -> triton.Config:
     """Configuration of the merge of ``W`` partial results a row."""
     return config(4, 1, BLOCK_N=32 if W <= 32 else 16, STEP=16)
 
 
+@functools.cache
 def beam_config() -> triton.Config:
     """Configuration of the kernels that continue a beam, one frame each."""
     return triton.Config(
@@ -97,6 +102,7 @@ def beam_config() -> triton.Config:
     )
 
 
+@functools.cache
 def column_space(family: int, padded_D: int) -> Space:
     """Configurations of the pass that sums assignments over rows, codes on chip."""
     if padded_D > 128:
@@ -104,6 +110,7 @@ def column_space(family: int, padded_D: int) -> Space:
     return _tiles(padded_D, (64, 128, 8, 2))
 
 
+@functools.cache
 def shift_space(family: int, padded_D: int) -> Space:
     """Configurations of the pass that averages the codes' gradient over each row's assignment."""
     # Triton 3.5 spills with four warps here, and here alone.
@@ -111,6 +118,7 @@ def shift_space(family: int, padded_D: int) -> Space:
     return _tiles(padded_D, (64, 64, warps, 2))
 
 
+@functools.cache
 def row_gradient_space(family: int, padded_D: int) -> Space:
     """Configurations of the rows' gradient, whose sums [BLOCK_N, D] live in registers."""
     if padded_D > 128:
@@ -118,6 +126,7 @@ def row_gradient_space(family: int, padded_D: int) -> Space:
     return _tiles(padded_D, (64, 64, 8, 2) if padded_D > 64 else (64, 64, 4, 2))
 
 
+@functools.cache
 def code_gradient_space(family: int, padded_D: int) -> Space:
     """Configurations of the codebook's gradient, whose sums [BLOCK_K, D] live in registers."""
     if padded_D > 128:
@@ -167,15 +176,15 @@ def code_splits(
     none into more than ``most``.
     """
     tiles = padded_K // block_K
-    wanted = multiprocessors(device) // triton.cdiv(N, block_N)
+    wanted = multiprocessors(device) // ceildiv(N, block_N)
     splits = max(1, min(max(min(wanted, tiles // 4), min(least, tiles)), max(1, most)))
-    share = triton.cdiv(tiles, splits) * block_K
-    return triton.cdiv(padded_K, share), share
+    share = ceildiv(tiles, splits) * block_K
+    return ceildiv(padded_K, share), share
 
 
 def bucket(N: int) -> int:
     """Power of two at or above N, at least 1024: batches of like length share a measurement."""
-    return max(1024, triton.next_power_of_2(N))
+    return max(1024, power_of_two_above(N))
 
 
 _chosen: dict[tuple, triton.Config] = {}
@@ -228,6 +237,12 @@ def launch(
         DoesNotFitError: every configuration takes more of the device than there is.
     """
     name = kernel.__name__
+    if not (_measures or _chosen or _unfit):
+        # Nearly every launch: nothing was measured, and everything fits.
+        try:
+            return run(space[0])
+        except OutOfResources as error:
+            _unfit[name, str(device), str(space[0])] = str(error)
     key = (name, str(device), bucket(sizes[0]), *sizes[1:])
     fitting = [each for each in space if (name, str(device), str(each)) not in _unfit]
     if _measures and device.type == "cuda" and key not in _chosen and len(fitting) > 1:

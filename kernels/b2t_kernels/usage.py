@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from b2t_kernels import tuning
+from b2t_kernels.launching import ceildiv, launched
 from b2t_kernels.nearest import Found, assign
 from b2t_kernels.prepare import (
     PreparedCodes,
@@ -173,11 +174,11 @@ def code_gradient_kernel(
 def _row_splits(N: int, K: int, config: triton.Config, device: torch.device) -> tuple[int, int]:
     """How many parts the rows are cut into so that few codes still fill a GPU, and their size."""
     block_N, block_K = config.kwargs["BLOCK_N"], config.kwargs["BLOCK_K"]
-    wanted = 2 * tuning.multiprocessors(device) // triton.cdiv(K, block_K)
-    splits = max(1, min(MOST_SPLITS, wanted, triton.cdiv(N, 256)))
+    wanted = 2 * tuning.multiprocessors(device) // ceildiv(K, block_K)
+    splits = max(1, min(MOST_SPLITS, wanted, ceildiv(N, 256)))
     # Whole tiles: a tile that overran its part would count the next one's rows again.
-    share = triton.cdiv(triton.cdiv(N, splits), block_N) * block_N
-    return triton.cdiv(N, share), share
+    share = ceildiv(ceildiv(N, splits), block_N) * block_N
+    return ceildiv(N, share), share
 
 
 class _Pass:
@@ -208,7 +209,7 @@ class _Pass:
             block = config.kwargs["BLOCK_K"]
             splits, share = _row_splits(self.N, self.K, config, self.device)
             partial = self.empty(splits, self.K)
-            column_kernel[(triton.cdiv(self.K, block), splits)](
+            launched(column_kernel)[(ceildiv(self.K, block), splits)](
                 *self.operands, partial, self.N, self.K, share, **tuning.options(config)
             )
             return partial
@@ -226,7 +227,7 @@ class _Pass:
         def run(config: triton.Config) -> Tensor:
             splits, share = self._code_splits(config, MOST_SPLITS)
             partial = self.empty(splits, self.N)
-            shift_kernel[(triton.cdiv(self.N, config.kwargs["BLOCK_N"]), splits)](
+            launched(shift_kernel)[(ceildiv(self.N, config.kwargs["BLOCK_N"]), splits)](
                 *self.operands, grad, partial, self.N, self.padded_K, share,
                 **tuning.options(config),
             )  # fmt: skip
@@ -242,7 +243,7 @@ class _Pass:
         def run(config: triton.Config) -> Tensor:
             splits, share = self._code_splits(config, MOST_SPLITS // 2)
             partial = self.empty(splits, self.N, self.D)
-            row_gradient_kernel[(triton.cdiv(self.N, config.kwargs["BLOCK_N"]), splits)](
+            launched(row_gradient_kernel)[(ceildiv(self.N, config.kwargs["BLOCK_N"]), splits)](
                 *self.operands, grad, shift, partial, self.N, self.D, self.padded_K, share,
                 **tuning.options(config),
             )  # fmt: skip
@@ -259,7 +260,7 @@ class _Pass:
             block = config.kwargs["BLOCK_K"]
             splits, share = _row_splits(self.N, self.K, config, self.device)
             partial, weight = self.empty(splits, self.K, self.D), self.empty(splits, self.K)
-            code_gradient_kernel[(triton.cdiv(self.K, block), splits)](
+            launched(code_gradient_kernel)[(ceildiv(self.K, block), splits)](
                 *self.operands, grad, shift, partial, weight, self.N, self.K, self.D, share,
                 **tuning.options(config),
             )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from b2t_kernels import blocked, cuda
 from b2t_kernels.checks import check_precision, check_search
-from b2t_kernels.ops import Precision, Prepared
+from b2t_kernels.ops import Precision, Prepared, on_device, undispatched
 
 _Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -31,7 +31,10 @@ def _usage_forward(
 
 @_usage_forward.register_kernel("cuda")
 def _(x, codebook, temperature, mask, exact, prepared) -> _Forward:
-    return cuda.usage_forward(x, codebook, temperature, mask, exact, prepared)
+    found = cuda.usage_forward(x, codebook, temperature, mask, exact, prepared)
+    total, lse, frames, indices, counts = found
+    # Counts lie in one buffer with the number of rows, and results must not share memory.
+    return total, lse, frames.clone(), indices, counts.clone()
 
 
 @_usage_forward.register_fake
@@ -63,7 +66,9 @@ def _usage_backward(
 
 
 @_usage_backward.register_kernel("cuda")
-def _(grad, x, codebook, temperature, lse, rows, codes, prepared) -> tuple[Tensor, Tensor]:
+def _run_backward(
+    grad, x, codebook, temperature, lse, rows, codes, prepared
+) -> tuple[Tensor, Tensor]:
     return cuda.usage_backward(grad, x, codebook, temperature, lse, (rows, codes), prepared)
 
 
@@ -82,7 +87,8 @@ def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, int]:
     """
     x, codebook, temperature, lse, *prepared = ctx.saved_tensors
     rows, codes = ctx.needs_input_grad[:2]
-    grad_x, grad_codebook = _usage_backward(
+    backward = _run_backward if undispatched(x) and undispatched(grad) else _usage_backward
+    grad_x, grad_codebook = backward(
         grad.contiguous(), x, codebook, temperature, lse, rows, codes, prepared
     )
     return grad_x if rows else None, grad_codebook if codes else None, len(prepared)
@@ -104,7 +110,7 @@ _usage_forward.register_autograd(_differentiate_usage, setup_context=_save_usage
 
 
 def _scale(temperature: float | Tensor, x: Tensor) -> Tensor:
-    return torch.as_tensor(temperature, dtype=torch.float32, device=x.device).detach()
+    return on_device(temperature, x).detach()
 
 
 class SearchedUsage(NamedTuple):
@@ -138,7 +144,8 @@ def search_usage(
     """
     exact = check_precision(precision)
     check_search(x, codebook, mask)
-    usage, lse, _, indices, counts = _usage_forward(
+    forward = cuda.usage_forward if undispatched(x) else _usage_forward
+    usage, lse, _, indices, counts = forward(
         x, codebook, _scale(temperature, x), mask, exact, list(prepared)
     )
     return SearchedUsage(indices, counts, usage, lse)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from b2t_kernels import beam, blocked_beam, draw, gumbel, prepare, reference, tuning
-from tests.kernels.kernel_checks import DEVICE, rows_and_codes, seeded
+from tests.kernels.kernel_checks import DEVICE, drawn, rows_and_codes, seeded
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,16 @@ def test_draws_follow_the_soft_assignment():
 
 def check_beam(x, books, width):
     found = beam.beam_codes(x, books, [prepare.prepare(book) for book in books], width)
-    assert torch.equal(found, reference.beam_codes(x, books, width))
+    expected = reference.beam_codes(x, books, width)
+    distances = [
+        (x.double() - reference_sum(books, codes)).square().sum(dim=1)
+        for codes in (found, expected)
+    ]
+    assert torch.equal(found, expected), f"squared distances {distances}"
+
+
+def reference_sum(books, codes):
+    return sum(book.double()[codes[:, q]] for q, book in enumerate(books))
 
 
 def layers_of(N, Q, K, D):
@@ -110,8 +119,8 @@ def test_beams_look_into_a_slot_that_hides_winners(monkeypatch):
 def test_beams_break_ties_as_blocked_torch_does():
     """Whole numbers: every distance is exact, and many sums are equal."""
     generator = seeded(0)
-    x = torch.randint(-9, 10, (5, 3), generator=generator).float()
-    book = torch.randint(-6, 7, (12, 3), generator=generator).float()
+    x = drawn(torch.randint, -9, 10, (5, 3), generator=generator).float()
+    book = drawn(torch.randint, -6, 7, (12, 3), generator=generator).float()
     books = [book, book]
     found = beam.beam_codes(x, books, [prepare.prepare(book) for book in books], 5)
     assert torch.equal(found, blocked_beam.beam_codes(x, books, 5))

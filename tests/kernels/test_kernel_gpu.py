@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import b2t_kernels
+from b2t_kernels import reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -45,3 +46,24 @@ def test_a_graph_of_search_and_usage_replays(N, precision):
     graph.replay()
     torch.testing.assert_close(found, step())
     assert not torch.equal(found.indices, expected.indices)
+
+
+def test_beams_of_many_draws_are_those_of_float64():
+    """A few codes repeat, two are not finite and one lies far out, as in draw_checks."""
+    wrong = {}
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(4, 20, generator=generator).cuda()
+        first, second = torch.randn(2, 90, 20, generator=generator).cuda()
+        first[40:80], first[5], second[0] = first[:40].clone(), torch.nan, -torch.inf
+        first[60] *= 30
+        books = [first, 0.6 * second]
+        expected = reference.beam_codes(x, books, 6)
+        found = b2t_kernels.beam_codes(x, books, 6)
+        distances = [
+            (x - books[0][codes[:, 0]] - books[1][codes[:, 1]]).square().sum(dim=1).tolist()
+            for codes in (found, expected)
+        ]
+        if not torch.equal(found, expected):
+            wrong[seed] = found.tolist(), expected.tolist(), distances
+    assert not wrong
