@@ -35,6 +35,8 @@ AXES = {
     "settle_kernel": {"BLOCK_N": 0},
     "drawn_kernel": {"BLOCK_N": 0},
     "segment_kernel": {"BLOCK_D": 1},
+    "gathered_kernel": {"BLOCK_K": 0, "BLOCK_D": 1},
+    "place_kernel": {"BLOCK_K": 0},
     "gather_kernel": {"BLOCK_D": 1},
     "scatter_kernel": {"BLOCK_N": 0, "BLOCK_D": 1},
     "total_kernel": {"BLOCK_N": 0, "BLOCK_D": 1},

@@ -75,7 +75,8 @@ def subjects() -> Iterator[Subject]:
         ("rows_kernel", "fast", 0, (SMALL, LARGE)),
         ("candidates_kernel", "beam", 0, (SMALL,)),
         ("winners_kernel", "beam", 0, (SMALL,)),
-        ("segment_kernel", "sums", 0, (SMALL, LARGE)),
+        ("gathered_kernel", "sums", 0, (SMALL, MANY)),
+        ("segment_kernel", "sums", 0, (LARGE,)),
         ("scan_kernel", "fast", 1, (LARGE, SMALL)),
         ("code_gradient_kernel", "gradients", 2, (LARGE, SMALL)),
         ("row_gradient_kernel", "gradients", 2, (MIDDLE,)),
@@ -86,6 +87,7 @@ def subjects() -> Iterator[Subject]:
         ("scan_kernel", "exact", 1, (MEDIUM, WIDE, WIDER)),
         ("scan_kernel", "soft", 1, (MEDIUM, MANY)),
         ("leave_kernel", "leave", 0, (SMALL, LARGE)),
+        ("place_kernel", "gradients", 0, (SMALL, MANY)),
         ("round_kernel", "prepare", 0, (LARGE, SMALL)),
         ("extent_kernel", "prepare", 0, (LARGE, SMALL)),
         ("mean_kernel", "prepare", 0, (LARGE, SMALL)),
@@ -146,6 +148,10 @@ def plain_tiles(kernel: str, given: Options) -> Iterator[Options]:
         "candidates_kernel": grid_of(few, (1, 2), BLOCK_D=(16, 32, 64, 128)),
         "winners_kernel": grid_of(few, (1, 2), BLOCK_D=(16, 32, 64, 128)),
         "rows_kernel": grid_of(few, (3,), **rows),
+        "gathered_kernel": grid_of(
+            few, (2, 3), BLOCK_N=(64, 128, 256), STEP=(8, 16, 32), BLOCK_K=(4, 8, 16), BLOCK_D=(64,)
+        ),
+        "place_kernel": grid_of(few, (3,), BLOCK_K=(256, 512, 1024, 2048)),
         "segment_kernel": grid_of(few, (2, 3), BLOCK_N=(8, 16, 32, 64), BLOCK_D=(32, 64, 128)),
         "round_kernel": grid_of(few, (3,), BLOCK_K=(4, 8, 16, 32), BLOCK_D=(64, 128, 256)),
         "extent_kernel": grid_of(few, (3,), BLOCK_K=(4, 8, 16, 32), BLOCK_D=(64, 128, 256)),

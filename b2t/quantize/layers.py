@@ -124,19 +124,24 @@ class Layers:
         book, prepared = self.books[self.index(q)].detach(), self.prepared[self.index(q)]
         return search.nearest_and_usage(self.seen(residual), book, self.width(q), prepared)
 
-    def width(self, q: int) -> Tensor:
-        """τ times the mean squared distance of layer ``q``: [], never read by the host."""
-        layer = self.index(q)
-        book = self.books[layer].detach()
+    @cached_property
+    def widths(self) -> Tensor:
+        """τ times the mean squared distance of each codebook: [L], never read by the host.
+
+        For passes only, as `prepared`.
+        """
+        books = self.books.detach()
         # Between unit vectors ‖r̂−ĉ‖² = 2 − 2·cos, and the gain is the mean of |r|·cos ≤ cos.
-        mean = (
-            2.0 - 2.0 * self.gain[layer].clamp(max=0.999) if self.cosine else self.distance[layer]
-        )
+        mean = 2.0 - 2.0 * self.gain.clamp(max=0.999) if self.cosine else self.distance
         # A codebook that never saw a frame has its own spread for a scale, and one that fits its
         # frames perfectly keeps a finite width.
-        spread = 2.0 * (book - book.mean(0)).square().sum(1).mean()
+        spread = 2.0 * books.var(dim=1, correction=0).sum(dim=1)
         floor = torch.where(mean > 0, 1e-6 * spread, spread).clamp(min=1e-20)
         return torch.maximum(mean, floor) * self.temperature
+
+    def width(self, q: int) -> Tensor:
+        """That of layer ``q``: []."""
+        return self.widths[self.index(q)]
 
     @torch.no_grad()
     def walk(

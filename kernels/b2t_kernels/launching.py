@@ -9,6 +9,7 @@ up by that, and leaves to Triton what it has not seen.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 from triton.compiler import CompiledKernel
 
@@ -71,8 +72,8 @@ _launchers: dict[int, Launcher] = {}
 
 
 def launched(kernel: Any) -> Any:
-    """The kernel, to be launched as ever; what is none of Triton's is given back as it is."""
-    if not isinstance(kernel, triton.JITFunction):
+    """The kernel, to be launched as ever; given back as it is to who traces, or if not Triton's."""
+    if not isinstance(kernel, triton.JITFunction) or torch.compiler.is_compiling():
         return kernel
     found = _launchers.get(id(kernel))
     if found is None:

@@ -12,17 +12,20 @@ from b2t_kernels.launching import ceildiv, launched
 
 
 @triton.jit
-def chosen_codes(codebook_ptr, gain_ptr, codes, columns, K, D):
+def chosen_codes(codebook_ptr, gain_ptr, codes, columns, K, D, GAIN: tl.constexpr):
     """Gain · c of codes [n], some columns of it, zero for codes outside 0..K−1."""
     inside = ((codes >= 0) & (codes < K))[:, None] & (columns < D)[None, :]
     values = tl.load(codebook_ptr + codes[:, None] * D + columns[None, :], inside, other=0.0)
-    return values.to(tl.float32) * tl.load(gain_ptr)
+    values = values.to(tl.float32)
+    if GAIN:
+        values *= tl.load(gain_ptr)
+    return values
 
 
 @triton.jit(do_not_specialize=["N"])
 def leave_kernel(
     residual_ptr, errors_ptr, codebook_ptr, gain_ptr, indices_ptr, squares_ptr, N, K, D,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ERRORS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ERRORS: tl.constexpr, GAIN: tl.constexpr,
 ):  # fmt: skip
     """Residual −= chosen, errors += residual, and Σ residual² of each program's rows."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -33,7 +36,7 @@ def leave_kernel(
         inside = (rows < N)[:, None] & (columns < D)[None, :]
         place = rows[:, None] * D + columns[None, :]
         left = tl.load(residual_ptr + place, inside, other=0.0)
-        left -= chosen_codes(codebook_ptr, gain_ptr, codes, columns, K, D)
+        left -= chosen_codes(codebook_ptr, gain_ptr, codes, columns, K, D, GAIN)
         tl.store(residual_ptr + place, left, inside)
         if ERRORS:
             errors = tl.load(errors_ptr + place, inside, other=0.0)
@@ -45,7 +48,7 @@ def leave_kernel(
 @triton.jit(do_not_specialize=["N"])
 def total_kernel(
     codebooks_ptr, gain_ptr, codes_ptr, total_ptr, N, Q, K, D, layer_stride,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GAIN: tl.constexpr,
 ):  # fmt: skip
     """Σ_q gain_q · c_q of codes [N, Q], in the order of the layers."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -55,7 +58,7 @@ def total_kernel(
         codes = tl.load(codes_ptr + rows * Q + layer, rows < N, other=-1)
         book = layer * layer_stride
         codebook = codebooks_ptr + book.to(tl.int64) * K * D
-        total += chosen_codes(codebook, gain_ptr + book, codes, columns, K, D)
+        total += chosen_codes(codebook, gain_ptr + book, codes, columns, K, D, GAIN)
     inside = (rows < N)[:, None] & (columns < D)[None, :]
     tl.store(total_ptr + rows[:, None] * D + columns[None, :], total, inside)
 
@@ -65,14 +68,14 @@ def leave(
 ) -> Tensor:
     """See :func:`b2t_kernels.leave`."""
     N, D = residual.shape
-    gain = torch.ones((), device=residual.device) if gain is None else gain
     programs = ceildiv(N, 16)
     squares = torch.empty(programs, dtype=torch.float32, device=residual.device)
     if N:
         launched(leave_kernel)[(programs,)](
-            residual, residual if errors is None else errors, codebook.contiguous(), gain,
-            indices.contiguous(), squares, N, codebook.shape[0], D,
-            BLOCK_N=16, BLOCK_D=128, ERRORS=errors is not None,
+            residual, residual if errors is None else errors, codebook.contiguous(),
+            squares if gain is None else gain, indices.contiguous(), squares,
+            N, codebook.shape[0], D,
+            BLOCK_N=16, BLOCK_D=128, ERRORS=errors is not None, GAIN=gain is not None,
         )  # fmt: skip
     return squares.sum()
 
@@ -80,11 +83,11 @@ def leave(
 def sum_codes(codebooks: Tensor, codes: Tensor, gain: Tensor | None) -> Tensor:
     """See :func:`b2t_kernels.sum_codes`."""
     (L, K, D), (N, Q) = codebooks.shape, codes.shape
-    gain = torch.ones(L, device=codes.device) if gain is None else gain
     total = torch.empty(N, D, dtype=torch.float32, device=codes.device)
     if N:
         launched(total_kernel)[(ceildiv(N, 16), ceildiv(D, 128))](
-            codebooks.contiguous(), gain.contiguous(), codes.contiguous(), total,
-            N, Q, K, D, int(L > 1), BLOCK_N=16, BLOCK_D=128,
+            codebooks.contiguous(), total if gain is None else gain.contiguous(),
+            codes.contiguous(), total, N, Q, K, D, int(L > 1),
+            BLOCK_N=16, BLOCK_D=128, GAIN=gain is not None,
         )  # fmt: skip
     return total

@@ -1,9 +1,10 @@
-"""Sums of the rows that chose each code: a segment sum over rows sorted by code, or atomics.
+"""Sums of the rows that chose each code: gathered, a segment sum of sorted rows, or atomics.
 
 Letters: N rows, K codes, D width. Sorted, a code's rows are added in their own order, in chunks of
 ``CHUNK`` that start at its first row, and its chunks in their order: the same input gives the same
 bits, and a code that took every row is summed by as many programs as any other rows. Atomic, rows
 are added as they come: one pass over x, but float addition then depends on the order of arrival.
+Few rows are gathered by code in one launch, block by block: the same input gives the same bits.
 """
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from b2t_kernels.launching import ceildiv, launched, power_of_two_above
 
 CHUNK = 512
+# Up to so many, looking for a code's rows among all takes less than the twenty launches of a sort.
+FEW_ROWS = 4096
 
 
 @triton.jit
@@ -95,6 +98,49 @@ def scatter_kernel(
         tl.atomic_add(counts_ptr + bins, tl.full([BLOCK_N], 1, tl.int64), mask=chosen)
 
 
+@triton.jit(do_not_specialize=["N"])
+def gathered_kernel(
+    x_ptr, bins_ptr, sums_ptr, counts_ptr, N, K, D,
+    BLOCK_N: tl.constexpr, STEP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sums and counts of a few codes, whose rows each program looks for among all of them."""
+    codes = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    low, high = tl.program_id(0) * BLOCK_K, tl.program_id(0) * BLOCK_K + BLOCK_K
+    total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    number = tl.zeros([BLOCK_K], tl.int32)
+    for start in range(0, N, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        bins = tl.load(bins_ptr + rows, rows < N, other=-1)
+        if tl.max(((bins >= low) & (bins < high)).to(tl.int32), axis=0) > 0:
+            for first in range(start, start + BLOCK_N, STEP):
+                few = first + tl.arange(0, STEP)
+                chosen = tl.load(bins_ptr + few, few < N, other=-1)
+                taken = (chosen >= low) & (chosen < high)
+                if tl.max(taken.to(tl.int32), axis=0) > 0:
+                    inside = taken[:, None] & (columns < D)[None, :]
+                    address = few.to(tl.int64)[:, None] * D + columns[None, :]
+                    values = tl.load(x_ptr + address, inside, other=0.0).to(tl.float32)
+                    own = codes[:, None] == chosen[None, :]
+                    total += tl.sum(tl.where(own[:, :, None], values[None, :, :], 0.0), axis=1)
+                    number += tl.sum(own.to(tl.int32), axis=1)
+    place = codes.to(tl.int64)[:, None] * D + columns[None, :]
+    tl.store(sums_ptr + place, total, (codes < K)[:, None] & (columns < D)[None, :])
+    if tl.program_id(1) == 0:
+        tl.store(counts_ptr + codes, number.to(tl.int64), codes < K)
+
+
+def _gathered_sums(x: Tensor, bins: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """Sums and counts of few rows, in one launch."""
+    (N, D), width = x.shape, 64
+    sums = torch.empty(K, D, dtype=torch.float32, device=x.device)
+    counts = torch.empty(K, dtype=torch.int64, device=x.device)
+    launched(gathered_kernel)[(ceildiv(K, 8), ceildiv(D, width))](
+        x, bins, sums, counts, N, K, D, BLOCK_N=128, STEP=16, BLOCK_K=8, BLOCK_D=width
+    )
+    return sums, counts
+
+
 def code_sums(
     x: Tensor, indices: Tensor, K: int, mask: Tensor | None, known: Tensor | None, atomic: bool
 ) -> tuple[Tensor, Tensor]:
@@ -112,6 +158,8 @@ def code_sums(
                 x, bins, sums, counts, N, K, D, BLOCK_N=16, BLOCK_D=width
             )
         return sums, counts
+    if N <= FEW_ROWS:
+        return _gathered_sums(x, bins, K)
     # A narrower key takes fewer passes of the radix sort; what lies outside sorts first or last.
     narrow = bins.clamp(-1, K).to(torch.int16 if K < 1 << 15 else torch.int32)
     ordered, order = narrow.sort(stable=True)

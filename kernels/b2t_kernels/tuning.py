@@ -297,8 +297,14 @@ PLAIN_KERNELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "segment_kernel": ("sums", {"BLOCK_N": 32, "BLOCK_D": 128, "CHUNK": 512}, 4),
     "gather_kernel": ("sums", {"BLOCK_N": 32, "BLOCK_D": 128}, 4),
     "scatter_kernel": ("sums", {"BLOCK_N": 16, "BLOCK_D": 128}, 4),
-    "leave_kernel": ("residual", {"BLOCK_N": 16, "BLOCK_D": 128, "ERRORS": True}, 4),
-    "total_kernel": ("residual", {"BLOCK_N": 16, "BLOCK_D": 128}, 4),
+    "gathered_kernel": ("sums", {"BLOCK_N": 128, "STEP": 16, "BLOCK_K": 8, "BLOCK_D": 64}, 4),
+    "place_kernel": ("usage", {"BLOCK_K": 1024}, 4),
+    "leave_kernel": (
+        "residual",
+        {"BLOCK_N": 16, "BLOCK_D": 128, "ERRORS": True, "GAIN": True},
+        4,
+    ),
+    "total_kernel": ("residual", {"BLOCK_N": 16, "BLOCK_D": 128, "GAIN": True}, 4),
 }
 
 

@@ -29,7 +29,6 @@ from b2t_kernels.prepare import (
     PreparedCodes,
     code_scale,
     padded_codes,
-    physical_place,
     physical_row,
     scale_of,
 )
@@ -38,7 +37,9 @@ from b2t_kernels.scan import code_tile, logit_factor, row_tile
 
 WEIGHT_SCALE = tl.constexpr(256.0)
 FP16_MAX = tl.constexpr(65504.0)
+SMALLEST = tl.constexpr(1.1754943508222875e-38)
 MOST_SPLITS = 16
+PLACED = 1024
 
 
 @triton.jit
@@ -108,10 +109,13 @@ def shift_kernel(
 @triton.jit(do_not_specialize=["N"])
 def row_gradient_kernel(
     rows_ptr, shrink_ptr, lse_ptr, codes_ptr, bias_ptr, statistics_ptr, temperature_ptr, grad_ptr,
-    shift_ptr, partial_ptr, N, D, padded_K, share,
+    largest_ptr, shift_ptr, partial_ptr, N, D, padded_K, share,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(2/τ) Σ_k w_nk c_k over the codes of one split, into partial [splits, N, D]."""
+    """(2/τ) Σ_k w_nk c_k over the codes of one split, into partial [splits, N, D].
+
+    With g as it was before it was divided by its largest element.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1).to(tl.int64)
     scale = code_scale(statistics_ptr)
@@ -129,7 +133,7 @@ def row_gradient_kernel(
         w = p * (tl.load(grad_ptr + places)[None, :] - shift[:, None]) * WEIGHT_SCALE
         total = tl.dot(w.to(tl.float16), tl.trans(codes), total)
     total *= 2.0 / scale / tl.load(temperature_ptr)
-    total = total / WEIGHT_SCALE
+    total = total / WEIGHT_SCALE * tl.load(largest_ptr)
     inside = (rows < N)[:, None] & (columns < D)[None, :]
     place = (split * N + rows)[:, None] * D + columns[None, :]
     tl.store(partial_ptr + place, total, inside)
@@ -169,6 +173,33 @@ def code_gradient_kernel(
     inside = (codes_here < K)[:, None] & (columns < D)[None, :]
     tl.store(partial_ptr + place[:, None] * D + columns[None, :], total / WEIGHT_SCALE, inside)
     tl.store(weight_ptr + place, weight, codes_here < K)
+
+
+@triton.jit
+def place_kernel(grad_ptr, placed_ptr, largest_ptr, K, padded_K, BLOCK_K: tl.constexpr):
+    """Write g over its largest element, in the prepared codes' order [K′], and that element."""
+    largest = tl.zeros([BLOCK_K], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        codes = start + tl.arange(0, BLOCK_K)
+        values = tl.load(grad_ptr + codes, codes < K, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(values))
+    most = tl.maximum(tl.max(largest, axis=0), SMALLEST)
+    codes = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    values = tl.load(grad_ptr + codes, codes < K, other=0.0).to(tl.float32)
+    tl.store(placed_ptr + physical_row(codes), values / most, codes < padded_K)
+    if tl.program_id(0) == 0:
+        tl.store(largest_ptr, most)
+
+
+def placed_gradient(grad: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """What the kernels read of g [K]: see :func:`place_kernel`."""
+    padded_K = padded_codes(K)
+    placed = torch.empty(padded_K, dtype=torch.float32, device=grad.device)
+    largest = torch.empty(1, dtype=torch.float32, device=grad.device)
+    launched(place_kernel)[(ceildiv(padded_K, PLACED),)](
+        grad.contiguous(), placed, largest, K, padded_K, BLOCK_K=PLACED
+    )
+    return placed, largest
 
 
 def _row_splits(N: int, K: int, config: triton.Config, device: torch.device) -> tuple[int, int]:
@@ -237,14 +268,15 @@ class _Pass:
         partial = self._launch(shift_kernel, space, run)
         return partial[0] if partial.shape[0] == 1 else partial.sum(dim=0)
 
-    def row_gradient(self, grad: Tensor, shift: Tensor) -> Tensor:
-        """(2/τ) Σ_k w_nk c_k, [N, D]."""
+    def row_gradient(self, grad: Tensor, largest: Tensor, shift: Tensor) -> Tensor:
+        """(2/τ) Σ_k w_nk c_k times ``largest`` [1], [N, D]."""
 
         def run(config: triton.Config) -> Tensor:
             splits, share = self._code_splits(config, MOST_SPLITS // 2)
             partial = self.empty(splits, self.N, self.D)
             launched(row_gradient_kernel)[(ceildiv(self.N, config.kwargs["BLOCK_N"]), splits)](
-                *self.operands, grad, shift, partial, self.N, self.D, self.padded_K, share,
+                *self.operands, grad, largest, shift, partial,
+                self.N, self.D, self.padded_K, share,
                 **tuning.options(config),
             )  # fmt: skip
             return partial
@@ -306,18 +338,20 @@ def usage_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of Σ_k grad_k · usage_k for x and the codebook; empty where not ``wanted``."""
     x, (N, D), K = x.contiguous(), x.shape, codebook.shape[0]
-    largest = grad.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny)
-    placed = grad.new_zeros(padded_codes(K), dtype=torch.float32)
-    placed[physical_place(K, grad.device)] = grad.float() / largest
-    grad_x = torch.empty(x.shape if wanted[0] else (0,), dtype=x.dtype, device=x.device)
+    placed, largest = placed_gradient(grad, K)
+    pieces = list(parts(N, D)) if N else []
+    whole = len(pieces) == 1
+    grad_x = x.new_empty(x.shape if wanted[0] and not whole else (0,))
     pulled = torch.zeros((K, D) if wanted[1] else (0,), dtype=torch.float32, device=x.device)
     weight = torch.zeros(K if wanted[1] else 0, dtype=torch.float32, device=x.device)
-    for piece in parts(N, D) if N else ():
+    for piece in pieces:
         rows = prepare_rows(x[piece], codes, None)
         passes = _Pass(rows, codes, temperature, lse[piece], K, D)
         shift = passes.shift(placed)
-        if wanted[0]:
-            grad_x[piece] = passes.row_gradient(placed, shift) * largest
+        if wanted[0] and whole:
+            grad_x = passes.row_gradient(placed, largest, shift).to(x.dtype)
+        elif wanted[0]:
+            grad_x[piece] = passes.row_gradient(placed, largest, shift)
         if wanted[1]:
             more, heavier = passes.code_gradient(placed, shift)
             pulled += more

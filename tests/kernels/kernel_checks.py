@@ -185,9 +185,11 @@ def test_outputs_are_written_and_nothing_else(monkeypatch):
     lse = found.lse
     gradients = soft_gradients(torch.linspace(-1, 1, 70), x, codebook, tau, lse)
     summed, _ = sums.code_sums(x, indices, 70, None, None, False)
+    monkeypatch.setattr(sums, "FEW_ROWS", 0)
+    ordered, _ = sums.code_sums(x, indices, 70, None, None, False)
     monkeypatch.undo()
     assert torch.equal(indices, reference.nearest_code(x, codebook)[0])
-    for result in (total, lse, *gradients, summed):
+    for result in (total, lse, *gradients, summed, ordered):
         assert result.isfinite().all()
     assert len(guarded) > 10
     for room, count, poison in guarded:
@@ -220,9 +222,17 @@ def test_usage_and_its_gradients(N, K, D, offset):
     assert not found[0][~valid].any()
 
 
-@pytest.mark.parametrize("atomic", [False, True])
+@pytest.fixture(params=["gathered", "sorted", "atomic"])
+def atomic(request, monkeypatch):
+    """Whether sums are atomic; if not, whether many rows are sorted or few gathered."""
+    if request.param == "sorted":
+        monkeypatch.setattr(sums, "FEW_ROWS", 0)
+    return request.param == "atomic"
+
+
 def test_sums(atomic):
-    x, _ = rows_and_codes(300, 1, 33)
+    x, _ = rows_and_codes(300, 1, 100)
+    x = x.half()
     indices = drawn(torch.randint, -1, 40, (300,), generator=seeded(4))
     mask = torch.arange(300) % 7 != 3
     found, counts = sums.code_sums(x, indices, 40, mask, None, atomic)
@@ -373,7 +383,6 @@ def test_only_the_gradients_asked_for(monkeypatch):
     assert not codes.numel()
 
 
-@pytest.mark.parametrize("atomic", [False, True])
 def test_sums_leave_out_indices_beyond_the_codes(atomic):
     x, _ = rows_and_codes(40, 1, 8)
     indices = torch.arange(40) % 8 - 2
@@ -383,8 +392,17 @@ def test_sums_leave_out_indices_beyond_the_codes(atomic):
     assert torch.equal(counts, expected_counts)
 
 
-def test_sums_of_a_collapsed_codebook_are_cut_in_chunks():
+def test_a_row_that_is_not_finite_enters_the_sum_of_its_code_alone(atomic):
+    x, _ = rows_and_codes(40, 1, 8)
+    indices = torch.arange(40) % 9 - 1
+    x[indices == 3], x[indices == -1] = torch.nan, torch.inf
+    found, _ = sums.code_sums(x, indices, 8, None, None, atomic)
+    assert found.isfinite().all(dim=1).tolist() == [code != 3 for code in range(8)]
+
+
+def test_sums_of_a_collapsed_codebook_are_cut_in_chunks(monkeypatch):
     """One code with nearly all rows: more programs than codes, and the same sum."""
+    monkeypatch.setattr(sums, "FEW_ROWS", 0)
     x, _ = rows_and_codes(3000, 1, 8)
     indices = torch.where(torch.arange(3000) % 50 == 0, torch.arange(3000) % 7, 3)
     found, counts = sums.code_sums(x, indices, 7, None, None, False)

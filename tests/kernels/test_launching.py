@@ -48,7 +48,7 @@ from b2t_kernels.rows import rows_kernel
 room = torch.zeros(100)
 aligned, shifted = room[4:40], room[5:41]
 assert aligned.data_ptr() % 16 == 0
-blocks = {"BLOCK_N": 16, "BLOCK_D": 128, "ERRORS": False, "num_warps": 4}
+blocks = {"BLOCK_N": 16, "BLOCK_D": 128, "ERRORS": False, "GAIN": True, "num_warps": 4}
 indices = torch.zeros(16, dtype=torch.int64)
 seen = {}
 cases = itertools.product((aligned, shifted, aligned.half()), (1, 16, 33), (1, 16, 48, 33), (4, 8))
