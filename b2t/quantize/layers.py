@@ -186,7 +186,7 @@ class Layers:
             if totals is not None and not self.joint:
                 seen = self.seen(residual)
                 found = search.code_sums(seen, index, K, self.backend, counts[q])
-                totals[self.index(q)] += found
+                totals[self.index(q)].add_(found)
             if self.cosine:
                 unit = self.books[self.index(q)].detach()[index]
                 projection[q] = (residual * unit).sum()

@@ -47,7 +47,7 @@ def leave_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def total_kernel(
-    codebooks_ptr, gain_ptr, codes_ptr, total_ptr, N, Q, K, D, layer_stride,
+    codebooks_ptr, gain_ptr, codes_ptr, total_ptr, N, Q, K, D, layer_stride, row_stride,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GAIN: tl.constexpr,
 ):  # fmt: skip
     """Σ_q gain_q · c_q of codes [N, Q], in the order of the layers."""
@@ -55,7 +55,7 @@ def total_kernel(
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for layer in range(Q):
-        codes = tl.load(codes_ptr + rows * Q + layer, rows < N, other=-1)
+        codes = tl.load(codes_ptr + rows * row_stride + layer, rows < N, other=-1)
         book = layer * layer_stride
         codebook = codebooks_ptr + book.to(tl.int64) * K * D
         total += chosen_codes(codebook, gain_ptr + book, codes, columns, K, D, GAIN)
@@ -84,10 +84,12 @@ def sum_codes(codebooks: Tensor, codes: Tensor, gain: Tensor | None) -> Tensor:
     """See :func:`b2t_kernels.sum_codes`."""
     (L, K, D), (N, Q) = codebooks.shape, codes.shape
     total = torch.empty(N, D, dtype=torch.float32, device=codes.device)
+    # A column of a walk's codes is taken as it lies.
+    codes = codes if Q == 1 or codes.stride(1) == 1 else codes.contiguous()
     if N:
         launched(total_kernel)[(ceildiv(N, 16), ceildiv(D, 128))](
             codebooks.contiguous(), total if gain is None else gain.contiguous(),
-            codes.contiguous(), total, N, Q, K, D, int(L > 1),
+            codes, total, N, Q, K, D, int(L > 1), codes.stride(0),
             BLOCK_N=16, BLOCK_D=128, GAIN=gain is not None,
         )  # fmt: skip
     return total

@@ -315,7 +315,7 @@ def usage_forward(
     """Summed soft assignments [K], and what the scan found, lse in units of log2."""
     x, D, K = x.contiguous(), x.shape[1], codebook.shape[0]
     mask = None if mask is None else mask.contiguous()
-    totals = [torch.zeros(K, dtype=torch.float32, device=x.device)]
+    totals: list[Tensor] = []
 
     def add(rows: PreparedRows, lse: Tensor) -> None:
         totals.append(_Pass(rows, codes, temperature, lse, K, D).columns())
@@ -324,7 +324,9 @@ def usage_forward(
         x, codebook.contiguous(), codes, mask,
         exact=exact, search=search, temperature=temperature, each=add,
     )  # fmt: skip
-    return functools.reduce(torch.add, totals[-1:] if len(totals) == 2 else totals), found
+    if not totals:
+        totals.append(torch.zeros(K, dtype=torch.float32, device=x.device))
+    return functools.reduce(torch.add, totals), found
 
 
 def usage_backward(

@@ -428,6 +428,9 @@ def test_residual_steps_equal_torch(gain):
     chosen = chosen.masked_fill((codes < 0)[..., None], 0) * (gain or 1)
     total = residual.sum_codes(books, codes, gains)
     torch.testing.assert_close(total.double(), chosen.sum(1), rtol=1e-6, atol=1e-5)
+    last = None if gains is None else gains[2:]
+    column = residual.sum_codes(books[2:], codes[:, 2:], last)
+    torch.testing.assert_close(column.double(), chosen[:, 2], rtol=1e-6, atol=1e-6)
     left, errors = x.clone(), torch.zeros_like(x)
     for q in range(3):
         one = None if gains is None else gains[q]
