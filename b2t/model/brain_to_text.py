@@ -101,7 +101,10 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
         Those of `Batch.counts`, but of `phonemes` only those of rows that have enough frames for
         them, which the loss leaves out too; and `frames`, the real frames.
         """
-        return self._counts(batch, self.frame_mask(batch.signal_mask))
+        frames = self.frame_mask(batch.signal_mask)
+        if frames.device.type == "cpu":
+            batch.frames = int(frames.sum())
+        return self._counts(batch, frames)
 
     def _counts(self, batch: "Batch", frames: Tensor) -> dict[str, sums.Number]:
         lengths = batch.phoneme_lengths
@@ -167,6 +170,7 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
         norms: StepNorms | None = None,
         losses: Collection[str] = (),
         row_ids: Tensor | None = None,
+        count: int | None = None,
     ) -> Encoded:
         """Quantize latents [B, P, D] of real frames ``mask`` [B, P].
 
@@ -176,6 +180,7 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
             norms: of the step.
             losses: those of the quantizer to compute, of all in `OBJECTIVES`.
             row_ids: [B] int64, what the rows are; the quantizer draws frames by them.
+            count: real frames of ``mask``, where that is known.
         """
         if self.quantizer is None:
             return Encoded(latents, latents, None, mask, {}, None)
@@ -186,6 +191,7 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
             losses=[name for name in QUANTIZER_LOSSES if name in losses],
             ids=None if row_ids is None else frame_ids(row_ids, latents.shape[1]),
             across_ranks=self.training,
+            count=count,
         )
         return Encoded(latents, out.quantized, out.codes, mask, dict(out.losses), out.stats)
 
@@ -223,7 +229,7 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
             return self._pretrain(batch, norms, weights)
         latents, frames = self.latents(batch.signal, batch.signal_mask, batch.session)
         norms = self._counted(norms, batch, frames)
-        encoded = self._quantize(latents, frames, norms, weights, batch.row_ids)
+        encoded = self._quantize(latents, frames, norms, weights, batch.row_ids, batch.frames)
         labelled = batch if reads_labels else None
         losses, outputs, metrics = self._score(batch, encoded, norms, weights, labelled)
         zero = torch.zeros((), device=batch.signal.device)

@@ -113,10 +113,21 @@ class TextDecoder(WrappedModel):
         inputs = inputs.masked_fill(inputs == IGNORE, config.pad_token_id or 0)
         return self.seq2seq(
             encoder_outputs=BaseModelOutput(last_hidden_state=self.memory(latents)),
-            attention_mask=_memory_mask(frame_mask),
+            attention_mask=self._training_mask(frame_mask),
             decoder_input_ids=inputs,
             use_cache=False,
         ).logits
+
+    def _training_mask(self, frame_mask: Tensor) -> Tensor:
+        """Return the mask of the memory as the model takes it, without a wait for a GPU.
+
+        Of a mask [B, P] transformers asks whether it hides anything; one that says by itself which
+        keys [B, 1, 1, P] are seen is used as it is, where attention takes such masks.
+        """
+        config = self.seq2seq.config
+        if frame_mask.is_cuda and getattr(config, "_attn_implementation", "") == "sdpa":
+            return attention_mask(frame_mask)
+        return _memory_mask(frame_mask)
 
     @torch.no_grad()
     def generate(self, latents: Tensor, frame_mask: Tensor, **kwargs: Any) -> Any:

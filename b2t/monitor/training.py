@@ -109,9 +109,8 @@ class TrainingMonitor:
             if self._ring.device != values.device:
                 self._ring = self._ring.to(values.device)
             self._ring[self.seen % self.window] = values
-            self._smooth = torch.lerp(
-                values, self._smooth.to(values.device), torch.tensor(self.smoothing).to(values)
-            )
+            weight = torch.full_like(values, self.smoothing)
+            self._smooth = torch.lerp(values, self._smooth.to(values.device), weight)
         self.seen += 1
         self._add_pace(context)
 

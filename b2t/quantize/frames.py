@@ -104,27 +104,40 @@ class FrameSpace(nn.Module):
         self.project_in = nn.Linear(dim, codebook_dim) if projects else nn.Identity()
         self.project_out = nn.Linear(codebook_dim, dim) if projects else nn.Identity()
 
-    def valid_latents(self, x: Tensor, mask: Tensor | None) -> tuple[ValidFrames, Tensor, Tensor]:
+    def valid_latents(
+        self, x: Tensor, mask: Tensor | None, count: int | None = None
+    ) -> tuple[ValidFrames, Tensor, Tensor]:
         """Frames that count, their latents [N, D] float32, how many real ones held NaN.
 
         Args:
             x: [B, P, dim] (any leading axes).
             mask: [B, P] bool, True = real; None is all real.
+            count: how many are real, where the caller knows. The host then reads from the device
+                once, that all of them are finite, and not where they stand as well.
 
         Raises:
             ValueError: shapes that do not fit.
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"latents have width {x.shape[-1]}, the quantizer expects {self.dim}")
-        flat = x.reshape(-1, self.dim)
-        keep = finite_rows(flat)
-        if mask is not None:
-            if mask.shape != x.shape[:-1]:
-                raise ValueError(f"mask {tuple(mask.shape)} does not fit x {tuple(x.shape)}")
-            real = mask.reshape(-1).bool()
+        flat, shape = x.reshape(-1, self.dim), tuple(x.shape[:-1])
+        if mask is not None and mask.shape != x.shape[:-1]:
+            raise ValueError(f"mask {tuple(mask.shape)} does not fit x {tuple(x.shape)}")
+        if mask is None:
+            real = torch.ones(len(flat), dtype=torch.bool, device=x.device)
         else:
-            real = torch.ones_like(keep)
-        frames = ValidFrames((keep & real).nonzero()[:, 0], tuple(x.shape[:-1]))
+            real = mask.reshape(-1).bool()
+        if count is not None:
+            frames = ValidFrames(torch.nonzero_static(real, size=count)[:, 0], shape)
+            given = frames.taken(flat)
+            latents = self._project(given)
+            finite = finite_rows(latents)
+            if isinstance(self.project_in, nn.Linear):
+                finite &= finite_rows(given)
+            if bool(finite.all()):
+                return frames, latents, torch.zeros((), dtype=torch.int64, device=x.device)
+        keep = finite_rows(flat)
+        frames = ValidFrames((keep & real).nonzero()[:, 0], shape)
         latents = self._project(frames.taken(flat))
         finite = finite_rows(latents)
         if isinstance(self.project_in, nn.Linear) and not bool(finite.all()):

@@ -69,7 +69,10 @@ def codebook_loss(
 
 
 def _elements(latents: Tensor, walk: Walk, frames: Number) -> Tensor:
-    divisor = torch.as_tensor(frames, dtype=torch.float32, device=latents.device)
+    if isinstance(frames, Tensor):
+        divisor = frames.to(latents.device, torch.float32)
+    else:  # made on the device: a copy from the host would wait for it
+        divisor = torch.full((), frames, dtype=torch.float32, device=latents.device)
     return divisor.clamp(min=1e-6) * (walk.layers * latents.shape[1])
 
 

@@ -187,6 +187,7 @@ class ResidualVQ(FrameSpace):
         group: ProcessGroup | None = None,
         ids: Tensor | None = None,
         across_ranks: bool | None = None,
+        count: int | None = None,
     ) -> RVQOutput:
         """Quantize latents.
 
@@ -206,9 +207,10 @@ class ResidualVQ(FrameSpace):
             across_ranks: whether the two regularisers are those of all ranks' frames, as what
                 trains the latents needs, also where the quantizer itself is frozen. None means in
                 training mode.
+            count: frames that ``mask`` calls real; knowing it spares a wait for the device.
         """
         require_known(losses)
-        frames_of, latents, nonfinite = self.valid_latents(x, mask)
+        frames_of, latents, nonfinite = self.valid_latents(x, mask, count)
         if not self.initialized:
             self.reminders.passed_through(self.training)
             return self._pass_through(x, frames_of, latents, nonfinite, losses)
@@ -295,8 +297,9 @@ class ResidualVQ(FrameSpace):
 
     @torch.no_grad()
     def soft_usage(
-        self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None
-    ) -> SoftUsage:
+        self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None,
+        count: int | None = None,
+    ) -> SoftUsage:  # fmt: skip
         """Soft assignments of one micro-batch, for regularisers exact over accumulation.
 
         Before the first backward of a step, sum this over the step's micro-batches, ``all_reduce``
@@ -304,7 +307,7 @@ class ResidualVQ(FrameSpace):
         forward: replay the encoder's dropout from the same random state. Before the codebooks have
         started it is all zeros, and forward makes no use of it.
         """
-        frames, latents, _ = self.valid_latents(x, mask)
+        frames, latents, _ = self.valid_latents(x, mask, count)
         entered = torch.zeros(self.num_quantizers, dtype=torch.int64, device=latents.device)
         if not self.initialized:
             return SoftUsage(latents.new_zeros(self.num_quantizers, self.codebook_size), entered)

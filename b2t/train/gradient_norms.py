@@ -46,8 +46,10 @@ class GradientNorms:
         """Return the norm of each component, 0-d, of the last step whose gradients were finite."""
         if self._squares is None:
             return {}
-        component = self._component.to(self._squares.device)
-        sums = self._squares.new_zeros(len(self._names)).index_add_(0, component, self._squares)
+        # Kept there: each copy from the host would wait for the device.
+        self._component = self._component.to(self._squares.device)
+        sums = self._squares.new_zeros(len(self._names))
+        sums.index_add_(0, self._component, self._squares)
         return dict(zip(self._names, sums.sqrt().unbind(), strict=True))
 
     def _global_norm(self, norm_type: int = 2) -> Tensor:

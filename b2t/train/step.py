@@ -213,7 +213,7 @@ class OptimizerStep:
                 self._seed(number)
                 latents, mask = self.model.latents(batch.signal, batch.signal_mask, batch.session)
                 ids = frame_ids(batch.row_ids, latents.shape[1])
-                usages.append(quantizer.soft_usage(latents, mask, ids))
+                usages.append(quantizer.soft_usage(latents, mask, ids, batch.frames))
         return sum(usages[1:], usages[0]).all_reduce()
 
     def why_skipped(self, result: StepResult) -> Alert:

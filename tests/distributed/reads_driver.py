@@ -1,9 +1,18 @@
-"""Trains a little, and writes down who reads tensors in steps that log nothing."""
+"""Trains a little, and writes down who reads tensors in steps that log nothing.
 
+On a GPU torch itself says where the host waits for it:
+
+    python tests/distributed/reads_driver.py --config demo \\
+        --deepspeed_config ds_configs/zero2_fp16.json run.dir=RUN data.path=PREPARED log.every=20 \\
+        phases.0.steps=60 … ; cat RUN/reads.json
+"""
+
+import contextlib
 import functools
 import json
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +32,9 @@ WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "uniqu
 
 READERS = ("tolist", "numpy", "cpu")
 """The same as methods, which on the CPU dispatch nothing."""
+
+MAKERS = ("tensor", "as_tensor")
+"""Functions that copy what the host has to a device, and wait until it is there."""
 
 found: dict[str, int] = {}
 
@@ -57,11 +69,37 @@ def watched(name: str) -> Any:
 
     @functools.wraps(plain)
     def reader(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if watched.on:  # type: ignore[attr-defined]
+        if watched.on and not torch.cuda.is_available():  # type: ignore[attr-defined]
             note(name)
         return plain(self, *args, **kwargs)
 
     return reader
+
+
+def watched_maker(name: str) -> Any:
+    """A function that makes tensors, which notes who has it copy numbers to a device."""
+    plain = getattr(torch, name)
+
+    @functools.wraps(plain)
+    def maker(data: Any, *args: Any, **kwargs: Any) -> Any:
+        placed = kwargs.get("device") is not None and not isinstance(data, torch.Tensor)
+        if watched.on and placed and not torch.cuda.is_available():  # type: ignore[attr-defined]
+            note(name)
+        return plain(data, *args, **kwargs)
+
+    return maker
+
+
+def say_of_waits(message: Any, *rest: Any, **more: Any) -> None:
+    """Note the caller where torch warns that the host waits for the GPU; show other warnings."""
+    if "called a synchronizing CUDA operation" in str(message):
+        if watched.on:  # type: ignore[attr-defined]
+            note("wait")
+    else:
+        _shown(message, *rest, **more)
+
+
+_shown = warnings.showwarning
 
 
 def main() -> int:
@@ -70,6 +108,12 @@ def main() -> int:
     run = load_config(arguments.config, arguments.overrides).run.dir
     for name in READERS:
         setattr(torch.Tensor, name, watched(name))
+    for name in MAKERS:
+        setattr(torch, name, watched_maker(name))
+    gpu = torch.cuda.is_available()
+    if gpu:
+        warnings.simplefilter("always")
+        warnings.showwarning = say_of_waits
     step, steps = Trainer._step, []
 
     def probed(self: Trainer, *rest: Any) -> None:
@@ -78,8 +122,12 @@ def main() -> int:
             return step(self, *rest)
         steps.append(self.progress.step)
         watched.on = True  # type: ignore[attr-defined]
-        with Probe():
+        if gpu:
+            torch.cuda.set_sync_debug_mode("warn")
+        with contextlib.nullcontext() if gpu else Probe():
             step(self, *rest)
+        if gpu:
+            torch.cuda.set_sync_debug_mode("default")
         watched.on = False  # type: ignore[attr-defined]
 
     Trainer._step = probed  # type: ignore[method-assign]

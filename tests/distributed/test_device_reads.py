@@ -9,6 +9,7 @@ pytestmark = pytest.mark.distributed
 ON_THE_CPU = {
     "b2t/train/ranks.py:sum": "sums of the CPU group",
     "b2t/train/step.py:totals": "counts of a batch before it is moved to the device",
+    "b2t/model/brain_to_text.py:counts": "the same",
     "b2t/quantize/update.py:revives_next": "clocks of the quantizer, which stay on the CPU",
     "b2t/quantize/layers.py:prepared": "centres of the codes for the CPU's search alone",
     "b2t/quantize/residual_vq.py:initialized": "the same",
@@ -19,14 +20,14 @@ ON_THE_CPU = {
 }
 
 NEEDED = {
-    "b2t/quantize/frames.py:valid_latents": "rows of real frames: the search skips the rest",
+    "b2t/quantize/frames.py:valid_latents": "whether all real frames are finite, else which",
     "b2t/quantize/update.py:_revive": "whether a code is dead, every revival_every steps",
     "b2t/quantize/revival.py:parents_of": "which codes to split, where one is dead",
     "b2t/quantize/revival.py:revive_layer": "the same",
     "b2t/quantize/revival.py:dead_codes": "the same",
     "b2t/quantize/revival.py:_split": "the same",
     "b2t/quantize/revival.py:_directions": "the same",
-    "b2t/model/text_decoder.py:forward": "transformers looks whether the mask hides anything",
+    "b2t/model/text_decoder.py:forward": "on CPUs transformers looks for masked frames",
     "b2t/train/engine.py:step": "DeepSpeed looks for overflow and clips",
     "b2t/train/plain.py:_clip": "the same without ZeRO",
 }

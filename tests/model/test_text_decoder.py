@@ -22,6 +22,7 @@ from b2t.model.tokenizer import (
     decode_texts,
     load_tokenizer,
 )
+from b2t.model.transformer import attention_mask
 
 IDS = {"vocab_size": 40, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
 SIZE = {"dim": 16, "depth": 2, "heads": 2, "ffn_dim": 32, "dropout": 0.0, "max_tokens": 12}
@@ -75,6 +76,20 @@ def test_what_is_masked_changes_nothing(kind):
     after = decoder(latents, mask, changed)
     torch.testing.assert_close(after[0, :3], logits[0, :3], atol=1e-5, rtol=1e-5)
     assert (after[0, 3] - logits[0, 3]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["bart", "pegasus", "mbart"])
+def test_the_mask_that_a_gpu_is_given_hides_the_same(kind, monkeypatch):
+    """Of keys that are seen, which transformers takes as it is, instead of frames."""
+    decoder = tiny(kind)
+    assert decoder.seq2seq.config._attn_implementation == "sdpa"
+    latents, tokens = torch.randn(3, 9, 8), torch.randint(2, 40, (3, 5))
+    mask = torch.arange(9) < torch.tensor([9, 4, 0])[:, None]
+    expected = decoder(latents, mask, tokens)
+    monkeypatch.setattr(decoder, "_training_mask", attention_mask)
+    torch.testing.assert_close(decoder(latents, mask, tokens), expected)
+    latents[1, 4:] = 7.0
+    torch.testing.assert_close(decoder(latents, mask, tokens), expected)
 
 
 def test_it_attends_to_the_latents_and_to_their_order():

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -50,6 +51,28 @@ def test_frames_with_nan_never_enter_and_are_counted():
     assert torch.isfinite(quantizer.project_in.weight.grad).all()
     quantizer.update(out.stats)
     assert all(torch.isfinite(value).all() for value in quantizer.state_dict().values())
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("width", [None, 6])
+def test_frames_that_the_caller_has_counted_give_the_same_bits(broken, width):
+    quantizer = started(codebook_dim=width)
+    x, mask = latents(), torch.rand(4, 25) > 0.4
+    if broken:
+        x[mask.nonzero()[5].tolist()[0], mask.nonzero()[5].tolist()[1], 2] = float("nan")
+    found = {}
+    for count in (None, int(mask.sum())):
+        given = x.clone().requires_grad_()
+        quantizer.zero_grad()
+        out = quantizer(given, mask, count=count)
+        (out.quantized.sum() + sum(out.losses.values())).backward()
+        weights = [p.grad for p in quantizer.parameters() if p.grad is not None]
+        tensors = [*out.stats.tensors().values(), *out.losses.values(), out.quantized, out.codes]
+        usage = quantizer.soft_usage(x, mask, count=count)
+        found[count] = [*tensors, given.grad, *weights, usage.sums, usage.frames]
+    for theirs, ours in zip(*found.values(), strict=True):
+        assert torch.equal(theirs, ours)
+    assert int(out.stats.nonfinite) == int(broken)
 
 
 def test_a_batch_with_every_frame_masked_leaves_the_state_alone():

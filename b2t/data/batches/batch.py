@@ -42,6 +42,7 @@ class Batch:
         row_ids: [B] int64, hashes of ``rows``: what the rows are, where a device needs to know.
         pending: augmentation that `to` applies; until then signal and target [B, T', C] are as
             recorded and have other lengths than the mask.
+        frames: real latent frames, where a model has counted them before the batch was moved.
     """
 
     signal: torch.Tensor
@@ -56,6 +57,7 @@ class Batch:
     hidden: torch.Tensor | None = None
     row_ids: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     pending: Pending | None = None
+    frames: int | None = None
     _counts: dict[str, float] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
