@@ -10,6 +10,13 @@ from collapse.report import SNRS, scalars
 
 BEGIN, END = "<!-- unseen subjects: begin -->", "<!-- unseen subjects: end -->"
 PEER = "vqp-best"
+OTHERS_SHOWN = {
+    "utilization": (0.01, ".0f"),
+    "perplexity": (1, ".2f"),
+    "ms_step": (1, ".0f"),
+    "ms_quantizer": (1, ".0f"),
+}
+"""Unit and format of what the table shows beside SNRs."""
 
 Runs = dict[int, dict[str, float]]
 """Numbers of a run, by seed."""
@@ -57,14 +64,11 @@ def table(places: Places) -> str:
             for key in SNRS:
                 cells.append(spread(np.array([run[key] for run in runs.values()])))
                 cells.append("" if name == PEER else spread(leads(runs, peer, key), sign=True))
-            mean = {key: np.mean([run[key] for run in runs.values()]) for key in scalars_shown}
-            cells += [f"{100 * mean['utilization']:.0f}", f"{mean['perplexity']:.2f}"]
-            cells += [f"{mean['ms_step']:.0f}", f"{mean['ms_quantizer']:.0f}"]
+            for key, (unit, shown) in OTHERS_SHOWN.items():
+                mean = np.mean([run[key] for run in runs.values()]) / unit
+                cells.append("–" if np.isnan(mean) else f"{mean:{shown}}")
             rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
-
-
-scalars_shown = ("utilization", "perplexity", "ms_step", "ms_quantizer")
 
 
 def verdicts(places: Places, condition: str) -> str:

@@ -156,7 +156,7 @@ def line(condition, seed, snr, on="held", model="mlp"):
 
 def test_leads_are_those_of_the_same_seed(study):
     """A lead that every seed has is ahead of any spread that the seeds share."""
-    from collapse.everywhere import places_of, tried, verdicts
+    from collapse.everywhere import places_of, table, tried, verdicts
 
     lines = [line("vqp-best", s, 10.0 * s) for s in range(3)]
     lines += [line("default", s, 10.0 * s + 0.5 + 0.01 * s) for s in range(3)]
@@ -167,6 +167,8 @@ def test_leads_are_those_of_the_same_seed(study):
     assert places_of(lines, "validation") == {}
     rows = tried(places).splitlines()
     assert rows[2].startswith("| default | 1 |") and rows[2].endswith("| +0.510 |")
+    # Nothing is in use where nothing is quantized.
+    assert "| +0.51 ± 0.01 | – | – | 11 | 11 |" in table(places)
 
 
 def test_tally_measures_snr_and_perplexity(study):
