@@ -53,7 +53,8 @@ class ValidFrames(NamedTuple):
 def finite_rows(x: Tensor) -> Tensor:
     """Rows of ``x`` [N, D] without NaN or infinity, [N] bool, without a temporary of its size."""
     x = x.detach()
-    return x.amax(1).isfinite() & x.amin(1).isfinite()
+    # A row with NaN has NaN for both, which is above and below nothing.
+    return (x.amin(1) > -torch.inf) & (x.amax(1) < torch.inf)
 
 
 def frame_numbers(
@@ -139,9 +140,10 @@ class FrameSpace(nn.Module):
         keep = finite_rows(flat)
         frames = ValidFrames((keep & real).nonzero()[:, 0], shape)
         latents = self._project(frames.taken(flat))
-        finite = finite_rows(latents)
-        if isinstance(self.project_in, nn.Linear) and not bool(finite.all()):
-            frames, latents = frames._replace(rows=frames.rows[finite]), latents[finite]
+        if isinstance(self.project_in, nn.Linear):
+            finite = finite_rows(latents)
+            if not bool(finite.all()):
+                frames, latents = frames._replace(rows=frames.rows[finite]), latents[finite]
         return frames, latents, real.sum() - frames.rows.shape[0]
 
     def _project(self, flat: Tensor) -> Tensor:

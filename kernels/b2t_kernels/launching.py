@@ -73,7 +73,7 @@ _launchers: dict[int, Launcher] = {}
 
 def launched(kernel: Any) -> Any:
     """The kernel, to be launched as ever; given back as it is to who traces, or if not Triton's."""
-    if not isinstance(kernel, triton.JITFunction) or torch.compiler.is_compiling():
+    if not isinstance(kernel, triton.JITFunction) or torch.compiler.is_dynamo_compiling():
         return kernel
     found = _launchers.get(id(kernel))
     if found is None:
