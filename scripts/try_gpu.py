@@ -15,7 +15,7 @@ the benchmark between the markers of kernels/RESULTS.md. The steps, and their se
     train       140  the demo in fp16 on simulated recordings, stopped after two minutes: it saves
     resume      110  a short run stopped by a signal and gone on, beside one left alone: the same?
     scale       120  scripts/bench_train.py with a5500x2 in fp16 beside DDP and Hugging Face's
-                     Trainer; then memory, measured and planned: results/gpu/scale.md
+                     Trainer; memory, measured and planned; where a step waits: results/gpu/scale.md
 
 The exit status is 1 when a step failed.
 """
@@ -232,7 +232,7 @@ def resume_step(trial: Trial, limit: float) -> dict[str, Any]:
 
 
 def scale_step(trial: Trial, limit: float) -> dict[str, Any]:
-    """Throughput beside other loops, then memory beside other loops and beside the plan."""
+    """Throughput beside other loops, then memory beside them and the plan, and waits in a step."""
     began = time.monotonic()
     electrodes = "4" if trial.dry else "256"
     counts = ["24", "4", "4"] if trial.dry else ["128", "8", "8"]
@@ -244,9 +244,14 @@ def scale_step(trial: Trial, limit: float) -> dict[str, Any]:
     memory += ["ddp", "hf"] if trial.device == "cuda" else []
     plan = [sys.executable, "scripts/measure_plan.py"]
     plan += ["a5500x2", "t15", "a5500x2, activations kept"] if not trial.dry else ["demo"]
-    statuses |= trial.run_together({"scale-memory": memory, "scale-plan": plan}, began + limit)
-    logs = {name: (trial.out / f"{name}.log").read_text("utf-8")
-            for name in ("scale", "scale-memory", "scale-plan")}  # fmt: skip
+    shutil.rmtree(trial.out / "reads", ignore_errors=True)
+    reads = trial.training("reads", [*SHORT, "log.every=50", f"data.path={data}"])
+    reads[1] = "tests/distributed/reads_driver.py"
+    beside = {"scale-memory": memory, "scale-plan": plan, "scale-reads": reads}
+    statuses |= trial.run_together(beside, began + limit)
+    logs = {name: (trial.out / f"{name}.log").read_text("utf-8") for name in ("scale", *beside)}
+    waits = trial.out / "reads" / "reads.json"
+    logs["waits for the device"] = waits.read_text("utf-8") if waits.exists() else "none counted"
     text = "\n".join(f"## {name}\n\n```\n{log.strip()}\n```\n" for name, log in logs.items())
     (trial.out / "scale.md").write_text(text, "utf-8")
     failed = [name for name, code in statuses.items() if code]
