@@ -9,7 +9,7 @@ import mne
 import numpy as np
 from scipy.io import savemat
 
-from tests.data import matlab_73, release_files
+from tests.data import matlab_73, release_files, vendor_files
 
 RATE = 50
 LABELS = ["Fz", "Cz", "Pz"]
@@ -17,15 +17,12 @@ BINS = 12 * RATE
 FOLDERS = (
     "hdf5/t15.2023.08.11", "fif", "fif-epochs", "edf", "bdf", "set", "set-epochs", "brainvision",
     "pickle", "zuco", "zuco-73", "nwb", "labram", "mat", "mat-73", "numpy", "numpy-lines", "csv",
-    "csv-zip",
+    "csv-zip", "ctf", "kit", "cnt", "egi", "mff",
 )  # fmt: skip
 
 
 def write_recordings(folder, t15_trial, write_edf, write_set):
-    """Write one recording of each kind into a folder of its own.
-
-    CTF, KIT, CNT and EGI are missing: MNE reads them and writes none.
-    """
+    """Write one recording of each kind into a folder of its own."""
     for name in FOLDERS:
         (folder / name).mkdir(parents=True)
     _write_release(folder / "hdf5", t15_trial)
@@ -43,6 +40,7 @@ def write_recordings(folder, t15_trial, write_edf, write_set):
     _write_matlab(folder, microvolts.T)
     _write_arrays(folder, microvolts.T)
     _write_tables(folder, microvolts.T)
+    _write_vendors(folder, microvolts)
 
 
 def _write_release(folder, t15_trial):
@@ -62,6 +60,16 @@ def _write_fif(folder, volts):
     events = np.stack([np.arange(0, 600, 50), np.zeros(12), np.ones(12)], 1).astype(int)
     epochs = mne.EpochsArray(volts.reshape(3, 12, 50).swapaxes(0, 1), info, events, verbose="ERROR")
     epochs.save(folder / "fif-epochs" / "a-epo.fif", verbose="ERROR")
+
+
+def _write_vendors(folder, microvolts):
+    counts = np.round(100 * microvolts).astype(np.int64)
+    vendor_files.write_ctf(folder / "ctf" / "a.ds", counts, RATE, events=[(60, "go")])
+    vendor_files.write_kit(folder / "kit" / "a.sqd", counts, RATE)
+    vendor_files.write_cnt(folder / "cnt" / "a.cnt", counts, RATE, LABELS, [(60, 3)])
+    vendor_files.write_egi(folder / "egi" / "a.egi", microvolts, RATE, [(60, "go  ")])
+    wide = 50 * np.random.default_rng(1).standard_normal((33, BINS))
+    vendor_files.write_mff(folder / "mff" / "a.mff", wide, RATE)
 
 
 def _write_matlab(folder, values):

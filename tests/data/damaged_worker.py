@@ -167,6 +167,11 @@ KINDS = {
     "numpy-lines": _recording(60, "*.jsonl", {**_B, "value": damages.lines_value}, rate="50"),
     "csv": _recording(70, "*.csv", _TABLE, text_column="word"),
     "csv-zip": _recording(60, "*.zip", _B, text_column="word"),
+    "ctf": _recording(30, "*/*.res4 */*.meg4 */*.mrk", _B, window=1.0),
+    "kit": _recording(25, "*.sqd", _B, window=1.0),
+    "cnt": _recording(25, "*.cnt", _B, window=1.0),
+    "egi": _recording(25, "*.egi", _B, window=1.0),
+    "mff": _recording(30, "*/*.xml */*.bin", _B, window=1.0),
     "parquet": Kind(
         50, ("train-*.parquet",), {**_B, "content": damaged_content.parquet_content}, read_dataset
     ),

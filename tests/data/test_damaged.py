@@ -19,7 +19,7 @@ from b2t.train.checkpoint import Checkpoint, CheckpointStore
 from tests.data.damaged_bases import write_recordings
 from tests.evaluate.saved_runs import call, save_dataset, save_run
 
-for package in ("mne", "mne_bids", "pynwb"):
+for package in ("mne", "mne_bids", "pynwb", "mffpy"):
     pytest.importorskip(package)
 
 SEED = 20261124
@@ -55,6 +55,11 @@ UNSEEN = {
     "numpy-lines": "texts and names",
     "csv": "numbers that remain numbers; texts",
     "csv-zip": "names of files in the archive, which name sessions",
+    "ctf": "samples, gains, markers, names",
+    "kit": "samples, gains",
+    "cnt": "samples, gains, names, events",
+    "egi": "samples, events",
+    "mff": "samples, names",
     "parquet": "values: pages have no checksums by default",
     "run-json": "results that people read; models and checkpoints have checksums",
     "run-lines": "metrics and predictions that people read; broken lines are counted",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from b2t.data.remarks import Remarks
+from b2t.data.sources import ctf_check
 from b2t.data.sources.base import SourceOptions
 from b2t.data.sources.mne_files import MNESource, continuous
 from b2t.data.sources.parts import Part
@@ -40,6 +41,8 @@ def open_source(path: Path, files: list[Path], options: SourceOptions) -> MNESou
         raise UserError(f"{path}: no EEG, MEG or iEEG run of a subject in this BIDS dataset")
 
     def read(file: Path, remarks: Remarks) -> tuple[Any, Callable[..., Part]]:
+        if file.suffix == ".ds":
+            ctf_check.require_sound(file)
         return read_raw_bids(runs[file], verbose="WARNING"), continuous
 
     named = [(file, run.basename.rsplit("_", 1)[0]) for file, run in runs.items()]

@@ -11,14 +11,15 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from b2t.data.remarks import Remarks
-from b2t.data.sources import fif_check, mat_check
+from b2t.data.sources import ctf_check, fif_check, mat_check
 from b2t.data.sources.base import SourceOptions, TrialInfo, require_rate
 from b2t.data.sources.cutting import annotated, require_sensible, windows
 from b2t.data.sources.parts import Part, PartsSource, choose_channels
@@ -33,6 +34,8 @@ EXTENSIONS = (
     ".fif", ".fif.gz", ".edf", ".bdf", ".gdf", ".set", ".vhdr", ".cnt", ".con", ".sqd", ".lay",
     ".egi", ".nxe", ".cdt",
 )  # fmt: skip
+NAMED = (".raw",)
+"""Endings that mean EGI's simple binary to whoever names such a file; in a folder they may not."""
 FOLDERS = (".ds", ".mff")
 """Recordings that are folders: CTF and EGI."""
 EVENT_COLUMN = "event"
@@ -53,7 +56,7 @@ lies about 1e-6 to 1e-3 V, MEG about 1e-13 to 1e-11 T."""
 def find(path: Path) -> list[Path]:
     """Return the recordings at ``path``: the file itself, or all below the folder."""
     if path.name.lower().endswith(FOLDERS) or path.is_file():
-        return [path] if path.name.lower().endswith((*EXTENSIONS, *FOLDERS)) else []
+        return [path] if path.name.lower().endswith((*EXTENSIONS, *FOLDERS, *NAMED)) else []
     found = []
     for folder, below, names in os.walk(path):
         below[:] = sorted(below)
@@ -193,6 +196,8 @@ def _read(file: Path, remarks: Remarks) -> tuple[Any, Callable[..., Part]]:
     import mne
 
     name = file.name.lower()
+    if name.endswith(".ds"):
+        ctf_check.require_sound(file)
     if name.endswith((".fif", ".fif.gz")):
         fif_check.require_sound(file)
         content = mne.what(file)
@@ -202,6 +207,8 @@ def _read(file: Path, remarks: Remarks) -> tuple[Any, Callable[..., Part]]:
             raise ValueError("it holds no recording that MNE knows")
         if content != "raw":
             raise UserError(f"{file} holds MNE {content}, where raw data or epochs are expected")
+    if name.endswith((".egi", ".raw")):  # which mne.io.read_raw does not know
+        return mne.io.read_raw_egi(file, preload=False), continuous
     if name.endswith(".set"):
         mat_check.require_sound(file)
     if name.endswith(".set") and _eeglab_epochs(file):
@@ -321,7 +328,8 @@ def _listening(file: Path, remarks: Remarks) -> Iterator[None]:
     level = mne.set_log_level("WARNING", return_old_level=True)
     mne.utils.logger.addFilter(overhear)
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        # What is printed is not for users: mffpy tells of every file that it does without.
+        with warnings.catch_warnings(record=True) as caught, redirect_stdout(StringIO()):
             warnings.simplefilter("always")
             yield
     except UserError:
