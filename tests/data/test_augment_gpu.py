@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from b2t.data.augment import Augment
+from b2t.data.augment_batch import _projected, _transformed
 from b2t.data.augment_figure import OFF
 from b2t.data.batches import TrialRows, collate
 from tests.data.test_augment_batch import EVERYTHING
@@ -27,6 +28,35 @@ def test_nothing_is_asked_of_the_device_and_nothing_left_off_it(monkeypatch):
     assert len(tensors) == 8 and all(tensor.is_meta for tensor in tensors)
     assert moved.signal.shape == moved.target.shape == (*moved.signal_mask.shape, 3)
     assert moved.signal.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("bins", "bands"),
+    [
+        (40, [(1, 3)]), (41, [(1, 21)]), (40, [(18, 21)]), (40, [(1, 21)]), (997, [(40, 61)]),
+        (90, [(3, 8), (5, 12)]), (90, [(3, 8), (8, 9), (40, 46)]), (2, [(1, 2)]), (1, [(1, 1)]),
+    ],
+)  # fmt: skip
+def test_bands_are_removed_as_by_a_transform(bins, bands):
+    signal = torch.from_numpy(np.random.default_rng(bins).standard_normal((bins, 5)))
+    expected = _transformed(signal, bands)
+    torch.testing.assert_close(_projected(signal, bands), expected, rtol=0, atol=1e-12)
+    single = _projected(signal.float(), bands)
+    torch.testing.assert_close(single.double(), expected, rtol=0, atol=5e-6)
+
+
+@on_gpu
+def test_a_new_length_takes_no_longer_than_one_met_before():
+    row = torch.randn(4001, 64, device="cuda")
+    _projected(row[:3001].clone(), [(5, 60)])
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for bins in (1009, 2003, 3989):
+        _projected(row[:bins].clone(), [(5, 60)])
+    events[1].record()
+    torch.cuda.synchronize()
+    assert events[0].elapsed_time(events[1]) < 50  # ms; plans took hundreds
 
 
 @on_gpu
