@@ -44,6 +44,15 @@ def test_a_class_without_probability_takes_no_part():
     torch.testing.assert_close(found[1], (nll, *torch.autograd.grad(nll, logits)))
 
 
+def test_what_does_not_fit_is_infinite_and_pulls_nothing():
+    logits, labels, frames, lengths = example(0)
+    frames[0], labels[1, 8] = 5, -100  # what stands beyond the lengths does not count
+    nll = repeatable_ctc(logits.log_softmax(-1), labels, frames, lengths, 0)
+    (gradient,) = torch.autograd.grad(nll[nll.isfinite()].sum() + 0 * nll[0], logits)
+    assert nll.isinf().tolist() == [True] + 5 * [False]
+    assert not gradient[:, 0].any() and gradient[:, 1].any() and gradient.isfinite().all()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_loss_takes_it_and_repeats_bit_for_bit():
     torch.manual_seed(0)
