@@ -23,12 +23,11 @@ class TrialReader:
         chosen = dataset._indices
         self._chosen = None if chosen is None else memoryview(chosen.column(0).to_numpy())
         self._facts = {name: _values(table.column(name)) for name in _SHORT}
-        self._columns = [
-            [storage(chunk) for chunk in table.column(name).chunks]
-            for name in ("text", "phonemes", "signal")
-        ]
-        sizes = [len(chunk) for chunk in self._columns[-1]]
+        sizes = [len(chunk) for chunk in table.column("signal").chunks]
         self._starts = [0, *np.cumsum(sizes).tolist()]
+        self._columns = [
+            _cut(table.column(name), sizes, self._starts) for name in ("text", "phonemes", "signal")
+        ]
         self._chunks: list[_Chunk | None] = [None] * len(sizes)
 
     def __len__(self) -> int:
@@ -61,6 +60,19 @@ class TrialReader:
             chunk = _Chunk(*(chunks[number] for chunks in self._columns))
             self._chunks[number] = chunk
         return place, chunk, place - self._starts[number]
+
+
+def _cut(column: pa.ChunkedArray, sizes: list[int], starts: list[int]) -> list[pa.Array]:
+    """Cut a column where the signals' chunks begin: one that was added or replaced lies otherwise.
+
+    Args:
+        column: of as many rows as ``sizes`` add up to.
+        sizes: rows of each chunk.
+        starts: rows before each chunk.
+    """
+    if [len(chunk) for chunk in column.chunks] == sizes:
+        return [storage(chunk) for chunk in column.chunks]
+    return [storage(column.slice(start, size)) for start, size in zip(starts, sizes, strict=False)]
 
 
 _SHORT = ("session", "block", "trial", "sampling_rate")

@@ -45,7 +45,20 @@ def without_phonemes(count):
     return Dataset.from_list(some, features=trial_features(3))
 
 
+def in_pieces(sizes):
+    return concatenate_datasets([prepared(size, seed=seed) for seed, size in enumerate(sizes)])
+
+
+def with_texts_of(pieces, sizes):
+    """Texts put into a dataset of other pieces."""
+    texts = in_pieces(sizes).data.table.column("text")
+    table = pieces.data.table
+    return Dataset(table.set_column(table.column_names.index("text"), "text", texts))
+
+
 DATASETS = {
+    "no texts": lambda: in_pieces([5, 4]).remove_columns("text").add_column("text", [None] * 9),
+    "other texts": lambda: with_texts_of(in_pieces([5, 4]), [2, 7]),
     "prepared": lambda: prepared(20),
     "in several pieces": lambda: concatenate_datasets([prepared(5), prepared(4, seed=1)]),
     "chosen": lambda: prepared(20).select([7, 3, 3, 19]),
