@@ -16,7 +16,7 @@ from b2t.errors import UserError
 from b2t.evaluate import metrics
 from b2t.evaluate.lexicon import RULE, build_lexicon, read_lexicon
 from b2t.evaluate.likelihood import CausalScorer
-from b2t.evaluate.ngram import NGramModel, estimate
+from b2t.evaluate.ngram import DEFAULT_ORDER, NGramModel, estimate
 from b2t.evaluate.rescoring import Rescoring, WordReader, require_text_decoder
 from b2t.evaluate.surface import learn_surface, read_surface
 from b2t.evaluate.words import SearchOptions, WordDecoder, emissions
@@ -119,7 +119,7 @@ class TextSource:
 def make(
     sources: Sequence[TextSource],
     folder: Path,
-    order: int = 3,
+    order: int = DEFAULT_ORDER,
     prune: Sequence[int] = (0,),
     max_words: int | None = None,
     split: str | None = None,

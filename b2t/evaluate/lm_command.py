@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from b2t.evaluate.evaluate_command import add_checkpoint, positive
+from b2t.evaluate.ngram import DEFAULT_ORDER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -46,7 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", nargs="*", help="datasets, or .txt files of sentences")
     parser.add_argument("--out", type=Path, required=True, help="folder of the language model")
     parser.add_argument("--split", default="train", help="split of datasets to learn from (train)")
-    parser.add_argument("--order", type=positive, default=3, help="words in an n-gram (3)")
+    parser.add_argument(
+        "--order",
+        type=positive,
+        default=DEFAULT_ORDER,
+        help=f"words in an n-gram ({DEFAULT_ORDER})",
+    )
     parser.add_argument(
         "--prune",
         type=int,

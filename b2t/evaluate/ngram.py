@@ -16,6 +16,9 @@ from pathlib import Path
 from b2t.errors import UserError
 from b2t.records import write_atomically
 
+DEFAULT_ORDER = 3
+"""Words in an n-gram where nobody says how many."""
+
 BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
 NEVER = -99.0
 """What ARPA writes as the log10 of zero."""
@@ -93,7 +96,7 @@ class NGramModel:
 
 
 def estimate(
-    sentences: Iterable[Sequence[str]], order: int = 3, prune: Sequence[int] = (0,)
+    sentences: Iterable[Sequence[str]], order: int = DEFAULT_ORDER, prune: Sequence[int] = (0,)
 ) -> NGramModel:
     """Estimate a model by interpolated modified Kneser–Ney smoothing.
 

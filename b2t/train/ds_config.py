@@ -8,10 +8,11 @@ and clipping; the optimizer and its schedule are set per phase in the configurat
 import difflib
 import importlib.util
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from b2t.errors import UserError
 from b2t.train.ds_values import check_values, check_whole
@@ -98,7 +99,11 @@ def load_ds_config(path: str | Path) -> DeepSpeedFile:
     micro_batch = _positive_int(raw, "train_micro_batch_size_per_gpu", path)
     accumulation = _positive_int(raw, "gradient_accumulation_steps", path)
     clipping = raw.get("gradient_clipping")
-    if not isinstance(clipping, (int, float)) or isinstance(clipping, bool) or not clipping > 0:
+    if (
+        not isinstance(clipping, (int, float))
+        or isinstance(clipping, bool)
+        or not 0 < clipping < math.inf
+    ):
         raise UserError(
             f"{path}: gradient_clipping: found {clipping!r}, expected a number above 0 "
             "(its default changes between DeepSpeed versions, so the file must say it)"
@@ -127,7 +132,9 @@ def _read(path: Path) -> dict[str, Any]:
             "zero3_fp16.json and zero3_cpu.json"
         )
     try:
-        raw = json.loads(path.read_text("utf-8"), object_pairs_hook=_no_duplicates)
+        raw = json.loads(
+            path.read_text("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+        )
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a valid JSON file: {error}") from None
     if not isinstance(raw, dict):
@@ -141,6 +148,10 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if keys.count(key) > 1:
             raise ValueError(f"key {key!r} appears twice")
     return dict(pairs)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number in JSON; for no limit write a large one, as 1e9")
 
 
 def _check_key(key: str, path: Path) -> None:

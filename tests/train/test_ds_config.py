@@ -108,6 +108,16 @@ def test_keys_owned_elsewhere(write, key, value, says):
 
 
 @pytest.mark.parametrize(
+    ("number", "says"),
+    [("Infinity", "Infinity is no number in JSON; .*1e9"), ("1e999", "found inf, expected a num")],
+)
+def test_clipping_has_an_end(write, number, says):
+    text = json.dumps(VALID).replace('"gradient_clipping": 1.0', f'"gradient_clipping": {number}')
+    with pytest.raises(UserError, match=says):
+        load_ds_config(write(text))
+
+
+@pytest.mark.parametrize(
     "text",
     [
         '{"gradient_clipping": 1.0, "gradient_clipping": 5.0}',
