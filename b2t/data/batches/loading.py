@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_HEAD_START_S = 0.005
+
+
 def train_batches(
     dataset: Dataset,
     plan: BatchPlan,
@@ -170,12 +173,24 @@ def _from_here(
 
 
 def _one_ahead(batches: Iterator[Any]) -> Iterator[Any]:
-    """Read the next batch in a thread while this one is worked on."""
+    """Read the next batch in a thread while this one is worked on.
+
+    It begins a moment later, or when it is asked for: both need Python's lock, which whoever has
+    just got a batch would otherwise lose to the reading before any of its work is under way.
+    """
+    asked = threading.Event()
+
+    def read() -> Any:
+        asked.wait(_HEAD_START_S)
+        return next(batches, None)
+
     with ThreadPoolExecutor(1, "batches") as thread:
         coming = thread.submit(next, batches, None)
         while (batch := coming.result()) is not None:
-            coming = thread.submit(next, batches, None)
+            asked.clear()
+            coming = thread.submit(read)
             yield batch
+            asked.set()
 
 
 class _Keys:

@@ -1,12 +1,14 @@
-"""Memory of batches: never two batches in one place, and not allocated anew for each."""
+"""Loading of batches: memory that is used again, and reading while one is worked on."""
 
 import threading
+import time
 
 import numpy as np
 import torch
 
 from b2t.data.batches import BatchPlan, train_batches
 from b2t.data.batches.buffers import Buffers
+from b2t.data.batches.loading import _HEAD_START_S, _one_ahead
 from tests.data.test_trial_reader import prepared
 
 SIDE = 1 << 10
@@ -79,3 +81,39 @@ def test_batches_that_are_kept_stay_as_they_were(monkeypatch):
     assert all(
         torch.equal(batch.signal, copy) for batch, copy in zip(kept, copies[1::2], strict=True)
     )
+
+
+def test_the_next_batch_is_read_meanwhile_and_at_once_when_asked_for():
+    read = []
+
+    def source(count):
+        for number in range(count):
+            read.append(number)
+            yield number
+
+    batches = _one_ahead(source(3))
+    assert next(batches) == 0
+    time.sleep(0.2)
+    assert read == [0, 1], "one ahead, and no more"
+    assert list(batches) == [1, 2]
+    began = time.monotonic()
+    assert list(_one_ahead(source(400))) == list(range(400))
+    assert time.monotonic() - began < 400 * _HEAD_START_S / 4
+
+
+def test_whoever_got_a_batch_goes_first():
+    began, got = [], []
+
+    def source():
+        while True:
+            began.append(time.monotonic())
+            yield 0
+
+    batches = _one_ahead(source())
+    for _ in range(8):
+        next(batches)
+        got.append(time.monotonic())
+        time.sleep(0.03)
+    batches.close()
+    heads = [start - end for start, end in zip(began[1:], got, strict=False)]
+    assert len(heads) >= 7 and min(heads) >= 0.8 * _HEAD_START_S
