@@ -52,3 +52,6 @@ class ModelConfig(Options):
     compile_blocks: bool = False
     """Run the blocks of encoder and signal decoder through `torch.compile` in training: fewer and
     larger GPU kernels after some minutes of compiling at most; not under ZeRO-3."""
+    pack_frames: bool = False
+    """Train the transformers of encoder and signal decoder on real frames alone, by flash attention
+    of rows of several lengths (a GPU, 16 bit, torch 2.10): no GPU has tried it yet."""

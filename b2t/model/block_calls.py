@@ -13,7 +13,7 @@ BACKEND = "inductor"
 
 
 def call_block(
-    block: nn.Module, *inputs: Tensor, compiled: bool = False, recompute: bool = False
+    block: nn.Module, *inputs: Any, compiled: bool = False, recompute: bool = False
 ) -> Tensor:
     """Return ``block(*inputs)``.
 
@@ -32,7 +32,7 @@ def call_block(
     return call(block, *inputs)
 
 
-def _call(block: nn.Module, *inputs: Tensor) -> Tensor:
+def _call(block: nn.Module, *inputs: Any) -> Tensor:
     return block(*inputs)
 
 

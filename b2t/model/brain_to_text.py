@@ -28,6 +28,7 @@ from b2t.model.phoneme_head import PhonemeHead
 from b2t.model.pretrained import Pretrained
 from b2t.model.recurrence import Recurrence
 from b2t.model.text_side import TextSide
+from b2t.model.transformer import Transformer
 from b2t.quantize import StepNorms
 from b2t.quantize.frame_hash import frame_ids
 from b2t.quantize.objectives import LOSSES as QUANTIZER_LOSSES
@@ -123,6 +124,7 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
         signal_mask: Tensor | None = None,
         session: Tensor | None = None,
         hidden: Tensor | None = None,
+        count: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Encode without quantizing.
 
@@ -131,6 +133,7 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
             signal_mask: [B, T] bool, True = real; None is all real.
             session: [B] int64, −1 = unseen; None is all unseen.
             hidden: [B, T] bool, True = bins that the encoder sees as zeros; None hides none.
+            count: real latent frames, where that is known.
 
         Returns:
             Latents [B, P, D], zero under the mask, and the mask of real frames [B, P] bool.
@@ -145,7 +148,7 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
             signal = self.adapter(signal, session)
         if hidden is not None:
             signal = signal.masked_fill(hidden[..., None], 0.0)
-        latents, frames = self.encoder(signal, signal_mask)
+        latents, frames = self.encoder(signal, signal_mask, count)
         return latents, frames
 
     def encode_batch(
@@ -227,7 +230,9 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
             return self._spell(batch, norms, weights)
         if set(weights) == {"masked"}:
             return self._pretrain(batch, norms, weights)
-        latents, frames = self.latents(batch.signal, batch.signal_mask, batch.session)
+        latents, frames = self.latents(
+            batch.signal, batch.signal_mask, batch.session, count=batch.frames
+        )
         norms = self._counted(norms, batch, frames)
         encoded = self._quantize(latents, frames, norms, weights, batch.row_ids, batch.frames)
         labelled = batch if reads_labels else None
@@ -291,7 +296,7 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
 
     def _reconstruct(self, batch: "Batch", encoded: Encoded) -> Scored:
         bins = batch.signal.shape[1]
-        signal = self.signal_decoder(encoded.quantized, encoded.frame_mask, bins)
+        signal = self.signal_decoder(encoded.quantized, encoded.frame_mask, bins, batch.frames)
         found = sums.reconstruction_sums(signal, batch.target, batch.signal_mask)
         metrics = {
             "squared_error": found.squared_error.detach(),
@@ -364,6 +369,16 @@ class BrainToText(Inference, TextSide, MaskedPrediction, Pretrained):
         for stack in (self.encoder.body, self.signal_decoder.transformer):
             if not isinstance(stack, Recurrence):
                 stack.compiled = enabled
+
+    def pack_frames(self, enabled: bool = True) -> None:
+        """Leave padding out of the transformers of encoder and signal decoder, in training.
+
+        On a GPU in 16 bit, with torch 2.10 or later, where a batch's real frames were counted
+        before it moved there (`counts`); elsewhere frames stay padded, and the log says so.
+        """
+        for stack in (self.encoder.body, self.signal_decoder.transformer):
+            if isinstance(stack, Transformer):
+                stack.packs = enabled
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Recompute the activations of encoder, signal decoder and text decoder in backward."""

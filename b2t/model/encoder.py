@@ -50,7 +50,9 @@ class Encoder(nn.Module):
         """Real latent frames [B, P] bool for real bins [B, T] bool."""
         return patch_mask(signal_mask, self.patch_size, self.patch_stride)
 
-    def forward(self, signal: Tensor, signal_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, signal: Tensor, signal_mask: Tensor, count: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Encode a batch.
 
         What masked bins hold, and how many follow a trial, changes nothing.
@@ -58,6 +60,7 @@ class Encoder(nn.Module):
         Args:
             signal: [B, T, C].
             signal_mask: [B, T] bool, True = real.
+            count: real latent frames, where that is known.
 
         Returns:
             Latents [B, P, D], zero under the mask of real frames, and this mask [B, P] bool.
@@ -66,4 +69,6 @@ class Encoder(nn.Module):
         signal = signal.masked_fill(~signal_mask[..., None], 0.0)
         patches = to_patches(signal, self.patch_size, self.patch_stride)
         x = self.dropout(self.embed(patches))
-        return self.body(x, frames), frames
+        body = self.body
+        refined = body(x, frames, count) if isinstance(body, Transformer) else body(x, frames)
+        return refined, frames

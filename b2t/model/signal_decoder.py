@@ -36,18 +36,21 @@ class SignalDecoder(nn.Module):
         )
         self.to_patch = nn.Linear(dim, patch_size * channels)
 
-    def forward(self, latents: Tensor, frame_mask: Tensor, bins: int) -> Tensor:
+    def forward(
+        self, latents: Tensor, frame_mask: Tensor, bins: int, count: int | None = None
+    ) -> Tensor:
         """Decode latent frames.
 
         Args:
             latents: [B, P, D], quantized or not.
             frame_mask: [B, P] bool, True = real.
             bins: length T of the signal.
+            count: real frames, where that is known.
 
         Returns:
             Signal [B, T, C] in float32, zero where no real frame lies. Overlapping patches are
             averaged.
         """
-        x = self.transformer(self.project(latents), frame_mask)
+        x = self.transformer(self.project(latents), frame_mask, count)
         patches = self.to_patch(x).float()
         return from_patches(patches, frame_mask, bins, self.patch_size, self.patch_stride)

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from b2t.model.block_calls import call_block
+from b2t.model.packing import Packing, can_pack, packed_attention
 
 
 def rotary_angles(
@@ -84,8 +85,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, keys: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """Attend within each row: x [B, P, D], keys [B, 1, 1 or P, P] bool → [B, P, D]."""
+    def forward(
+        self, x: Tensor, keys: Tensor, cosine: Tensor, sine: Tensor, longest: int = 0,
+        causal: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Attend within each row: x [B, P, D], keys [B, 1, 1 or P, P] bool → [B, P, D].
+
+        Packed frames x [N, D] have starts [B + 1] of the rows for keys, of ``longest`` at most.
+        """
+        if x.dim() == 2:
+            qkv = self.qkv(x).view(x.shape[0], 3, self.heads, -1)
+            query, key, value = qkv.unbind(1)
+            query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
+            mixed = packed_attention(query, key, value, keys, longest, causal)
+            return self.out(mixed.flatten(1))
         query, key, value = self._read(x, cosine, sine)
         return self._mix(query, key, value, keys)
 
@@ -132,9 +145,9 @@ class Block(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, keys: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """Refine the frames: x [B, P, D] → [B, P, D]."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), keys, cosine, sine))
+    def forward(self, x: Tensor, *place: Any) -> Tensor:
+        """Refine the frames: x [B, P, D] → [B, P, D], or packed [N, D]; see `Attention.forward`."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), *place))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
     def advance(
@@ -161,6 +174,7 @@ class Transformer(nn.Module):
     Attributes:
         checkpoint_every: recompute the activations of every n-th block in backward; 0 keeps all.
         compiled: run blocks through `torch.compile` in training.
+        packs: leave padding out where the number of real frames is known, on a GPU.
     """
 
     def __init__(
@@ -180,29 +194,38 @@ class Transformer(nn.Module):
             raise ValueError(f"dim {dim} over heads {heads} must be an even whole number")
         self.head_dim = dim // heads
         self.checkpoint_every = 0
-        self.compiled = False
+        self.compiled = self.packs = False
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, count: int | None = None) -> Tensor:
         """Refine real frames and zero the others.
 
         Args:
             x: frames [B, P, D].
             mask: [B, P] bool, True = real. What stands under False changes nothing else.
+            count: how many are real, where that is known.
 
         Returns:
             [B, P, D], zero under the mask.
         """
+        angles = rotary_angles(x.shape[1], self.head_dim, x.device)
+        if self.packs and count and can_pack(x, self.window):
+            packing = Packing.of(mask, count)
+            place = (packing.starts, *packing.angles(*angles), x.shape[1], self.causal)
+            return packing.laid_out(self.norm(self._refined(packing.packed(x), *place)))
         keys = causal_mask(mask, self.window) if self.causal else attention_mask(mask)
-        cosine, sine = rotary_angles(x.shape[1], self.head_dim, x.device)
+        return self.norm(self._refined(x, keys, *angles)).masked_fill(~mask[..., None], 0.0)
+
+    def _refined(self, x: Tensor, *place: Any) -> Tensor:
+        """Run the blocks."""
         for index, block in enumerate(self.blocks):
             every = self.checkpoint_every if self.training else 0
             x = call_block(
-                block, x, keys, cosine, sine, compiled=self.compiled and self.training,
+                block, x, *place, compiled=self.compiled and self.training,
                 recompute=every > 0 and index % every == 0,
             )  # fmt: skip
-        return self.norm(x).masked_fill(~mask[..., None], 0.0)
+        return x
 
     def start(self) -> TransformerState:
         """Return the state before the first frame of a causal stack."""

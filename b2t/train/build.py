@@ -96,6 +96,7 @@ def build(config: Config, rank: int = 0, world: int = 1) -> Materials:
     knobs = config.model.activation_checkpointing
     model.checkpoint_activations(knobs.encoder, knobs.signal_decoder, knobs.text_decoder)
     model.compile_blocks(config.model.compile_blocks)
+    model.pack_frames(config.model.pack_frames)
     return Materials(
         info, train, validation, tokenizer, model,
         Augment(**data.augment.at_rate(info.sampling_rate).model_dump()), weights,

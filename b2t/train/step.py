@@ -211,7 +211,9 @@ class OptimizerStep:
         with self.engine.whole(*used):
             for number, batch in enumerate(batches):
                 self._seed(number)
-                latents, mask = self.model.latents(batch.signal, batch.signal_mask, batch.session)
+                latents, mask = self.model.latents(
+                    batch.signal, batch.signal_mask, batch.session, count=batch.frames
+                )
                 ids = frame_ids(batch.row_ids, latents.shape[1])
                 usages.append(quantizer.soft_usage(latents, mask, ids, batch.frames))
         return sum(usages[1:], usages[0]).all_reduce()
