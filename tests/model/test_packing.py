@@ -1,5 +1,7 @@
 """Packed frames see what padded frames see; the attention itself takes a GPU, and is lent here."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -112,3 +114,12 @@ def test_a_gpu_gives_what_padded_frames_give(causal):
     for ours, theirs in zip(passed(stack, x, mask, int(mask.sum())), expected, strict=True):
         distance = (ours.float() - theirs.float()).norm() / theirs.float().norm()
         assert distance < 0.01
+
+
+def test_a_batch_that_moves_keeps_its_count_and_one_made_of_it_does_not():
+    model, batch = build(), batch_of([40, 23, 11])
+    model.counts(batch)
+    assert batch.frames == int(model.frame_mask(batch.signal_mask).sum())
+    assert batch.to("cpu", torch.float64).frames == batch.frames
+    assert batch.with_channels([1, 0]).frames is None
+    assert replace(batch, signal_mask=batch.signal_mask & False).frames is None

@@ -42,7 +42,8 @@ class Batch:
         row_ids: [B] int64, hashes of ``rows``: what the rows are, where a device needs to know.
         pending: augmentation that `to` applies; until then signal and target [B, T', C] are as
             recorded and have other lengths than the mask.
-        frames: real latent frames, where a model has counted them before the batch was moved.
+        frames: real latent frames, where a model has counted them before the batch was moved; a
+            batch made of this one does not know them.
     """
 
     signal: torch.Tensor
@@ -57,7 +58,7 @@ class Batch:
     hidden: torch.Tensor | None = None
     row_ids: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     pending: Pending | None = None
-    frames: int | None = None
+    frames: int | None = field(default=None, init=False)
     _counts: dict[str, float] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -101,6 +102,7 @@ class Batch:
             draws, options = moved.pending
             signal, target = augmented(moved.signal, draws, options)
             moved = replace(moved, signal=signal, target=target, pending=None)
+            moved.frames = self.frames
         if dtype is None:
             return moved
         return moved._map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
@@ -124,7 +126,9 @@ class Batch:
         }
         if self.pending is not None:
             changed["pending"] = Pending(self.pending.draws.map(function), self.pending.options)
-        return replace(self, **changed)
+        mapped_to = replace(self, **changed)
+        mapped_to.frames = self.frames
+        return mapped_to
 
 
 class Example(NamedTuple):
