@@ -8,6 +8,7 @@ from b2t.config import COMPONENTS, load_config
 from b2t.errors import UserError
 from b2t.model.objectives import WEIGHTED
 from b2t.train import settings
+from b2t.train.launch import check_compiling
 
 
 @pytest.fixture
@@ -42,6 +43,15 @@ def test_codebooks_that_would_never_train_are_refused(warned):
 def losses_of(name):
     zero = [f"phases.0.losses.{n}=0" for n in WEIGHTED if n != name]
     return [*zero, f"phases.0.losses.{name}=1"]
+
+
+def test_blocks_are_not_compiled_where_zero_3_fetches_their_weights():
+    compiled = load_config("demo", ["model.compile_blocks=true"])
+    for stage in (0, 1, 2):
+        check_compiling(compiled, SimpleNamespace(zero_stage=stage, path="f.json"))
+    check_compiling(load_config("demo"), SimpleNamespace(zero_stage=3, path="f.json"))
+    with pytest.raises(UserError, match=r"model.compile_blocks=true with f.json: ZeRO-3"):
+        check_compiling(compiled, SimpleNamespace(zero_stage=3, path="f.json"))
 
 
 def test_losses_that_reach_nothing_trained_are_refused():
