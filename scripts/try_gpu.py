@@ -223,11 +223,15 @@ def train_step(trial: Trial, limit: float) -> dict[str, Any]:
 def resume_step(trial: Trial, limit: float) -> dict[str, Any]:
     """One run left alone, one stopped by SIGTERM and gone on: largest difference at the end."""
     trial.simulated(limit / 2)
-    require(trial.run("resume", trial.training("alone", SHORT), limit))
-    process = trial.start("resume", trial.training("stopped", SHORT))
-    status = leave_when(process, lambda: len(losses(trial.out / "stopped")) >= 3, limit)
-    require(status != SAVED, f"stopped with status {status}, expected {SAVED}")
-    require(trial.run("resume", trial.training("stopped", SHORT), limit))
+    alone = trial.start("resume-alone", trial.training("alone", SHORT))
+    try:
+        process = trial.start("resume", trial.training("stopped", SHORT))
+        status = leave_when(process, lambda: len(losses(trial.out / "stopped")) >= 3, limit)
+        require(status != SAVED, f"stopped with status {status}, expected {SAVED}")
+        require(trial.run("resume", trial.training("stopped", SHORT), limit))
+        require(alone.wait(limit))
+    finally:
+        alone.kill()
     return differences(trial.out / "alone", trial.out / "stopped")
 
 
