@@ -153,6 +153,30 @@ def test_a_heap_that_libhdf5_would_walk_for_ever_is_refused(t15_release):
         detect(file)
 
 
+def test_values_that_look_like_a_heap_are_values(tmp_path, t15_trial):
+    folder = tmp_path / "hdf5_data_final" / "t15.2023.08.11"
+    folder.mkdir(parents=True)
+    bytes_ = np.random.default_rng(0).integers(0, 64, 4 * 64 * 200).astype(np.uint8)
+    bytes_[4000:4008] = list(b"GCOL\x01\0\0\0")
+    signal = bytes_.view("<f4").reshape(200, 64)
+    file = folder / "data_train.hdf5"
+    with h5py.File(file, "w") as release:
+        t15_trial(release.create_group("trial_0000"), signal, text="It is fine.")
+    np.testing.assert_array_equal(detect(file).read(0), signal)
+    content = bytearray(file.read_bytes())
+    heaps = [place for place in range(len(content)) if content.startswith(b"GCOL\x01\0\0\0", place)]
+    assert len(heaps) == 2
+    for heap in heaps:  # garbage in the values is the user's, in the heap it is damage
+        damaged = bytearray(content)
+        damaged[heap + 16 : heap + 96] = bytes(80)
+        file.write_bytes(damaged)
+        if content[heap - 4000 : heap + 9] == bytes_[:4009].tobytes():
+            detect(file)
+        else:
+            with pytest.raises(UserError, match=rf"its heap at byte {heap} is damaged"):
+                detect(file)
+
+
 def test_a_header_that_claims_too_much_is_refused_before_memory_is_taken(t15_release, t15_trial):
     folder, _ = t15_release(8)
     file = folder / "hdf5_data_final" / "t15.2023.08.11" / "data_train.hdf5"
