@@ -38,6 +38,7 @@ def _call(block: nn.Module, *inputs: Any) -> Tensor:
 
 @functools.cache
 def _compiled(backend: str) -> Callable[..., Tensor]:
-    # Dropout draws what the uncompiled block draws, also in passes that are compiled apart.
+    # Dropout draws what the uncompiled block draws, also in passes that are compiled apart. Past
+    # torch's limit of variants a block runs uncompiled; a demand for whole graphs would raise.
     options: dict[str, Any] | None = {"fallback_random": True} if backend == "inductor" else None
-    return torch.compile(_call, dynamic=True, fullgraph=True, backend=backend, options=options)
+    return torch.compile(_call, dynamic=True, backend=backend, options=options)
