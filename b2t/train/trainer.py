@@ -146,8 +146,7 @@ class Trainer:
         )
         self._restored = checkpoint
         if self.materials.stream is not None and self.progress.streams:
-            streams = self.progress.streams
-            self.materials.stream.go_to(streams[self.ranks.rank % len(streams)])
+            self.materials.stream.go_to(self.progress.streams)
         metric, mode = self.best_by[self.progress.phase]
         former = self.progress.choose_best_by(metric, mode)
         if former is not None and former.best is not None:

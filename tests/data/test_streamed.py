@@ -96,7 +96,7 @@ def test_mistakes_in_a_description_are_named(tmp_path, keys, message):
 def streamed(path, rank=0, world=1, position=None, **options):
     source = StreamedTrials(path, "train", rank, world)
     if position is not None:
-        source.go_to(json.loads(json.dumps(position)))  # as a checkpoint keeps it
+        source.go_to(json.loads(json.dumps(position)))  # as a checkpoint keeps them
     rows = TrialRows(load_trials(path, "train"), None, ["day0", "day1"], Augment(), seed=3)
     options = {"micro_batch": 2, "accumulation": 2, **options}
     return source, source.batches(rows, Bytes(), **options)
@@ -111,7 +111,7 @@ def test_a_stream_goes_on_where_it_was(tmp_path, options):
         steps.append(next(whole))
         places.append(source.position)
     for at in (3, 8, 17):
-        _, resumed = streamed(path, position=places[at], **options)
+        _, resumed = streamed(path, position=[places[at]], **options)
         for expected in steps[at : at + 5]:
             for one, other in zip(expected, next(resumed), strict=True):
                 assert_same(one, other)
@@ -132,8 +132,21 @@ def test_ranks_share_a_stream_and_an_epoch_holds_every_row_once(tmp_path):
     assert max(map(rows[:32].count, rows[:32])) == 1 and set(rows[:72]) >= set(seen)
 
 
-def test_another_number_of_ranks_cannot_go_on(tmp_path):
+def test_another_number_of_ranks_goes_on_with_the_next_epoch(tmp_path, caplog):
     path = description(shards(tmp_path / "w"), streaming=True)
-    source, _ = streamed(path)
-    with pytest.raises(UserError, match="shared by 1 ranks"):
-        streamed(path, 0, 2, source.position)
+    two = [streamed(path, rank, 2) for rank in range(2)]
+    for _ in range(2):
+        for _, batches in two:
+            next(batches)
+    places = [source.position for source, _ in two]
+    found = []
+    for _ in range(2):
+        source, batches = streamed(path, 0, 1, places)
+        assert source.position["epoch"] == 1 and source.position["windows"] > 0
+        found.append([next(batches) for _ in range(9)])
+    assert "2 ranks shared this stream and 1 go on" in caplog.text
+    for one, other in zip(*found, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    rows = [row for step in found[0] for batch in step for row in batch.rows]
+    assert len(set(rows[:32])) == 32, "a whole epoch"

@@ -1,6 +1,6 @@
 """Batches of a stream: each rank reads its own share, and knows where it is."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,13 @@ from b2t.data.batches.rows import TrialRows, encode_texts
 from b2t.data.description import describe, row_of, stream
 from b2t.data.trials import require_bins, row_id
 from b2t.errors import UserError
+from b2t.log import logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+log = logger(__name__)
 
 
 class StreamedTrials:
@@ -39,21 +43,31 @@ class StreamedTrials:
         self.rank, self.world = rank, world
         self._reading: tuple[IterableDataset, Iterator[dict[str, Any]]] | None = None
         self.position: dict[str, Any] = {
-            "epoch": 0, "windows": 0, "rows": 0, "state": None, "step": 0, "world": world,
+            "epoch": 0, "windows": 0, "rows": 0, "state": None, "step": 0,
         }  # fmt: skip
 
-    def go_to(self, position: dict[str, Any]) -> None:
-        """Continue from a position.
+    def go_to(self, positions: Sequence[dict[str, Any]]) -> None:
+        """Continue where ranks were.
 
-        Raises:
-            UserError: it is of another number of ranks.
+        As many ranks go on exactly. Of another number each has another share of the rows, and
+        begins the next epoch: what nobody has read of the unfinished one waits until then.
+
+        Args:
+            positions: of every rank.
         """
-        if position["world"] != self.world:
-            raise UserError(
-                f"{self.path}: the stream was shared by {position['world']} ranks, and can only be "
-                f"gone on with by as many; {self.world} were started"
-            )
-        self.position, self._reading = dict(position), None
+        self._reading = None
+        if len(positions) == self.world:
+            self.position = dict(positions[self.rank])
+            return
+        log.warning(
+            "%s: %d ranks shared this stream and %d go on with it: from its next epoch, as the "
+            "rows that they read are others",
+            self.path, len(positions), self.world,
+        )  # fmt: skip
+        epoch, windows = (max(each[name] for each in positions) for name in ("epoch", "windows"))
+        self.position = {
+            "epoch": epoch + 1, "windows": windows + 1, "rows": 0, "state": None, "step": 0,
+        }  # fmt: skip
 
     def batches(
         self,
