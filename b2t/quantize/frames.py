@@ -130,12 +130,9 @@ class FrameSpace(nn.Module):
             real = mask.reshape(-1).bool()
         if count is not None:
             frames = ValidFrames(torch.nonzero_static(real, size=count)[:, 0], shape)
-            given = frames.taken(flat)
-            latents = self._project(given)
-            finite = finite_rows(latents)
-            if isinstance(self.project_in, nn.Linear):
-                finite &= finite_rows(given)
-            if bool(finite.all()):
+            latents = self._project(frames.taken(flat))
+            # A projection passes on what is not finite: even no weight times infinity is NaN.
+            if bool(finite_rows(latents).all()):
                 return frames, latents, torch.zeros((), dtype=torch.int64, device=x.device)
         keep = finite_rows(flat)
         frames = ValidFrames((keep & real).nonzero()[:, 0], shape)
