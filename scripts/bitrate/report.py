@@ -66,6 +66,7 @@ def figure(groups: Groups, path: Path) -> None:
     """PER on the test split over stored bits per second, one line for each number of steps."""
     fig, axis = plt.subplots(figsize=(6.4, 4.2))
     colours = plt.get_cmap("tab10").colors
+    highest = 0.0
     for colour, steps in zip(colours, sorted({steps for steps, _ in groups}), strict=False):
         label = (
             "codes put into the finished model" if steps == 0 else f"trained on for {steps} steps"
@@ -79,6 +80,7 @@ def figure(groups: Groups, path: Path) -> None:
                 axis.axhline(rate, color=colour, linestyle="--", linewidth=1)
             else:
                 (plain if name[0].isdigit() else others).append((bits, rate, name))
+        highest = max([highest, *(rate for _, rate, _ in plain)])
         for bits, rate, name in plain:
             axis.annotate(name, (bits, rate), fontsize=7, xytext=(3, 4), textcoords="offset points")
         axis.plot([p[0] for p in plain], [p[1] for p in plain], "o", color=colour, label=label)
@@ -86,6 +88,8 @@ def figure(groups: Groups, path: Path) -> None:
     axis.plot([], [], "kx", alpha=0.6, label="another setting of the quantizer")
     axis.plot([], [], "k--", linewidth=1, label="latents that are not coded")
     axis.set_xscale("log")
+    if highest:  # settings that are far worse than any plain point stay in the table
+        axis.set_ylim(0, 1.1 * highest)
     axis.set_xlabel("bits per second, as stored")
     axis.set_ylabel("phoneme error rate, test (%)")
     axis.grid(alpha=0.3, which="both")
