@@ -168,8 +168,8 @@ def _tune(args: argparse.Namespace) -> None:
             f"--tune-split {split}: the model was trained on it, so that its phonemes are too good "
             "there; name a split that was held out"
         )
+    model, _ = run_folder.load_model(opened, args.device)  # which says what is wrong with a device
     causal = None if args.rescore is None else CausalScorer(args.rescore, args.device)
-    model, _ = run_folder.load_model(opened, args.device)
 
     def batches() -> "Iterator[Batch]":
         return run_folder.load_batches(

@@ -176,6 +176,11 @@ def test_what_the_text_decoder_cannot_write_counts_only_where_it_is_asked():
 def test_from_tuning_to_joint_words(run, tmp_path, capsys, real_data):
     data, folder = run.parent / "data", tmp_path / "lm"
     llama = real_data / "tiny_llama"
+    with pytest.raises(UserError, match="--device no-such-device"):
+        call(
+            lm_command, data, "--out", tmp_path / "other", "--tune", run, "--rescore", llama,
+            "--device", "no-such-device",
+        )  # fmt: skip
     call(lm_command, data, "--out", folder, "--tune", run, "--rescore", llama, "--n-best", 5)
     assert "joint scores, 1890 settings" in capsys.readouterr().out
     card = read_card(folder)
