@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -172,8 +172,8 @@ def _signature(function: Any, job: Job) -> tuple[dict[str, str], dict]:
     return signature, attributes
 
 
-def compile_job(job: Job) -> Report:
-    """Compile one configuration and read its machine code."""
+def compiled(job: Job, odd: Collection[str] = (), **options: Any) -> Any:
+    """Triton's kernel for one configuration; the ``odd`` arguments are no multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -182,10 +182,12 @@ def compile_job(job: Job) -> Report:
 
     function = tuning.kernel(job.kernel)
     signature, attributes = _signature(function, job)
+    for name in odd:
+        attributes.pop((function.arg_names.index(name),), None)
     source = ASTSource(
         fn=function, signature=signature, constexprs=dict(job.constants), attrs=attributes
     )
-    compiled = triton.compile(
+    return triton.compile(
         source,
         target=GPUTarget("cuda", job.architecture, 32),
         options={
@@ -193,9 +195,22 @@ def compile_job(job: Job) -> Report:
             "num_stages": job.stages,
             "enable_fp_fusion": True,
             **tuning.limits(job.kernel),
+            **options,
         },
     )
-    usage, code = _disassemble(compiled.asm["cubin"])
+
+
+def machine_code(job: Job, odd: Collection[str] = (), **options: Any) -> list[str]:
+    """Instructions of one configuration, compiled as by `compiled`."""
+    return _disassemble(compiled(job, odd, **options).asm["cubin"])[1]
+
+
+def compile_job(job: Job) -> Report:
+    """Compile one configuration and read its machine code."""
+    from b2t_kernels import tuning
+
+    made = compiled(job)
+    usage, code = _disassemble(made.asm["cubin"])
     values = dict(job.constants)
     loop = inner_loop(code)
     macs = sum(_macs(line, job.warps) for line in loop)
@@ -216,7 +231,7 @@ def compile_job(job: Job) -> Report:
         usage["REG"],
         usage["STACK"],
         sum(bool(re.match(r"(LDL|STL)\b", line)) for line in code),
-        compiled.metadata.shared,
+        made.metadata.shared,
         tuning.SHARED_MEMORY_LIMIT[job.architecture],
         tensor[0].split()[0] if tensor else "",
         round(len(tensor) / max(tiles, 1e-9), 1) if tensor else 0.0,

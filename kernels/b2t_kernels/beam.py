@@ -307,7 +307,7 @@ def _extend(
     # Ties that float32 cannot tell apart must all be there.
     kept_keys = max(16, power_of_two_above(2 * wanted))
     keys = torch.empty(n, kept_keys, dtype=torch.int32, device=x.device)
-    options = {"KEPT": kept_keys, **tuning.options(tuning.beam_config())}
+    options = {"KEPT": kept_keys, **tuning.options(tuning.beam_config()), **tuning.UNFUSED}
     launched(candidates_kernel)[(n,)](
         x, codebook, codes.bias, codes.statistics, rows.shrink, rows.squares, rows.error,
         rows.valid, kept.best, kept.runs, kept.second, keys,

@@ -184,7 +184,9 @@ def scan(rows: PreparedRows, codes: PreparedCodes, K: int, wanted: Wanted) -> Sc
     (N, width), device = rows.rows.shape, rows.rows.device
     return tuning.launch(
         scan_kernel,
-        tuning.scan_space(tuning.family(device), width, wanted.keys is not None),
+        tuning.scan_space(
+            tuning.family(device), width, wanted.keys is not None, N <= tuning.FEW_ROWS
+        ),
         (N, K, width, wanted.exact, wanted.soft, wanted.keys is not None),
         partial(_scan, rows, codes, padded_codes(K), wanted),
         device,
@@ -233,13 +235,14 @@ def _settle(
         found.indices, found.counts, queue, length, listed, found.lse, found.frames,
         N, K, D, rows.rows.shape[1], kept.best.shape[1],
         W=W, SEARCH=wanted.search, EXACT=wanted.exact, SOFT=wanted.soft,
-        **tuning.options(config),
+        **tuning.options(config), **tuning.UNFUSED,
     )  # fmt: skip
     if wanted.exact:
         launched(refine_kernel)[(min(N, REFINE_PROGRAMS),)](
             x, codebook, codes.bias, found.indices, found.counts, queue, length, listed,
             K, D, padded_codes(K), kept.share,
             W=W, SLOTS=kept.slots, BLOCK_D=tuning.REFINE_WIDTH, num_warps=tuning.REFINE_WARPS,
+            **tuning.UNFUSED,
         )  # fmt: skip
 
 

@@ -35,6 +35,13 @@ BEAM_WIDTH, BEAM_WARPS = (64 if SHORT_OF_REGISTERS else 32), 8
 # What 3.8 makes of a beam's kernels spills with the registers that the assembler takes by itself.
 BEAM_REGISTERS = 168 if TRITON == (3, 8) else None
 
+# Few rows split the codes anyway: small tiles leave more blocks.
+FEW_ROWS = 4096
+# A sum over lanes is the same in all of them only if no lane fuses its own last product into an
+# addition: kernels that compare sums from different lanes are compiled so.
+UNFUSED = {"enable_fp_fusion": False}
+UNFUSED_KERNELS = ("candidates_kernel", "winners_kernel", "settle_kernel", "refine_kernel")
+
 Space = tuple[triton.Config, ...]
 
 
@@ -62,11 +69,19 @@ def _tiles(padded_D: int, *shapes: tuple[int, int, int, int]) -> Space:
 
 
 @functools.cache
-def scan_space(family: int, padded_D: int, draw: bool = False) -> Space:
+def scan_space(family: int, padded_D: int, draw: bool = False, few: bool = False) -> Space:
     """Configurations of the scan: (BLOCK_N, BLOCK_K, warps, stages), the preferred one first.
 
-    To ``draw`` takes more registers, of which the largest tile of wide rows leaves too few.
+    To ``draw`` takes more registers, of which the largest tile of wide rows leaves too few. ``few``
+    rows on sm_90 have shapes of their own, as measured on an H100.
     """
+    if family == 90 and not draw and padded_D in (64, 256):
+        return _tiles(padded_D, *{
+            (64, False): ((128, 64, 4, 3), (64, 128, 4, 3)),
+            (64, True): ((64, 64, 4, 2),),
+            (256, False): ((256, 64, 8, 3), (128, 64, 8, 3)),
+            (256, True): ((128, 64, 4, 3),),
+        }[padded_D, few])  # fmt: skip
     if padded_D > WIDEST_WHOLE and family == 90 and draw:
         return _tiles(64, (64, 64 if SHORT_OF_REGISTERS else 128, 4, 3))
     if padded_D > WIDEST_WHOLE:
@@ -107,12 +122,16 @@ def column_space(family: int, padded_D: int) -> Space:
     """Configurations of the pass that sums assignments over rows, codes on chip."""
     if padded_D > 128:
         return _tiles(padded_D, (64, 64, 8, 2))
+    if family == 90 and padded_D == 64:
+        return _tiles(padded_D, (128, 32, 4, 3))
     return _tiles(padded_D, (64, 128, 8, 2))
 
 
 @functools.cache
 def shift_space(family: int, padded_D: int) -> Space:
     """Configurations of the pass that averages the codes' gradient over each row's assignment."""
+    if family == 90 and padded_D in (64, 256):
+        return _tiles(padded_D, (64, 64, 8, 3) if padded_D == 64 else (128, 32, 8, 3))
     # Triton 3.5 spills with four warps here, and here alone.
     warps = 8 if TRITON == (3, 5) and family == 86 and padded_D > 128 else 4
     return _tiles(padded_D, (64, 64, warps, 2))
@@ -121,6 +140,8 @@ def shift_space(family: int, padded_D: int) -> Space:
 @functools.cache
 def row_gradient_space(family: int, padded_D: int) -> Space:
     """Configurations of the rows' gradient, whose sums [BLOCK_N, D] live in registers."""
+    if family == 90 and padded_D > 128 and not SHORT_OF_REGISTERS:
+        return _tiles(padded_D, (128, 64, 8, 3))
     if padded_D > 128:
         return _tiles(padded_D, (32 if SHORT_OF_REGISTERS else 64, 32, 8, 2))
     return _tiles(padded_D, (64, 64, 8, 2) if padded_D > 64 else (64, 64, 4, 2))
@@ -317,10 +338,11 @@ def plain_variants(name: str) -> Iterator[dict[str, Any]]:
         yield {**blocks, "B": 8, "W": 32, "SLOTS": 8, "KEPT": 16}
 
 
-def limits(name: str) -> dict[str, int]:
+def limits(name: str) -> dict[str, Any]:
     """Options beside warps and stages with which a kernel is launched."""
     beams = name in ("candidates_kernel", "winners_kernel")
-    return {"maxnreg": BEAM_REGISTERS} if beams and BEAM_REGISTERS else {}
+    registers = {"maxnreg": BEAM_REGISTERS} if beams and BEAM_REGISTERS else {}
+    return {**registers, **(UNFUSED if name in UNFUSED_KERNELS else {})}
 
 
 def kernel(name: str) -> Any:
@@ -343,6 +365,8 @@ def spaces(family: int, padded_D: int) -> Iterator[tuple[str, Space, dict[str, d
     flags = {name: {**whole, **chosen} for name, chosen in variants.items()}
     draw = {"draw": flags.pop("draw")}
     yield "scan_kernel", scan_space(family, padded_D), flags
+    if scan_space(family, padded_D, few=True) != scan_space(family, padded_D):
+        yield "scan_kernel", scan_space(family, padded_D, few=True), flags
     yield "scan_kernel", scan_space(family, padded_D, draw=True), draw
     if padded_D <= WIDEST_USAGE:
         yield "column_kernel", column_space(family, padded_D), {"": {}}

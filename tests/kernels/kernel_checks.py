@@ -132,7 +132,7 @@ def test_exact_settles_close_calls():
     """Codes closer to one another than fp16 can tell apart, in one run and in many."""
     x, centre = rows_and_codes(12, 1, 16, offset=3.0)
     noise = rows_and_codes(1, 300, 16, seed=2)[1]
-    codebook = centre + 1e-4 * noise
+    codebook = centre + 1e-5 * noise
     codebook[5] = centre + 4.0
     check_search(x, codebook, None, True)
     indices, _ = search(x, codebook, None, False)
@@ -359,7 +359,7 @@ def test_few_rows_split_the_codes(monkeypatch):
         assert torch.equal(other[1], results[0][1])
         for ours, theirs in zip(other[2:], results[0][2:], strict=True):
             # Float32 sums in another order; small elements are differences of large ones.
-            assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+            assert (ours - theirs).norm() <= 5e-5 * theirs.norm()
 
 
 def test_long_inputs_come_in_parts(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -94,6 +95,31 @@ def check_report(module):
     assert "spills" in replace(fine, local_memory_instructions=1).problems()[0]
     assert "shared memory" in replace(fine, shared=101_377).problems()[0]
     assert "tensor-core" in replace(fine, tensor_core="").problems()[0]
+
+
+def fused_after_a_shuffle(code):
+    """Instructions that multiply and add to a register which another lane sent."""
+    sent, found = {}, []
+    for line in code:
+        operation, *registers = re.findall(r"[\w.]+", line.split("@")[0])
+        registers = [each for each in registers if re.fullmatch(r"R\d+", each)]
+        if operation.startswith(("FFMA", "DFMA")) and set(registers[1:]) & sent.keys():
+            found.append(line)
+        for register in registers[:1]:
+            sent.pop(register, None)
+        if operation.startswith("SHFL"):
+            sent[registers[0]] = line
+    return found
+
+
+@pytest.mark.parametrize("kernel", ["candidates_kernel", "winners_kernel"])
+def test_lanes_agree_on_the_sums_that_beams_compare(repository, kernel):
+    """A fused product of the lane's own would make a sum differ from lane to lane."""
+    with script(repository, "kernel_resources") as module:
+        job = next(module.jobs({kernel}, {90}, {64}))
+        assert not fused_after_a_shuffle(module.machine_code(job, {"D", "K"}))
+        fused = module.machine_code(job, {"D", "K"}, enable_fp_fusion=True)
+        assert fused_after_a_shuffle(fused), "the check finds nothing where there is something"
 
 
 def test_one_triton_written_alone_keeps_the_rows_of_the_others(repository):
