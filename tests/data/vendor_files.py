@@ -44,7 +44,7 @@ def write_cnt(path, counts, rate, labels, events=()):
     table = start + 4 * counts.size
     setup = bytearray(900)
     setup[:12] = b"Version 3.0\0"
-    setup[225:245] = b"02/01/2301:00:00".ljust(20, b"\0")
+    setup[225:233], setup[235:243] = b"02/01/23", b"01:00:00"
     struct.pack_into("<H", setup, 370, channels)
     struct.pack_into("<H", setup, 376, rate)
     struct.pack_into("<i", setup, 864, samples)
