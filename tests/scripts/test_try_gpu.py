@@ -27,8 +27,19 @@ def test_steps_run_in_processes_of_their_own(trial, tmp_path):
     assert "| correct | passed |" in (tmp_path / "summary.md").read_text()
 
 
-def test_all_steps_fit_ten_minutes(trial):
-    assert sum(limit for _, limit in trial.STEPS.values()) == 10 * 60
+def test_all_steps_but_those_by_name_fit_eight_minutes(trial):
+    limits = {name: limit for name, (_, limit) in trial.STEPS.items()}
+    assert sum(limits.values()) - sum(limits[name] for name in trial.BY_NAME) == 8 * 60
+
+
+def test_checks_that_fail_are_named(trial, tmp_path, monkeypatch):
+    log = "FAILED tests/a.py::test_b[3-4] - assert 1 == 2\n1 failed, 2 passed in 3.0s\n"
+    (tmp_path / "correct.log").write_text(log)
+    monkeypatch.setattr(trial.Trial, "run", lambda *_: 1)
+    with pytest.raises(
+        RuntimeError, match=r"^1 failed, 2 passed in 3.0s, tests/a.py::test_b\[3-4\]$"
+    ):
+        trial.correct_step(trial.Trial(tmp_path, "cpu", True), 1)
 
 
 def test_a_failure_is_told_and_the_others_go_on(trial, tmp_path, monkeypatch):
