@@ -52,10 +52,10 @@ def test_spelling_encodes_no_training_signal_and_resumes_exactly(trainer_of, mon
     whole = trainer_of("whole")
     latents = type(whole.model).latents
 
-    def counted(model, *arguments):
+    def counted(model, *arguments, **options):
         if model.training:
             encoded.append(whole.progress.step)
-        return latents(model, *arguments)
+        return latents(model, *arguments, **options)
 
     monkeypatch.setattr(type(whole.model), "latents", counted)
     whole.fit()
