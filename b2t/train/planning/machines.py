@@ -46,7 +46,7 @@ LINKS: dict[str, float] = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What no data sheet says; none of it has been measured on a GPU here.
+    """What no data sheet says; docs/SCALING.md has what one H100 gave for some of it.
 
     Attributes:
         efficiency: share of the peak that matrix products reach.
