@@ -9,7 +9,7 @@ others. What they print lies in results/gpu/<step>.log; results/gpu/summary.md a
 passed, with the device, the versions, and figures of training; --write puts that and the goals of
 the benchmark between the markers of kernels/RESULTS.md. The steps, and their seconds:
 
-    device       20  the GPU, its driver and the versions of what runs on it
+    device       20  the GPU, its driver, what it reaches, and the versions of what runs on it
     correct     100  the kernels' checks on the device, CUDA graphs, and augmentation there
     bench       110  scripts/bench_kernels.py, wall time and host time, from the flagship case on
     train       140  the demo in fp16 on simulated recordings, stopped after two minutes: it saves
@@ -167,9 +167,13 @@ def device_step(trial: Trial, limit: float) -> dict[str, Any]:
     require(trial.run("device", [sys.executable, "-c", code], limit))
     if shutil.which("nvidia-smi"):
         require(trial.run("device", ["nvidia-smi"], limit))
-    line = re.search(r"^FOUND (.*)$", (trial.out / "device.log").read_text("utf-8"), re.MULTILINE)
+    limits = [sys.executable, "scripts/card_limits.py", "--device", trial.device]
+    small = ["--size", "64", "--megabytes", "1"] if trial.dry else []
+    require(trial.run("device", [*limits, *small], limit))
+    log = (trial.out / "device.log").read_text("utf-8")
+    line = re.search(r"^FOUND (.*)$", log, re.MULTILINE)
     assert line is not None
-    return json.loads(line[1])
+    return {**json.loads(line[1]), **json.loads(log.strip().rsplit("\n", 1)[-1])}
 
 
 def correct_step(trial: Trial, limit: float) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def test_steps_run_in_processes_of_their_own(trial, tmp_path):
     assert trial.main([*options, "--only", "device", "correct", "--out", str(tmp_path)]) == 0
     found = {each["step"]: each for each in json.loads((tmp_path / "summary.json").read_text())}
     assert found["device"]["found"]["torch"] == torch.__version__
+    assert found["device"]["found"]["product, TFLOP/s"]["float32"] > 0
     assert " passed" in found["correct"]["found"]["pytest"]
     assert "| correct | passed |" in (tmp_path / "summary.md").read_text()
 
