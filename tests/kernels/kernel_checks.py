@@ -133,7 +133,7 @@ def test_exact_settles_close_calls():
     x, centre = rows_and_codes(12, 1, 16, offset=3.0)
     noise = rows_and_codes(1, 300, 16, seed=2)[1]
     codebook = centre + 1e-5 * noise
-    codebook[5] = centre + 4.0
+    codebook[5] = centre + 4000.0
     check_search(x, codebook, None, True)
     indices, _ = search(x, codebook, None, False)
     wanted, _ = reference.nearest_code(x, codebook)
