@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import scipy  # its parts load as they are met: `scipy.signal` takes a second
 from pydantic import Field, model_validator
-from scipy import signal as filters
 
 from b2t.errors import UserError
 from b2t.options import Options, Positive
@@ -112,9 +112,11 @@ class Processing:
             return signal
         signal = np.asarray(signal, np.float64)
         if self.options.causal:
-            return filters.sosfilt(self.sections, signal, axis=0, zi=self._at_rest(signal[0]))[0]
+            return scipy.signal.sosfilt(self.sections, signal, axis=0, zi=self._at_rest(signal[0]))[
+                0
+            ]
         longest = 3 * (2 * len(self.sections) + 1)  # scipy's own default
-        return filters.sosfiltfilt(
+        return scipy.signal.sosfiltfilt(
             self.sections, signal, axis=0, padlen=min(longest, len(signal) - 1)
         )
 
@@ -134,7 +136,7 @@ class Processing:
 
     def _at_rest(self, first: np.ndarray) -> np.ndarray:
         """State of the filters had the first sample lasted for ever, [sections, 2, C]."""
-        return filters.sosfilt_zi(self.sections)[:, :, None] * first
+        return scipy.signal.sosfilt_zi(self.sections)[:, :, None] * first
 
 
 class ProcessingStream:
@@ -158,7 +160,9 @@ class ProcessingStream:
         bins = np.asarray(bins, np.float64)
         if self._state is None:
             self._state = self._whole._at_rest(bins[0])
-        found, self._state = filters.sosfilt(self._whole.sections, bins, axis=0, zi=self._state)
+        found, self._state = scipy.signal.sosfilt(
+            self._whole.sections, bins, axis=0, zi=self._state
+        )
         return found
 
 
@@ -178,6 +182,9 @@ def _sections(options: ProcessingOptions, rate: float) -> np.ndarray:
         kind = "bandpass" if low and high else "highpass" if low else "lowpass"
         corners = [each for each in (low, high) if each is not None]
         found = corners if len(corners) == 2 else corners[0]
-        parts.append(filters.butter(_ORDER, found, kind, fs=rate, output="sos"))
-    parts += [filters.tf2sos(*filters.iirnotch(f, _NOTCH_QUALITY, fs=rate)) for f in options.notch]
+        parts.append(scipy.signal.butter(_ORDER, found, kind, fs=rate, output="sos"))
+    parts += [
+        scipy.signal.tf2sos(*scipy.signal.iirnotch(f, _NOTCH_QUALITY, fs=rate))
+        for f in options.notch
+    ]
     return np.concatenate(parts) if parts else np.zeros((0, 6))

@@ -1,6 +1,7 @@
 """Preparing: what is written, splits, normalisation, memory, refusals."""
 
 import argparse
+import hashlib
 import json
 import shutil
 import tracemalloc
@@ -8,6 +9,7 @@ import tracemalloc
 import numpy as np
 import pyarrow as pa
 import pytest
+import xxhash
 from datasets import load_from_disk
 
 from b2t.data import prepare_command
@@ -85,6 +87,26 @@ def test_a_t15_release_arrives_unchanged(t15_release, tmp_path, capsys):
     record = json.loads((tmp_path / "out" / "b2t.json").read_text())
     assert record["normalization"] == "none" and record["z_scored"] and not record["simulated"]
     assert record["phonemes"][0] == "BLANK" and record["phonemes"][40] == "SIL"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_fingerprint_is_that_of_earlier_versions(t15_release, tmp_path, dtype):
+    """Version 2 of it, spelt out: BLAKE2b over names, labels and XXH3 of what was stored."""
+    folder, written = t15_release(16)
+    run(folder, tmp_path / "out", "--dtype", dtype)
+    parts = []
+    for split in ("test", "train", "val"):
+        total = hashlib.blake2b(digest_size=16)
+        for (session, of, trial), (signal, labels) in sorted(written.items()):
+            if of == split:
+                name = f"{session}/{trial // 2}/{trial}"
+                head = [name, labels.get("text"), labels.get("phonemes"), 50.0]
+                stored = signal.astype(dtype).astype("<f4")
+                total.update(json.dumps(head).encode())
+                total.update(xxhash.xxh3_128_digest(stored.tobytes() + str(stored.shape).encode()))
+        parts.append(total.hexdigest()[:12])
+    record = json.loads((tmp_path / "out" / "b2t.json").read_text())
+    assert record["fingerprint"] == "-".join(parts)
 
 
 def test_a_release_without_a_test_split_has_none(t15_release, tmp_path):

@@ -1,5 +1,7 @@
 """The T15 reader against files written from the layout of the release."""
 
+import pickle
+
 import h5py
 import numpy as np
 import pytest
@@ -58,6 +60,46 @@ def test_bins_after_n_time_steps_are_padding(t15_release):
         release["trial_0001"].attrs["n_time_steps"] = 7
     source = detect(file)
     np.testing.assert_array_equal(source.read(1), written["t15.2023.08.11", "train", 1][0][:7])
+
+
+@pytest.mark.parametrize("block", [0, 1024])
+def test_signals_are_read_however_they_are_stored(tmp_path, t15_trial, block):
+    """What lies in one piece is read without h5py, which is the truth here."""
+    values = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
+    stored = [
+        {"data": values}, {"data": values, "compression": "gzip"}, {"data": values + 1},
+        {"data": values, "chunks": (7, 4)}, {"data": values.astype(np.float64)},
+        {"data": values.astype(">f4")}, {"data": (10 * values).astype(np.int16)},
+        {"data": values.astype(np.float16)}, {"shape": (40, 6), "dtype": "f4", "fillvalue": 2.5},
+    ]  # fmt: skip
+    path = tmp_path / "t15.2023.08.11" / "data_train.hdf5"
+    path.parent.mkdir()
+    with h5py.File(path, "w", userblock_size=block) as file:
+        for number, storage in enumerate(stored):
+            group = file.create_group(f"trial_{number:04d}")
+            t15_trial(group, values, trial=number)
+            del group["input_features"]
+            group.create_dataset("input_features", **storage)
+            group.attrs["n_time_steps"] = 31
+    source = detect(path)
+    for asked in (source, pickle.loads(pickle.dumps(source))):
+        with h5py.File(path) as file:
+            for number in (3, 0, *range(len(stored))):
+                truth = file[f"trial_{number:04d}"]["input_features"][:31]
+                found = asked.read(number)
+                assert found.dtype == np.float32
+                np.testing.assert_array_equal(found, truth.astype(np.float32))
+
+
+def test_a_file_that_is_cut_after_it_was_opened_is_named(t15_release):
+    folder, _ = t15_release(512)
+    file = folder / "hdf5_data_final" / "t15.2023.08.11" / "data_train.hdf5"
+    source = detect(file)
+    with file.open("r+b") as content:
+        content.truncate(file.stat().st_size - 30_000)
+    with pytest.raises(UserError, match=r"data_train.hdf5, trial_0003: .*the file ends at byte"):
+        for index in range(4):
+            source.read(index)
 
 
 def test_a_simulation_says_so(t15_release):

@@ -7,7 +7,7 @@ import signal as signals
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -136,26 +136,28 @@ def write(
     rows: Rows = {}
     error = power = 0.0
     writers: dict[str, ShardWriter] = {}
-    for index, stored, look in _prepared(source, plan, indices, scale):
-        if look is not None:
-            seen.append(look)
-        if stored is None:
-            continue
-        if plan.dtype != "float32":
-            rounded = _rounded(stored, plan.dtype, source.trials[index].name)
-            error += float(np.square(stored - rounded.astype(np.float32), dtype=np.float64).sum())
-            power += float(np.square(stored, dtype=np.float64).sum())
-            stored = rounded
-        split = plan.splits[index]
-        if split not in writers:
-            path = shard(plan.folder, number, split)
-            writers[split] = ShardWriter(path, len(source.channels), plan.dtype)
-        writers[split].write(row_of(source, index, split), stored)
-        looked = None if look is None or plan.dtype != "float32" else look.looked
-        digest = signal_digest(stored).hex() if looked is None else looked.digest
-        rows.setdefault(split, []).append((index, digest))
-    for writer in writers.values():
-        writer.close()
+    with ThreadPoolExecutor(1) as beside:
+        for index, stored, look in _prepared(source, plan, indices, scale):
+            if look is not None:
+                seen.append(look)
+            if stored is None:
+                continue
+            if plan.dtype != "float32":
+                rounded = _rounded(stored, plan.dtype, source.trials[index].name)
+                rest = stored - rounded.astype(np.float32)
+                error += float(np.square(rest, dtype=np.float64).sum())
+                power += float(np.square(stored, dtype=np.float64).sum())
+                stored = rounded
+            split = plan.splits[index]
+            if split not in writers:
+                path = shard(plan.folder, number, split)
+                writers[split] = ShardWriter(path, len(source.channels), plan.dtype, beside)
+            writers[split].write(row_of(source, index, split), stored)
+            looked = None if look is None or plan.dtype != "float32" else look.looked
+            digest = signal_digest(stored).hex() if looked is None else looked.digest
+            rows.setdefault(split, []).append((index, digest))
+        for writer in writers.values():
+            writer.close()
     return Written(seen, rows, error, power)
 
 
@@ -222,7 +224,7 @@ def _rounded(signal: np.ndarray, dtype: str, name: str) -> np.ndarray:
 # ---- several processes
 
 _MOST_WORKERS = 8
-_WORTH_SECONDS = 20.0
+_WORTH_SECONDS = 5.0
 """Work that is less is done before other processes have imported what they need."""
 
 _here: tuple[Source, Plan] | None = None
@@ -255,7 +257,9 @@ def pool(
             left = (time.monotonic() - began) * (len(calls) - done) / done if done else 0.0
             if count > 1 and (executor or workers or left > _WORTH_SECONDS):
                 executor = executor or ProcessPoolExecutor(
-                    count, get_context("spawn"), initializer=partial(_start, reopen, plan)
+                    count,
+                    get_context("spawn"),
+                    initializer=partial(_start, _travelling(source, reopen), plan),
                 )
                 yield from _in_order(executor, task, calls[done:], 2 * count, source)
                 return
@@ -286,14 +290,21 @@ def _in_order(
             yield result
 
 
-def _start(reopen: Reopen | None, plan: Plan) -> None:
+def _travelling(source: Source, reopen: Reopen | None) -> "Source | Reopen":
+    """Return what a worker gets: the source itself where it is small, or how to open it."""
+    if getattr(source, "portable", False):
+        return source
+    assert reopen is not None
+    return reopen
+
+
+def _start(given: "Source | Reopen", plan: Plan) -> None:
     """Open the source in a worker, silently: the first process has said what there is to say."""
     global _here
-    assert reopen is not None
     signals.signal(signals.SIGINT, signals.SIG_IGN)  # the first process answers Ctrl-C
     logging.disable(logging.WARNING)
     os.environ["TQDM_DISABLE"] = "1"
-    _here = (reopen.open(), plan)
+    _here = (given.open() if isinstance(given, Reopen) else given, plan)
 
 
 def _do(task: Task, *call: Any) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from scipy.signal import resample_poly
+import scipy  # its parts load as they are met: `scipy.signal` takes a second
 
 from b2t.data.remarks import Remarks
 from b2t.errors import UserError
@@ -80,6 +80,9 @@ class Source(Protocol):
         simulated: the signals come from a simulation.
         trials: what is known before any signal is read.
         remarks: what reading met that may be a mistake.
+
+    A source may also have ``portable``, true where it is small and travels to other processes by
+    pickle; others are opened there again.
     """
 
     format: str
@@ -188,6 +191,6 @@ def resampled(
     context = -(-10 * max(up, down) // (up * down)) * down
     before = min(context, (start - limits[0]) // down * down)
     signal = read(start - before, min(stop + context, limits[1]))
-    whole = resample_poly(signal, up, down, axis=0, padtype="line")
+    whole = scipy.signal.resample_poly(signal, up, down, axis=0, padtype="line")
     first = before * up // down
     return whole[first : first + max(1, round((stop - start) * up / down))]

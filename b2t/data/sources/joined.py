@@ -29,6 +29,7 @@ class JoinedSource:
         self.own_splits = all(source.own_splits for source in sources)
         self.simulated = any(source.simulated for source in sources)
         self.sampling_rate = sources[0].sampling_rate
+        self.portable = all(getattr(source, "portable", False) for source in sources)
         self.remarks = Remarks()
         self.processing = getattr(sources[0], "processing", None)
         self.channels = list(dict.fromkeys(name for each in sources for name in each.channels))

@@ -12,7 +12,7 @@ from typing import Any
 
 import h5py
 import numpy as np
-from scipy.io import loadmat, whosmat
+import scipy  # its parts load as they are met
 
 from b2t.data.sources import mat_check
 from b2t.data.sources.reading import reading
@@ -58,7 +58,7 @@ class MatFile:
                         self._shapes[name] = getattr(item, "shape", (1, 1))[::-1]
             else:
                 mat_check.require_sound(file)
-                self._shapes = {name: tuple(shape) for name, shape, _ in whosmat(file)}
+                self._shapes = {name: tuple(shape) for name, shape, _ in scipy.io.whosmat(file)}
 
     def names(self) -> list[str]:
         """Names of the variables."""
@@ -84,7 +84,9 @@ class MatFile:
         with reading(f"{self.file}, {name}", _KIND):
             if self._hdf5 is not None:
                 return _of_hdf5(self._hdf5[name], self._hdf5)
-            return _of_scipy(loadmat(self.file, variable_names=[name], chars_as_strings=True)[name])
+            return _of_scipy(
+                scipy.io.loadmat(self.file, variable_names=[name], chars_as_strings=True)[name]
+            )
 
 
 def numbers(value: Any, place: str) -> np.ndarray:

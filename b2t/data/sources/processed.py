@@ -34,6 +34,7 @@ class ProcessedSource:
         self.simulated = source.simulated
         self.trials = source.trials
         self.remarks = source.remarks
+        self.portable = getattr(source, "portable", False)
         self._process = Processing(options, source.channels, source.sampling_rate)
         bad = set(options.bad_channels)
         self.absent = [place for place, name in enumerate(source.channels) if name in bad]

@@ -5,7 +5,7 @@ groups ``trial_0000`` … with ``input_features`` [T, 512], ``seq_class_ids`` an
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -22,6 +22,14 @@ from b2t.data.sources.base import (
     resampled,
 )
 from b2t.data.sources.hdf5_check import require_sound_heaps
+from b2t.data.sources.hdf5_values import (
+    NUMBERS,
+    PlainFile,
+    attribute,
+    is_of,
+    member,
+    place_of_float32,
+)
 from b2t.data.sources.reading import reading
 from b2t.errors import UserError
 
@@ -50,10 +58,22 @@ def open_source(path: Path, files: list[Path], options: SourceOptions) -> "T15So
     return T15Source(path, files, options)
 
 
+class _Place(NamedTuple):
+    """Where a signal [bins, channels] lies; ``start`` is its first byte, where that is enough."""
+
+    file: Path
+    key: str
+    bins: int
+    held: int
+    channels: int
+    start: int | None
+
+
 class T15Source:
     """Trials of the release. Only names and labels are held; signals are read one at a time."""
 
     format = NAME
+    portable = True
     standardized = True
     unit: str | None = None
     own_splits = True
@@ -64,8 +84,9 @@ class T15Source:
         self.simulated = False
         self.trials: list[TrialInfo] = []
         self.remarks = Remarks()
-        self._places: list[tuple[Path, str]] = []
+        self._places: list[_Place] = []
         self._open: tuple[Path, h5py.File] | None = None
+        self._plain: PlainFile | None = None
         widths: dict[int, str] = {}
         self._name_unread(path, files)
         for file in tqdm(files, desc="reading labels", unit="file", disable=None):
@@ -79,29 +100,41 @@ class T15Source:
             )
         self.channels = channel_names(next(iter(widths)))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open files behind: another process opens its own."""
+        return {**self.__dict__, "_open": None, "_plain": None}
+
     def read(self, index: int) -> np.ndarray:
         """Return the signal [T, C] of one trial."""
-        file, key = self._places[index]
-        name = f"{file}, {key}"
+        place = self._places[index]
+        name = f"{place.file}, {place.key}"
         with reading(name):
-            group = self._file(file)[key]
-            features = group["input_features"]
-            bins = _bins(group, len(features), name)
-            require_plausible_size(bins, features.shape[1], name)
-            if not bins:
-                return np.zeros((0, features.shape[1]), np.float32)
-            if bins < len(features):
-                self._look_at_padding(features, bins, name)
+            require_plausible_size(place.bins, place.channels, name)
+            if not place.bins:
+                return np.zeros((0, place.channels), np.float32)
+            if place.bins < place.held:
+                self._look_at_padding(place, name)
             return resampled(
-                lambda start, stop: _float32(features[start:stop]),
+                lambda start, stop: self._values(place, start, stop),
                 0,
-                bins,
-                (0, bins),
+                place.bins,
+                (0, place.bins),
                 (SAMPLING_RATE, self.sampling_rate),
             )
 
-    def _look_at_padding(self, features: h5py.Dataset, bins: int, name: str) -> None:
-        rest = features[bins : bins + _PADDING_LOOK]
+    def _values(self, place: _Place, start: int, stop: int) -> np.ndarray:
+        """Return the bins [start, stop) of a trial, float32 [T, C]."""
+        if place.start is None:
+            return _float32(self._file(place.file)[place.key]["input_features"][start:stop])
+        if self._plain is None or self._plain.path != place.file:
+            if self._plain is not None:
+                self._plain.close()
+            self._plain = PlainFile(place.file)
+        first = place.start + 4 * start * place.channels
+        return self._plain.read(first, stop - start, place.channels)
+
+    def _look_at_padding(self, place: _Place, name: str) -> None:
+        rest = self._values(place, place.bins, min(place.held, place.bins + _PADDING_LOOK))
         if rest.any():
             self.remarks.add(
                 "bins after n_time_steps hold values; they were left out as padding. If they "
@@ -133,11 +166,11 @@ class T15Source:
         for key in keys:
             with reading(f"{path}, {key}"):
                 group = file[key]
-                trial = _trial(path, key, group)
-                self.simulated |= bool(group.attrs.get("simulated", False))
-                channels = int(group["input_features"].shape[1])
+                trial, place = _trial(path, key, group)
+                self.simulated |= bool(attribute(group, "simulated", False))
             self.trials.append(trial)
-            self._places.append((path, key))
+            self._places.append(place)
+            channels = place.channels
             widths.setdefault(channels, trial.name)
             if len(widths) > 1:
                 (one, at_one), (other, at_other) = widths.items()
@@ -177,42 +210,44 @@ def _split(file: Path) -> str:
     return file.stem.removeprefix("data_")
 
 
-def _trial(path: Path, key: str, group: Any) -> TrialInfo:
+def _trial(path: Path, key: str, group: Any) -> tuple[TrialInfo, _Place]:
     name = f"{path}, {key}"
-    features: Any = group.get("input_features") if isinstance(group, h5py.Group) else None
-    if not _is_table(features):
+    features: Any = member(group, "input_features") if isinstance(group, h5py.Group) else None
+    held, channels = features.shape if _is_table(features) else (0, 0)
+    if features is None or not channels:
         found = sorted(group) if isinstance(group, h5py.Group) else "no group"
         raise UserError(
             f"{name}: expected a dataset input_features [bins, channels], found {found}: is this "
             "a Brain-to-Text '25 file?"
         )
-    if features.dtype.kind not in "fiu":
+    if not is_of(features, NUMBERS):
         raise UserError(
             f"{name}: input_features holds {features.dtype}, where real numbers are expected: "
             "store the signal as float32"
         )
-    _bins(group, len(features), name)
-    session = _text(group.attrs.get("session", path.parent.name), f"{name}, session")
+    session = _text(attribute(group, "session", path.parent.name), f"{name}, session")
     split = _split(path)
     number = key.removeprefix("trial_")
+    start = place_of_float32(features, (held, channels))
+    place = _Place(path, key, _bins(group, held, name), held, channels, start)
     return TrialInfo(
         name=name,
         session=session,
         subject=session.split(".")[0],
-        block=_whole(group.attrs.get("block_num", 0), f"{name}: block_num"),
-        trial=_whole(group.attrs.get("trial_num", number), f"{name}: trial_num"),
+        block=_whole(attribute(group, "block_num", 0), f"{name}: block_num"),
+        trial=_whole(attribute(group, "trial_num", number), f"{name}: trial_num"),
         text=_transcription(group, name),
         phonemes=_phonemes(group, name),
         split=split if split in SPLITS else None,
-    )
+    ), place
 
 
-def _is_table(value: Any) -> bool:
-    return isinstance(value, h5py.Dataset) and value.ndim == 2 and value.shape[1] > 0
+def _is_table(found: Any) -> bool:
+    return isinstance(found, h5py.h5d.DatasetID) and len(found.shape) == 2
 
 
 def _bins(group: h5py.Group, held: int, name: str) -> int:
-    bins = _whole(group.attrs.get("n_time_steps", held), f"{name}: n_time_steps")
+    bins = _whole(attribute(group, "n_time_steps", held), f"{name}: n_time_steps")
     if not 0 <= bins <= held:
         raise UserError(
             f"{name}: n_time_steps is {bins}, but input_features holds {held} bins: the file is "
@@ -239,8 +274,9 @@ def _whole(value: Any, name: str) -> int:
 
 def _transcription(group: h5py.Group, name: str) -> str | None:
     """Return the sentence; None in the release's test split, which has no labels."""
-    if "transcription" in group:
-        codes = _labels(group, "transcription", name)
+    found = member(group, "transcription")
+    if found is not None:
+        codes = _labels(found, "transcription", name)
         codes = codes[: _first_zero(codes)]
         strange = codes[(codes < 0) | (codes > 0x10FFFF) | ((codes >= 0xD800) & (codes < 0xE000))]
         if strange.size:
@@ -249,15 +285,16 @@ def _transcription(group: h5py.Group, name: str) -> str | None:
             )
         text = "".join(map(chr, codes)).strip()
     else:
-        text = _text(group.attrs.get("sentence_label", ""), f"{name}, sentence_label").strip()
+        text = _text(attribute(group, "sentence_label", ""), f"{name}, sentence_label").strip()
     return text or None
 
 
 def _phonemes(group: h5py.Group, name: str) -> tuple[int, ...] | None:
-    if "seq_class_ids" not in group:
+    found = member(group, "seq_class_ids")
+    if found is None:
         return None
-    ids = _labels(group, "seq_class_ids", name)
-    length = _whole(group.attrs.get("seq_len", _first_zero(ids)), f"{name}: seq_len")
+    ids = _labels(found, "seq_class_ids", name)
+    length = _whole(attribute(group, "seq_len", _first_zero(ids)), f"{name}: seq_len")
     if not 0 <= length <= len(ids):
         raise UserError(
             f"{name}: seq_len is {length}, but seq_class_ids holds {len(ids)} labels: the file is "
@@ -272,17 +309,18 @@ def _phonemes(group: h5py.Group, name: str) -> tuple[int, ...] | None:
     return tuple(ids.tolist()) or None
 
 
-def _labels(group: h5py.Group, key: str, name: str) -> np.ndarray:
+def _labels(found: Any, key: str, name: str) -> np.ndarray:
     """Return whole numbers [L] of a dataset of labels."""
-    labels = group[key]
-    fits = isinstance(labels, h5py.Dataset) and labels.ndim == 1 and labels.size <= _MOST_LABELS
-    if not fits or labels.dtype.kind not in "iu":
-        shape = getattr(labels, "shape", "no")
+    shape: Any = found.shape if isinstance(found, h5py.h5d.DatasetID) else "no"
+    if len(shape) != 1 or shape[0] > _MOST_LABELS or not is_of(found, (h5py.h5t.INTEGER,)):
         raise UserError(
-            f"{name}: {key} holds {getattr(labels, 'dtype', 'a group')} of shape {shape}, where "
+            f"{name}: {key} holds {getattr(found, 'dtype', 'a group')} of shape {shape}, where "
             f"up to {_MOST_LABELS} whole numbers are expected"
         )
-    return np.asarray(labels).astype(np.int64)
+    labels = np.empty(shape, np.int64)
+    if labels.size:
+        found.read(h5py.h5s.ALL, h5py.h5s.ALL, labels)
+    return labels
 
 
 def _first_zero(values: np.ndarray) -> int:
