@@ -10,6 +10,7 @@ from typing import Any
 
 from b2t.arguments import seconds
 from b2t.evaluate.evaluate_command import (
+    FASTER,
     add_checkpoint,
     add_no_rescoring,
     generation_options,
@@ -118,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
     from b2t.errors import UserError
     from b2t.evaluate import run_folder
     from b2t.evaluate.decode import decode_batches, rank_batches, read_batches
+    from b2t.evaluate.waiting import with_time_left
     from b2t.records import write_atomically
 
     if (args.dataset is None) == (args.follow is None):
@@ -141,6 +143,8 @@ def run(args: argparse.Namespace) -> int:
     batches = run_folder.load_batches(
         opened, model, args.dataset, split, tokenizer, args.batch_size, force=args.force
     )
+    trials = run_folder.count_trials(args.dataset, split)
+    batches = with_time_left(batches, f"decode {split}", trials, FASTER)
     ranked: dict[str, list[dict[str, Any]]] = {}
     if words is not None and args.n_best is not None:
         ranked = dict(rank_batches(model, batches, words, args.n_best))

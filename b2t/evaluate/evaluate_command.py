@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from b2t.model.brain_to_text import BrainToText
 
 COMPARISON_FILE = "comparison.json"
+FASTER = "faster: fewer --beams, fewer --max-new-tokens"
 
 SUMMARY = "score a trained model on held-out trials, with a noise control beside it"
 EPILOG = """\
@@ -112,6 +113,7 @@ def evaluate(args: argparse.Namespace, run: Path, out: Path | None) -> "Evaluati
     from b2t.evaluate.provenance import note_language_model, note_provenance
     from b2t.evaluate.table import print_evaluation
     from b2t.evaluate.verdict import verdict
+    from b2t.evaluate.waiting import with_time_left
     from b2t.evaluate.words import PhonemeBeam
     from b2t.records import read_jsonl
 
@@ -132,15 +134,16 @@ def evaluate(args: argparse.Namespace, run: Path, out: Path | None) -> "Evaluati
         args.force,
         texts=words is not None,
     )
+    trials = run_folder.count_trials(path, split, args.limit)
+    remedy = f"{FASTER}, --limit, --no-noise"
     result = evaluate_model(
         model,
-        batches,
+        with_time_left(batches, f"evaluate {split}", trials, remedy),
         tokenizer,
         split=split,
         simulated=run_folder.is_simulated(model, path),
         noise_control=not args.no_noise,
         seed=args.seed,
-        progress=True,
         words=words,
         controls=_controls(args),
         phonemes=None if args.phoneme_beam is None else PhonemeBeam(args.phoneme_beam),

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from b2t.data.batches import Batch
 from b2t.evaluate import usage
@@ -54,7 +53,6 @@ def evaluate_model(
     decode: bool = True,
     seed: int = 0,
     gather: Callable[[Any], list[Any]] | None = None,
-    progress: bool = False,
     words: ReadsWords | None = None,
     controls: Sequence[str] = (),
     phonemes: ReadsPhonemes | None = None,
@@ -75,7 +73,6 @@ def evaluate_model(
         decode: generate text; without it only phonemes, signals and codes are scored.
         seed: seed of the noise, of the shuffles and of the bootstrap.
         gather: returns what every rank gives it, in order, on all ranks; None is a rank alone.
-        progress: show a bar, on a terminal.
         words: reads words from the phoneme logits; None leaves `wer_lm` and the like out.
         controls: names of `CONTROLS`; each takes about as long as decoding does.
         phonemes: reads phonemes from their logits; None takes the best class of each frame.
@@ -85,10 +82,9 @@ def evaluate_model(
     with_text = decode and tokenizer is not None and _part(model, "text_decoder") is not None
     speaker = _Speaker(model, tokenizer if with_text else None, words, generation, phonemes)
     training = model.training
-    hidden = None if progress else True  # None: shown on a terminal only
     model.eval()
     try:
-        for batch in tqdm(batches, desc=f"evaluate {split}", disable=hidden, leave=False):
+        for batch in batches:
             batch = to_model(batch, model)
             found, output = _predict(speaker, batch, share)
             _control(speaker, batch, output, found, seed, noise_control, controls)

@@ -214,6 +214,14 @@ def load_batches(
     return batches if order is None else (batch.with_channels(order) for batch in batches)
 
 
+def count_trials(path: str, split: str, limit: int | None = None) -> int:
+    """Return how many rows `load_batches` yields."""
+    from b2t.data.dataset import load_trials
+
+    rows = len(load_trials(path, split))
+    return rows if limit is None else min(rows, limit)
+
+
 def require_same_kind(
     run: Run, model: "BrainToText", path: str, trials: "Dataset", force: bool = False
 ) -> list[int] | None:

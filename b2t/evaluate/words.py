@@ -108,9 +108,9 @@ def library() -> Any:
         from flashlight.lib.text import decoder
     except ImportError:
         raise UserError(
-            "decoding with a lexicon needs flashlight-text: pip install 'b2t[lm]' under Python "
-            f"3.12 or older, for which there are wheels (this is {sys.version_info[0]}."
-            f"{sys.version_info[1]})"
+            "decoding with a lexicon needs flashlight-text, or from Python 3.13 on "
+            "ufal-flashlight-text, which is the same: pip install 'b2t[lm]' (this is Python "
+            f"{sys.version_info[0]}.{sys.version_info[1]})"
         ) from None
     return decoder
 

@@ -12,6 +12,7 @@ from b2t.data.trials import spread_over_sessions
 from b2t.evaluate import usage
 from b2t.evaluate.evaluation import Evaluation, evaluate_model
 from b2t.evaluate.signal import decibels
+from b2t.evaluate.waiting import with_time_left
 from b2t.log import logger
 from b2t.model.brain_to_text import BrainToText
 from b2t.model.objectives import COUNTS, WEIGHTED
@@ -26,6 +27,8 @@ log = logger(__name__)
 
 _NORMALISER = {name: loss.per for name, loss in WEIGHTED.items() if loss.per}
 """Losses that are means over elements; the regularisers of a batch are no validation metric."""
+
+_FASTER = "faster: fewer evaluation.decode_trials, num_beams, max_new_tokens"
 
 _POOLED = (
     "squared_error", "signal_power", "tokens_correct", *LEFT_OUT,
@@ -148,9 +151,11 @@ def decode(
     if trials == 0:
         return None
     speaks = phase.losses.generation > 0
+    heard = stops.until_heard(validation_batches(config, materials, ranks, trials))
+    mine = -(-min(trials, len(materials.validation)) // ranks.world)
     result = evaluate_model(
         model,
-        stops.until_heard(validation_batches(config, materials, ranks, trials)),
+        with_time_left(heard, f"decoding after phase {phase.name}", mine, _FASTER, hidden=True),
         materials.tokenizer if speaks else None,
         split=config.data.validation_split,
         simulated=materials.info.simulated,
