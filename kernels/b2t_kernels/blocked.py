@@ -25,14 +25,16 @@ def working_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def lowest_duplicate(codebook: Tensor, bias: Tensor) -> Tensor | None:
+def lowest_duplicate(codebook: Tensor, bias: Tensor, usable: Tensor) -> Tensor | None:
     """For each code, the lowest index of an identical code, [K]; None if all codes differ.
+
+    Those that are not ``usable`` [K] are like no other.
 
     A matrix product may round equal columns differently at the edge of a block, so ties between
     identical codes are settled here and not by comparing scores.
     """
     _, group, members = torch.unique(bias, return_inverse=True, return_counts=True)
-    suspects = (members[group] > 1).nonzero()[:, 0]
+    suspects = ((members[group] > 1) & usable).nonzero()[:, 0]
     if not suspects.numel():
         return None
     _, inverse = torch.unique(codebook[suspects], dim=0, return_inverse=True)
@@ -90,7 +92,7 @@ def centre_codes(codebook: Tensor, dtype: torch.dtype) -> CentredCodes:
     torch.sub(safe, mean, out=codes[:K])
     codes[K:] = 0
     bias = codes.square().sum(dim=1).mul_(-0.5)
-    duplicates = lowest_duplicate(safe, bias[:K])
+    duplicates = lowest_duplicate(safe, bias[:K], finite)
     bias[:K].masked_fill_(~finite, -torch.inf)
     bias[K:] = -torch.inf
     radius = torch.where(finite, codes[:K].norm(dim=1), 0).max()

@@ -1,66 +1,55 @@
 """Beam search over residual layers in blocked torch: what a CPU runs.
 
-Letters: N frames, b sums kept of each, K codes, D width, Q layers.
+Letters: N frames, b sums kept of each, K codes, D width, Q layers, G groups of codes.
 
 A residual r is a frame less the codes before it, so its products with a codebook follow from those
 of the frame and, from a table, those of the codes: r·c = x·c − Σ_m c_m·c. Where that is less work
-than the products of b residuals, it is done. Either way scores are rough: some more continuations
-than are wanted are compared in float64, and that none of the others is nearer is proven by a bound
-of the rounding. Frames where it is not take more of them, from the products themselves.
+than the products of b residuals, it is done. Either way scores are rough, and of all of them only
+the maxima of groups of codes are kept: `b2t_kernels.beam_candidates` picks the nearest sums from
+those, and proves by the bound of the rounding that they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from b2t_kernels.blocked import GROUP, CentredCodes, centre_codes, centred
+from b2t_kernels.beam_candidates import Book, Scored, group_size, nearest_sums, places
+from b2t_kernels.blocked import CentredCodes, centre_codes, centred
 
-_BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
-"""Scores of one block."""
+_BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
+"""Scores of one block that are kept."""
+_PASSING_ELEMENTS = 1 << 19
+"""Scores that are made from tables at a time, and stay in the cache until maxima are taken."""
+_PASSING_BLOCKS = 64
+"""How many of these have their sums picked together."""
 _KEPT_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
 """Elements of the residuals that are kept at a time."""
 _TABLE_ELEMENTS = 1 << 23
 _GATHERED_ROW = 4
 """What adding up one row of a table costs, in terms of a product's width."""
-_SMALLER_GROUP = 8
 _UNIT = torch.finfo(torch.float32).eps / 2
 
 
-class _Book(NamedTuple):
-    """Codes [K, D], the same centred and in float64, and how many of them may be chosen.
-
-    The bias of a code that may not be chosen is −inf.
-    """
-
-    codes: Tensor
-    made: CentredCodes
-    wide: Tensor
-    choices: int
-
-
-class _Sums(NamedTuple):
+class _Sums:
     """Sums kept of frames: residuals [n, b, D] and the codes that led there [n, b, q]."""
 
-    residuals: Tensor
-    paths: Tensor
+    def __init__(self, residuals: Tensor, paths: Tensor) -> None:
+        self.residuals, self.paths = residuals, paths
 
-
-class _Scored(NamedTuple):
-    """Scores r·c − ½|c|² [n·b, K′] of residuals [n, b, D], both less the codes' mean.
-
-    With the anchors −½|r|² [n, b] they are −½|r − c|². bound: [n] how far the sum of both may be
-    off.
-    """
-
-    scores: Tensor
-    anchors: Tensor
-    bound: Tensor
-    residuals: Tensor
+    def continued(self, origin: Tensor, codes: Tensor, book: Book) -> _Sums:
+        """Those of the sums ``origin`` [n, w] and the ``codes`` [n, w] that follow them."""
+        _, b, q = self.paths.shape
+        rows = places(origin, b).flatten()
+        left = self.residuals.flatten(0, 1).index_select(0, rows)
+        left -= book.codes.index_select(0, codes.flatten())
+        paths = torch.cat([self.paths.flatten(0, 1)[rows], codes.view(-1, 1)], 1)
+        return _Sums(left.view(*codes.shape, -1), paths.view(*codes.shape, q + 1))
 
 
 def beam_codes(
@@ -68,58 +57,52 @@ def beam_codes(
 ) -> Tensor:
     """See :func:`b2t_kernels.beam_codes`."""
     x = x.float()
+    if not len(x):
+        return torch.zeros(0, len(codebooks), dtype=torch.int64, device=x.device)
     given = [centred(entry, x) for entry in prepared] or [None] * len(codebooks)
     books = [_book(*pair) for pair in zip(codebooks, given, strict=True)]
     kept = _KEPT_ELEMENTS.get(x.device.type, 1 << 21) // (width * x.shape[1])
     return torch.cat([_search(frames, books, width) for frames in x.split(max(1, kept))])
 
 
-def _book(codes: Tensor, known: CentredCodes | None) -> _Book:
+def _book(codes: Tensor, known: CentredCodes | None) -> Book:
     """Prepare a codebook; of identical codes only the first may be chosen, NaN never."""
     made = known or centre_codes(codes, torch.float32)
-    bias = made.bias.masked_fill(~made.allowed(), -torch.inf)
-    choices = max(1, int((bias > -torch.inf).sum()))
-    return _Book(codes, made._replace(bias=bias), codes.double(), choices)
+    allowed = made.allowed()
+    if not bool(made.radius.square().isfinite()):
+        # The bias of a code too long for float32 is −inf, too.
+        bias = made.bias.clone()
+        bias[: len(codes)].masked_fill_(codes.isfinite().all(1), 0.0)
+        allowed = made._replace(bias=bias).allowed()
+    bias = made.bias.masked_fill(~allowed, -torch.inf)
+    choices = max(1, int(allowed.sum()))
+    return Book(codes, made._replace(bias=bias), codes.double(), allowed, choices)
 
 
-def _search(frames: Tensor, books: list[_Book], width: int) -> Tensor:
+def _search(frames: Tensor, books: list[Book], width: int) -> Tensor:
     """Codes [n, Q] of frames [n, D]."""
-    n, D = frames.shape
+    n = frames.shape[0]
     sums = _Sums(frames[:, None], frames.new_zeros(n, 1, 0, dtype=torch.int64))
     for q, book in enumerate(books[:-1]):
-        origin, codes = _continue(frames, sums, books[: q + 1], width)
-        rows = _places(origin, sums.paths.shape[1]).flatten()
-        left = sums.residuals.flatten(0, 1).index_select(0, rows)
-        left -= book.codes.index_select(0, codes.flatten())
-        paths = torch.cat([sums.paths.flatten(0, 1)[rows], codes.view(-1, 1)], 1)
-        sums = _Sums(left.view(*codes.shape, D), paths.view(*codes.shape, q + 1))
+        sums = sums.continued(*_continue(frames, sums, books[: q + 1], width), book)
     origin, codes = _continue(frames, sums, books, 1)
     return torch.cat([sums.paths[torch.arange(n, device=frames.device), origin[:, 0]], codes], 1)
 
 
-def _continue(frames: Tensor, sums: _Sums, books: list[_Book], width: int) -> tuple[Tensor, Tensor]:
+def _continue(frames: Tensor, sums: _Sums, books: list[Book], width: int) -> tuple[Tensor, Tensor]:
     """The ``width`` nearest continuations of each frame by a code of the last of ``books``.
 
     Returns:
         Which sum [n, w] and which code [n, w], the nearest first; fewer where there are not so
         many.
     """
-    (_, b, D), book = sums.residuals.shape, books[-1]
-    K = book.made.bias.numel()
-    # A score for each code, and two candidates in float64 for each sum kept.
-    elements = _BLOCK_ELEMENTS.get(frames.device.type, 1 << 21)
-    step = max(1, elements // (max(b, width) * max(K, 4 * D)))
-    scored = _by_tables if _pays(frames, sums, K) else _by_products
-    found = [
-        _nearest_sums(part, book, width, max(3, width // 2))
-        for part in scored(frames, sums, books, step)
-    ]
-    origin, codes, sure = (torch.cat(each) for each in zip(*found, strict=True))
-    doubtful = (~sure).nonzero()[:, 0]
-    for rows in doubtful.split(step) if doubtful.numel() else ():
-        again = _nearest_sums(_products(sums.residuals[rows], book), book, width, max(8, width))
-        origin[rows], codes[rows] = again[:2]
-    return origin, codes
+    book, b = books[-1], sums.residuals.shape[1]
+    wanted = min(width, b * book.choices)
+    scored = _by_tables if _pays(frames, sums, book.padded) else _by_products
+    near = torch.cat(
+        [nearest_sums(part, book, wanted) for part in scored(frames, sums, books, wanted)]
+    )
+    return near // book.padded, near % book.padded
 
 
 def _pays(frames: Tensor, sums: _Sums, K: int) -> bool:
@@ -130,111 +113,104 @@ def _pays(frames: Tensor, sums: _Sums, K: int) -> bool:
     return _GATHERED_ROW * (q + 1) * n * b + (q * K + n) * D < n * b * D
 
 
-def _products(residuals: Tensor, book: _Book) -> _Scored:
-    """Scores of residuals [n, b, D]: off by (D + 9)u(|r| + R)² at most, as in `_moved`."""
-    made, D = book.made, residuals.shape[2]
-    moved = residuals - made.mean
-    scores = torch.addmm(made.bias, moved.flatten(0, 1), made.codes.T)
-    lengths = moved.norm(dim=2)
-    bound = (D + 9) * _UNIT * (lengths.amax(1) + made.radius).square()
-    return _Scored(scores, -0.5 * lengths.square(), bound, residuals)
+def _by_products(frames: Tensor, sums: _Sums, books: list[Book], wanted: int) -> Iterator[Scored]:
+    """Scores of some frames after others, by the products of their residuals."""
+    (_, b, D), book = sums.residuals.shape, books[-1]
+    elements = _BLOCK_ELEMENTS.get(frames.device.type, 1 << 21)
+    size = group_size(b, book.padded, wanted)
+    for residuals in sums.residuals.split(max(1, elements // (b * max(book.padded, 4 * D)))):
+        moved = residuals - book.made.mean
+        scores = torch.addmm(book.made.bias, moved.flatten(0, 1), book.made.codes.T)
+        groups = scores.view(-1, size)
+        squares = moved.square_().sum(2)
+        bound = rounding(D, 0, squares.amax(1).sqrt(), book.made.radius, squares.amax(1))
+        yield Scored(
+            groups.amax(1).view(len(residuals), -1),
+            partial(groups.index_select, 0),
+            squares.mul_(-0.5), bound, residuals,
+        )  # fmt: skip
 
 
-def _by_products(frames: Tensor, sums: _Sums, books: list[_Book], step: int) -> Iterator[_Scored]:
-    """Scores of each ``step`` frames."""
-    return (_products(part, books[-1]) for part in sums.residuals.split(step))
-
-
-def _by_tables(frames: Tensor, sums: _Sums, books: list[_Book], step: int) -> Iterator[_Scored]:
-    """The same from tables: [q·K′, K′] of the codes, and below them the frames of one step."""
+def _by_tables(frames: Tensor, sums: _Sums, books: list[Book], wanted: int) -> Iterator[Scored]:
+    """The same from tables: [q·K′, K′] of the codes, and below them the frames of one block."""
     *earlier, book = books
-    (n, D), (_, b, q), K = frames.shape, sums.paths.shape, book.made.bias.numel()
+    (n, D), (_, b, q), K = frames.shape, sums.paths.shape, book.padded
+    size, passing = group_size(b, K, wanted), max(1, _PASSING_ELEMENTS // (b * K))
+    step = passing * _PASSING_BLOCKS
     table = frames.new_empty(q * K + min(step, n), K)
-    opposite = -book.made.codes.T
     for m, other in enumerate(earlier):
-        torch.mm(other.made.codes, opposite, out=table[m * K : (m + 1) * K])
+        of_codes = table[m * K : (m + 1) * K]
+        torch.addmm(of_codes, other.made.codes, book.made.codes.T, beta=0, alpha=-1, out=of_codes)
+    groups = table.view(-1, size)
     moved, reach = _moved(frames, books)
-    bound = (D + 3 * q + 9) * _UNIT * reach.square()
     rows = torch.cat([sums.paths, torch.arange(n)[:, None, None].expand(n, b, 1)], 2)
     rows += torch.arange(0, (q + 1) * K, K)
+    bags = torch.arange(0, passing * b * (q + 1), q + 1)
     for start in range(0, n, step):
         part = slice(start, start + step)
-        own = table[q * K :][: len(moved[part])]
-        torch.addmm(book.made.bias, moved[part], book.made.codes.T, out=own)
-        rows[part, :, q] -= start
-        scores = functional.embedding_bag(rows[part].flatten(0, 1), table, mode="sum")
         residuals = sums.residuals[part]
-        anchors = (residuals - book.made.mean).norm(dim=2).square_().mul_(-0.5)
-        yield _Scored(scores, anchors, bound[part], residuals)
+        own = table[q * K :][: len(residuals)]
+        torch.addmm(book.made.bias, moved[part], book.made.codes.T, out=own)
+        index = rows[part].flatten(0, 1)
+        index[:, q] -= start
+        maxima = frames.new_empty(len(index), K // size)
+        blocks = zip(index.split(passing * b), maxima.split(passing * b), strict=True)
+        for some, into in blocks:
+            scores = functional.embedding_bag(some.flatten(), table, bags[: len(some)], mode="sum")
+            torch.amax(scores.view(-1, K // size, size), 2, out=into)
+        squares = (residuals - book.made.mean).square_().sum(2)
+        bound = rounding(D, q, reach[part], book.made.radius, squares.amax(1))
+        yield Scored(
+            maxima.view(len(residuals), -1),
+            partial(_summed_groups, groups, index, K // size),
+            squares.mul_(-0.5), bound, residuals,
+        )  # fmt: skip
 
 
-def _moved(frames: Tensor, books: list[_Book]) -> tuple[Tensor, Tensor]:
-    """Frames less the means of all ``books``, [n, D], and S + R [n].
+def _summed_groups(groups: Tensor, index: Tensor, of_sum: int, chosen: Tensor) -> Tensor:
+    """Scores of the ``chosen`` [m] groups of sums, as `_by_tables` makes them: [m, g].
 
-    S is the length of the frame less the first mean, of the longest codes before and of the later
-    means together, R that of the longest code, u the unit roundoff. The products and their sum are
-    off by at most (D + q + 3)u·S·R, the residual they stand for by (2q + 4)u·S, ½|c|² by
-    (D + 2)u·½R² and ½|r|² by (D + 4)u·½S²; together by less than (D + 3q + 9)u(S + R)².
+    Args:
+        groups: of the rows of its table, one after another, [·, g].
+        index: rows that are added for each sum, [n·b, q + 1].
+        of_sum: groups of a row, G.
+        chosen: of the n·b·G.
     """
+    sums = chosen // of_sum
+    rows = index.index_select(0, sums).mul_(of_sum).add_((chosen - sums * of_sum)[:, None])
+    return functional.embedding_bag(rows, groups, mode="sum")
+
+
+def _moved(frames: Tensor, books: list[Book]) -> tuple[Tensor, Tensor]:
+    """Frames less the means of all ``books``, [n, D], and S [n] as in `rounding`."""
     moved = frames - books[0].made.mean
-    reach = moved.norm(dim=1) + books[0].made.radius
-    for book in books[1:]:
+    reach = moved.norm(dim=1)
+    for earlier, book in pairwise(books):
         moved -= book.made.mean
-        reach += book.made.radius + book.made.mean.norm()
+        reach += earlier.made.radius + book.made.mean.norm()
     return moved, reach
 
 
-def _nearest_sums(
-    scored: _Scored, book: _Book, width: int, spare: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pick the ``width`` best of all continuations by a code, of as many and ``spare``.
+def rounding(D: int, q: int, reach: Tensor, radius: Tensor, squares: Tensor) -> Tensor:
+    """How far −½|r − c|² as it is computed may be off, [n]; infinite where it may overflow.
 
-    Returns:
-        Which sum [n, w], which code [n, w], the nearest first, and whether that is sure [n].
+    It is the sum of −½|r|² and r·c − ½|c|², both less the mean of the codes, with r as it is kept
+    and r·c put together from q codes before it. S is the length of the frame less the first mean,
+    of the longest codes before and of the later means together (|r| where q is 0), R that of the
+    longest code, ρ² the largest |r|², u the unit roundoff. The products are off by D·u·S·R, the
+    code by u·R, what stands for the residual by (2q + 2)u·S, and the sum of q + 3 numbers by
+    (q + 2)u(S·R + ½R²) and u·½ρ²; ½|c|² by (D + 3)u·½R² and ½|r|² by (D + 2)u·½ρ². Two units of
+    each are left for products of these.
+
+    Args:
+        D: terms of a product.
+        q: codes before.
+        reach: S [n].
+        radius: R [].
+        squares: ρ² [n].
     """
-    (n, b, _), padded = scored.residuals.shape, scored.scores.shape[1]
-    wanted = min(width + spare, b * book.choices)
-    near, least = _greatest(scored.scores, scored.anchors, wanted)
-    near = near.sort(dim=1).values
-    origin, codes = near // padded, near % padded
-    left = scored.residuals.flatten(0, 1).double().index_select(0, _places(origin, b).flatten())
-    left -= book.wide.index_select(0, codes.flatten())
-    distances, order = left.square_().sum(1).view(n, wanted).sort(dim=1, stable=True)
-    kept = order[:, :width]
-    sure = -0.5 * distances[:, kept.shape[1] - 1] > least.double() + scored.bound
-    return origin.gather(1, kept), codes.gather(1, kept), sure | (wanted == b * book.choices)
-
-
-def _greatest(scores: Tensor, anchors: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-    """Where in ``scores`` [n, b·K′] plus ``anchors`` [n, b] the greatest are, in any order.
-
-    They lie in the groups of the greatest maxima, which are found in one fast pass, and there in
-    the smaller groups of the greatest maxima.
-
-    Returns:
-        Places [n, ``wanted``], and the least of the values there [n].
-    """
-    n, b = anchors.shape
-    groups = scores.view(n, scores.shape[1] * b // GROUP, GROUP)
-    anchors = anchors.repeat_interleave(groups.shape[1] // b, 1)
-    chosen = _first(groups.amax(2).add_(anchors), wanted)
-    held = groups.flatten(0, 1)[_places(chosen, groups.shape[1])]
-    held += anchors.gather(1, chosen)[..., None]
-    smaller = held.view(n, chosen.shape[1] * GROUP // _SMALLER_GROUP, _SMALLER_GROUP)
-    parts = _first(smaller.amax(2), wanted)
-    ends = smaller.flatten(0, 1)[_places(parts, smaller.shape[1])].flatten(1)
-    values, places = ends.topk(wanted, sorted=False)
-    part = parts.gather(1, places // _SMALLER_GROUP)
-    group = chosen.gather(1, part // (GROUP // _SMALLER_GROUP))
-    inside = part % (GROUP // _SMALLER_GROUP) * _SMALLER_GROUP + places % _SMALLER_GROUP
-    return group * GROUP + inside, values.amin(1)
-
-
-def _first(maxima: Tensor, wanted: int) -> Tensor:
-    """Places of the ``wanted`` greatest of each row of ``maxima`` [n, k], all where k is fewer."""
-    return maxima.topk(min(wanted, maxima.shape[1]), sorted=False).indices
-
-
-def _places(index: Tensor, b: int) -> Tensor:
-    """Rows in a flattened [n·b, …] of ``index`` [n, k] along the second axis of [n, b, …]."""
-    return index + torch.arange(0, index.shape[0] * b, b, device=index.device)[:, None]
+    terms = (D + 3 * q + 7) * reach * radius
+    terms += 0.5 * ((D + q + 7) * radius.square() + (D + 5) * squares)
+    return (_UNIT * terms).where(
+        (reach + radius).square().isfinite() & squares.isfinite(), torch.inf
+    )

@@ -81,8 +81,10 @@ def beam_codes(x: Tensor, codebooks: Sequence[Tensor], width: int) -> Tensor:
         K = codebook.shape[0]
         distances = torch.stack([squared_distances(rows, codebook) for rows in left.unbind(1)], 1)
         equal = (codebook[:, None] == codebook[None, :]).all(dim=2)
-        distances[..., equal.tril(-1).any(dim=1)] = float("inf")
-        order = distances.flatten(1).sort(dim=1, stable=True).indices[:, :width]
+        never = equal.tril(-1).any(dim=1) | ~codebook.isfinite().all(dim=1)
+        distances[..., never] = float("inf")
+        kept = min(width, left.shape[1] * max(1, int((~never).sum())))
+        order = distances.flatten(1).sort(dim=1, stable=True).indices[:, :kept]
         origin, codes = order // K, order % K
         left = left.gather(1, origin[..., None].expand(-1, -1, x.shape[1]))
         left = left - torch.where(codebook.isfinite(), codebook, 0).double()[codes]

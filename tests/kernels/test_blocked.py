@@ -24,3 +24,9 @@ def test_exact_compares_few_codes_beside_one_far_out(monkeypatch):
     assert torch.equal(indices, reference.nearest_code(x, codebook)[0])
     assert 0 < sum(compared) < 3 * len(x)
     assert not wide, "no row overflows, yet a float64 search ran"
+
+
+def test_a_code_at_the_origin_is_no_repeat_of_one_that_is_not_finite():
+    codebook = torch.tensor([[torch.nan, 0.0], [0.0, 0.0], [3.0, 3.0], [0.0, 0.0]])
+    indices, counts = blocked.nearest_code(torch.zeros(5, 2), codebook, None, True)
+    assert (indices.tolist(), counts.tolist()) == ([1] * 5, [0, 5, 0, 0])

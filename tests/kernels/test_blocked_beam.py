@@ -1,0 +1,113 @@
+"""Picking sums of codes from rough scores, against float64."""
+
+import pytest
+import torch
+
+from b2t_kernels import beam_candidates, blocked_beam, reference
+
+
+def problem(N=300, Q=3, K=64, D=32, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    books = torch.randn(Q, K, D, generator=generator) * 0.6 ** torch.arange(Q)[:, None, None]
+    return torch.randn(N, D, generator=generator), books
+
+
+def sums_of(x, books, width):
+    """Sums of codes of the layers before the last, and the codebooks as the search takes them."""
+    prepared = [blocked_beam._book(book, None) for book in books]
+    paths = torch.randint(books.shape[1], (len(x), width, len(books) - 1))
+    left = x[:, None].expand(-1, width, -1)
+    for q, book in enumerate(books[:-1]):
+        left = left - book[paths[..., q]]
+    return blocked_beam._Sums(left, paths), prepared
+
+
+@pytest.mark.parametrize("scored", [blocked_beam._by_tables, blocked_beam._by_products])
+@pytest.mark.parametrize("case", ["plain", "offset", "outlier", "far", "near"])
+def test_no_score_is_off_by_more_than_its_bound(scored, case, monkeypatch):
+    monkeypatch.setattr(blocked_beam, "_PASSING_ELEMENTS", 8 * 64 * 20)
+    monkeypatch.setattr(blocked_beam, "_PASSING_BLOCKS", 4)
+    x, books = problem()
+    if case == "offset":
+        x, books = x + 300, books + torch.tensor([300.0, 0.0, 7.0])[:, None, None]
+    elif case == "outlier":
+        books[1:, 5] *= 1e3
+    elif case == "far":
+        x = 1e4 * x
+    elif case == "near":
+        books[-1] *= 1e-4
+    sums, prepared = sums_of(x, books, 8)
+    start = 0
+    for part in scored(x, sums, prepared, 8):
+        n = len(part.residuals)
+        groups = torch.arange(part.maxima.numel())
+        found = part.scores(groups).view(n, 8, -1).double() + part.anchors.double()[..., None]
+        left = sums.residuals[start : start + n].double()
+        true = -0.5 * (left[:, :, None] - books[-1].double()).square().sum(3)
+        off = (found - true).abs().amax((1, 2))
+        assert (off <= part.bound.double()).all()
+        # A bound that says nothing would do, too.
+        assert (part.bound < 2e3 * off.max()).all()
+        start += n
+    assert start == len(x)
+
+
+def test_candidates_that_float32_cannot_tell_apart_are_ranked_in_float64(monkeypatch):
+    x, books = problem(N=60, Q=2, K=96)
+    generator = torch.Generator().manual_seed(5)
+    books[1] = books[1, :1] * torch.ones(96, 1).index_fill_(0, torch.arange(48), -1.0)
+    books[1] += 1e-7 * torch.randn(96, 32, generator=generator)
+    ranked, seen = beam_candidates._ranked, []
+    monkeypatch.setattr(
+        beam_candidates, "_ranked", lambda *a: (seen.append(len(a[2].places)), ranked(*a))[1]
+    )
+    expected = reference.beam_codes(100 * x, list(books), 4)
+    assert torch.equal(blocked_beam.beam_codes(100 * x, list(books), 4), expected)
+    # All of a half of the codes, for nearly all frames.
+    assert sum(seen) > 40 * len(x)
+
+
+def test_squares_beyond_float32():
+    x, books = problem(N=50)
+    expected = blocked_beam.beam_codes(x, list(books), 5)
+    scale = 2.0**66  # exact
+    assert torch.equal(blocked_beam.beam_codes(scale * x, list(scale * books), 5), expected)
+
+
+def test_a_code_beyond_float32_squares_beside_others():
+    x, books = problem(N=50, Q=2, K=12, D=1)
+    books[0, 5], x[::7] = 3e19, 1.9e19
+    found = blocked_beam.beam_codes(x, list(books), 3)
+    assert torch.equal(found, reference.beam_codes(x, list(books), 3))
+    assert (found[::7, 0] == 5).all()
+
+
+def test_frames_and_codes_at_one_point():
+    book = torch.tensor([[torch.nan, 0.0], [0.0, 0.0]])
+    assert blocked_beam.beam_codes(torch.zeros(3, 2), [book], 4).tolist() == [[1]] * 3
+
+
+def test_a_frame_of_more_candidates_than_are_seen_is_not_sure():
+    places = torch.arange(12)
+    found = beam_candidates._Candidates(torch.zeros_like(places), places, places.float())
+    counts, bound = torch.tensor([12]), torch.tensor([0.1])
+    near, sure = beam_candidates._sorted(found, counts, bound, 2, 20)
+    assert (near.tolist(), sure.tolist()) == ([[11, 10]], [True])
+    assert beam_candidates._sorted(found, counts, bound, 2, 8)[1].tolist() == [False]
+
+
+@pytest.mark.parametrize("K", [1, 3, 40, 200])
+@pytest.mark.parametrize("width", [1, 3, 8, 30])
+def test_any_number_of_codes_and_of_sums(K, width):
+    x, books = problem(N=40, K=K, D=5)
+    books[1, K // 2] = torch.nan if K > 1 else 0.0
+    expected = reference.beam_codes(x, list(books), width)
+    assert torch.equal(blocked_beam.beam_codes(x, list(books), width), expected)
+
+
+def test_places_that_are_not_zero():
+    generator = torch.Generator().manual_seed(0)
+    for numel in (8, 63, 64, 1000, 4096):
+        for kind in (torch.bool, torch.float32, torch.float64):
+            some = (torch.rand(numel, generator=generator) < 0.05).to(kind)
+            assert torch.equal(beam_candidates._nonzero(some), some.nonzero()[:, 0])
