@@ -51,6 +51,17 @@ def test_a_difference_is_that_of_the_pairs():
     assert found.interval[0] < found.difference < found.interval[1] <= 0
 
 
+def test_the_interval_is_that_of_all_resamples_of_five_trials():
+    """Against the 95 % of all 3,125 ways to draw five trials of unequal length."""
+    lengths, gap = np.array([2, 3, 5, 9, 30]), np.array([2, -1, 3, -4, 6])
+    a = EditCounts(np.full(5, 5), lengths)
+    b = EditCounts(a.edits + gap, lengths)
+    drawn = np.array(list(itertools.product(range(5), repeat=5)))
+    differences = gap[drawn].sum(1) / lengths[drawn].sum(1)
+    found = compare_rates(a, b)
+    assert found.interval == pytest.approx(np.quantile(differences, [0.025, 0.975]), abs=0.01)
+
+
 def test_equal_decoders_do_not_differ_and_unequal_targets_are_refused():
     texts = ["a b c", "d e"]
     same = compare_texts(texts, texts, texts)

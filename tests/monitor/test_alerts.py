@@ -195,6 +195,34 @@ def test_built_in_rules_fire_on_their_failure_and_name_a_remedy(name):
         assert alert.cause and alert.remedy
 
 
+@pytest.mark.parametrize(
+    ("name", "metric", "silent", "fires"),
+    [
+        ("zero-gradients", "optim/grad_norm", 1.01e-8, 0.99e-8),
+        ("codebook-collapse", "codebook/utilization_worst", 0.101, 0.099),
+        ("codebook-shrunk", "ema/code_variance_min", 1.01e-6, 0.99e-6),
+        ("low-utilization", "codebook/utilization_worst", 0.501, 0.499),
+        ("low-perplexity", "codebook/perplexity_worst_fraction", 0.201, 0.199),
+        ("vq-ratio", "loss/vq_ratio", 9.99, 10.01),
+        ("revival-churn", "ema/revived_per_step", 4.99, 5.01),
+        ("gradient-spike", "optim/grad_norm", 9.99, 10.01),
+        ("snr-falls", "reconstruction/snr_drop_db", 2.99, 3.01),
+        ("phonemes-left-out", "phoneme/left_out_fraction", 0.099, 0.101),
+        ("texts-left-out", "text/left_out_fraction", 0.099, 0.101),
+    ],
+)
+def test_built_in_thresholds_are_those_of_the_alert_table(name, metric, silent, fires):
+    # Many revivals are churn where they are many of the codes too.
+    others = {**HEALTHY, "ema/revived_fraction": 0.0101}
+
+    def raised(value):
+        engine = AlertEngine(BUILT_IN)
+        checks = [engine.check(step, {**others, metric: value}) for step in range(6)]
+        return {alert.rule for alerts in checks for alert in alerts}
+
+    assert name in raised(fires) and name not in raised(silent)
+
+
 def test_built_in_rules_are_silent_on_a_healthy_run():
     engine = AlertEngine(BUILT_IN, arrival_checks=10)
     raised = [a.rule for step in range(200) for a in engine.check(step, HEALTHY)]

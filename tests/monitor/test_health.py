@@ -11,7 +11,7 @@ ROWS = {row.metric: row for row in TABLE}
     ("metric", "healthy", "concerning", "critical"),
     [
         ("codebook/utilization_worst", [0.6, 0.99, 1.0], [0.4, 0.59], [0.39, 0.0]),
-        ("codebook/perplexity_worst_fraction", [100 / 256, 1.0], [50 / 256, 0.38], [0.19]),
+        ("codebook/perplexity_worst_fraction", [100 / 256, 1.0], [50 / 256, 0.39], [0.195]),
         ("codebook/dead", [0.0, 0.2], [0.21, 0.4], [0.41, 1.0]),
         ("reconstruction/snr_db", [15, 40], [10, 14.9], [9.9, -3]),
         ("loss/vq_ratio", [0.1, 2], [2.1, 10], [10.1]),
@@ -22,9 +22,7 @@ def test_grades_are_those_of_the_monitoring_table(metric, healthy, concerning, c
     row = ROWS[metric]
     assert {row.grade(v) for v in healthy} == {"healthy"}
     assert {row.grade(v) for v in concerning} == {"concerning"}
-    assert {row.grade(v) for v in [*critical, math.nan, math.inf]} == {"critical"} or (
-        metric in ("codebook/utilization_worst", "codebook/perplexity_worst_fraction")
-    )
+    assert {row.grade(v) for v in [*critical, math.nan, math.inf]} == {"critical"}
 
 
 def test_not_finite_is_critical_and_absent_is_nothing():

@@ -37,6 +37,18 @@ def test_running_averages_follow_their_closed_form():
         torch.testing.assert_close(books.embed[0].double(), code, rtol=1e-4, atol=1e-5)
 
 
+def test_a_step_without_frames_leaves_all_averages_alone():
+    x = frames()
+    quantizer = started(x, decay=0.8)
+    books = quantizer.codebooks
+    quantizer.update(quantizer(x).stats)
+    before = [state.clone() for state in (books.ema_count, books.ema_sum, books.embed)]
+    nothing = torch.zeros(1, x.shape[1], dtype=torch.bool)
+    quantizer.update(quantizer(x, nothing).stats)
+    for state, earlier in zip((books.ema_count, books.ema_sum, books.embed), before, strict=True):
+        assert torch.equal(state, earlier)
+
+
 def test_averages_agree_with_vector_quantize_pytorch():
     vqp = pytest.importorskip("vector_quantize_pytorch")
     x = frames()
