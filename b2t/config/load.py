@@ -82,7 +82,7 @@ def _read_yaml(source: str | Path) -> dict[str, Any]:
         hint = difflib.get_close_matches(str(source), names, n=1)
         raise UserError(
             f"--config {source}: neither a file nor a preset"
-            + (f"; did you mean {hint[0]}?" if hint else "")
+            + (f"; did you mean {hint[0]}?" if hint else ".")
             + f" Presets: {', '.join(names)}."
         )
     try:

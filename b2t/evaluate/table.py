@@ -77,7 +77,8 @@ def _rates(result: Evaluation) -> Table:
     shown = [c for c in _COLUMNS if any(c in rates for rates in controls.values())]
     table.add_column("", no_wrap=True)
     for heading in ("model", "95 % interval", *(_COLUMNS[c] for c in shown)):
-        table.add_column(heading, justify="right")
+        # Folded, not cut: no digit is lost on a narrow terminal.
+        table.add_column(heading, justify="right", overflow="fold")
     for name, field in rows.items():
         rate, interval = getattr(result, field), getattr(result, f"{field}_interval")
         if rate is None:

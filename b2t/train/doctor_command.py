@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `b2t doctor`."""
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed JSON to check")
+    parser.add_argument("--deepspeed_config", metavar="NAME|FILE", help="DeepSpeed JSON to check")
     parser.add_argument("--config", metavar="NAME|FILE", help="preset or YAML file to check")
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="ranks of the run (default: the GPUs, or 1)"

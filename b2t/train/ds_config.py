@@ -85,13 +85,26 @@ class DeepSpeedFile:
         return self.micro_batch * self.accumulation * world
 
 
+def shipped_files() -> dict[str, Path]:
+    """DeepSpeed files that come with b2t, by name: the checkout's, or those of the package."""
+    package = Path(__file__).resolve().parents[1]
+    folders = (package.parent / "ds_configs", package / "ds_configs")
+    folder = next((folder for folder in folders if folder.is_dir()), folders[0])
+    return {file.stem: file for file in sorted(folder.glob("*.json"))}
+
+
 def load_ds_config(path: str | Path) -> DeepSpeedFile:
     """Read and check a DeepSpeed JSON file.
+
+    Args:
+        path: of the file, or the name of one that comes with b2t.
 
     Raises:
         UserError: on an unreadable file, unknown or misplaced keys, or bad values.
     """
-    path = Path(path)
+    given, path = str(path), Path(path)
+    if not path.is_file():
+        path = shipped_files().get(given, path)
     raw = _read(path)
     for key in raw:
         _check_key(key, path)
@@ -126,10 +139,12 @@ def load_ds_config(path: str | Path) -> DeepSpeedFile:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
+        shipped = shipped_files()
+        close = difflib.get_close_matches(path.stem, shipped, n=1)
         raise UserError(
-            f"--deepspeed_config {path}: no such file; the repository ships "
-            "ds_configs/zero2_fp16.json, zero2_bf16.json, zero2_cpu.json, zero2_offload.json, "
-            "zero3_fp16.json and zero3_cpu.json"
+            f"--deepspeed_config {path}: no such file"
+            + (f"; did you mean {close[0]}?" if close else ".")
+            + f" Shipped with b2t: {', '.join(shipped)}."
         )
     try:
         raw = json.loads(

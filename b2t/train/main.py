@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from b2t.config import COMPONENTS, Config, describe, load_config, preset_names
@@ -50,9 +49,9 @@ def parser() -> argparse.ArgumentParser:
     )
     arguments.add_argument(
         "--deepspeed_config",
-        metavar="FILE",
-        help="DeepSpeed JSON: batch size, accumulation, precision, ZeRO, clipping "
-        "(default: ds_configs/zero2_fp16.json on GPUs, ds_configs/zero2_cpu.json without)",
+        metavar="NAME|FILE",
+        help="DeepSpeed JSON, or the name of one in ds_configs/: batch size, accumulation, "
+        "precision, ZeRO, clipping (default: zero2_fp16 on GPUs, zero2_cpu without)",
     )
     arguments.add_argument(
         "--config",
@@ -112,12 +111,11 @@ def name_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def default_ds_config() -> Path:
-    """The file for this machine: fp16 on GPUs, float32 on CPUs."""
+def default_ds_config() -> str:
+    """The file for this machine, by name: fp16 on GPUs, float32 on CPUs."""
     import torch
 
-    name = "zero2_fp16.json" if torch.cuda.is_available() else "zero2_cpu.json"
-    return Path(__file__).resolve().parents[2] / "ds_configs" / name
+    return "zero2_fp16" if torch.cuda.is_available() else "zero2_cpu"
 
 
 def print_keys() -> int:

@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config", metavar="NAME|FILE", help="preset or YAML file")
-    parser.add_argument("--deepspeed_config", metavar="FILE", required=True, help="DeepSpeed JSON")
+    parser.add_argument(
+        "--deepspeed_config", metavar="NAME|FILE", required=True, help="DeepSpeed JSON"
+    )
     parser.add_argument("--gpus", type=_whole, default=2, metavar="N", help="GPUs of the run (2)")
     parser.add_argument(
         "--gpu-memory", type=_positive, metavar="GB", help="memory of one (that of --gpu)"
@@ -70,14 +72,10 @@ def make_plan(args: argparse.Namespace) -> dict:
     """
     from b2t.config import load_config
     from b2t.train.ds_config import load_ds_config
-    from b2t.train.plain import without_needless_zero
     from b2t.train.planning.machines import Assumptions, cluster, memory_of
-    from b2t.train.planning.plan import Planner
 
-    config, ds_file = (
-        load_config(args.config, args.overrides),
-        load_ds_config(args.deepspeed_config),
-    )
+    config = load_config(args.config, args.overrides)
+    ds_file = load_ds_config(args.deepspeed_config)
     gpu = args.gpu or "RTX A5500"
     assumed = Assumptions(efficiency=args.efficiency, reserve=args.reserve * 2**30)
     machine = cluster(
@@ -87,6 +85,10 @@ def make_plan(args: argparse.Namespace) -> dict:
     room = memory - assumed.reserve
     if room <= 0:
         raise UserError(f"--reserve {args.reserve:g} GiB leaves nothing of {memory / 1e9:g} GB")
+
+    from b2t.train.plain import without_needless_zero  # slow: mistakes above are told at once
+    from b2t.train.planning.plan import Planner
+
     ds_file = without_needless_zero(ds_file, config.optim, args.gpus)
     planner = Planner(config, ds_file, args.gpus, _workload(args, config))
     known = ds_file.precision != "fp32"

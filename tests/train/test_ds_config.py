@@ -207,8 +207,22 @@ def test_not_a_json_object(write, text):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(UserError, match=r"no such file; the repository ships"):
+    with pytest.raises(
+        UserError, match=r"none.json: no such file\. Shipped with b2t: zero2_bf16, "
+    ):
         load_ds_config(tmp_path / "none.json")
+    with pytest.raises(UserError, match=r"did you mean zero2_fp16\?"):
+        load_ds_config("ds_configs/zero2_f16.json")
+
+
+def test_shipped_files_go_by_name_from_anywhere_and_after_files_of_the_user(
+    repository, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in SHIPPED:
+        assert load_ds_config(name).path.resolve() == repository / "ds_configs" / f"{name}.json"
+    (tmp_path / "zero2_cpu").write_text(json.dumps({**VALID, "gradient_clipping": 3.0}))
+    assert load_ds_config("zero2_cpu").clipping == 3.0
 
 
 def test_a_folder_and_binary_content_are_clear_errors(tmp_path):

@@ -1,6 +1,8 @@
 """What the repository promises as a package."""
 
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,4 +97,34 @@ def test_every_package_is_declared(repository):
         for root, name in ((repository, "b2t"), (repository / "kernels", "b2t_kernels"))
         for init in (root / name).rglob("__init__.py")
     }
-    assert found == set(tool["packages"])
+    # The DeepSpeed files of the checkout are data of the package, below its name.
+    assert tool["package-dir"]["b2t.ds_configs"] == "ds_configs"
+    assert found | {"b2t.ds_configs"} == set(tool["packages"])
+
+
+def test_a_wheel_brings_all_that_is_read_and_trains_outside_the_checkout(repository, tmp_path):
+    """Built without isolation and unpacked beside nothing else of the checkout."""
+    wheels, place, source = (tmp_path / name for name in ("wheels", "place", "source"))
+    for name in ("b2t", "kernels", "ds_configs"):
+        shutil.copytree(repository / name, source / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(repository / name, source)
+    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+    wheels.mkdir()
+    done = run(sys.executable, "-c", build, str(wheels), cwd=source)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = wheels.glob("b2t-*.whl")
+    shutil.unpack_archive(wheel, place, "zip")
+    for folder in ("b2t", "kernels/b2t_kernels", "ds_configs"):
+        below = "b2t/ds_configs" if folder == "ds_configs" else folder.removeprefix("kernels/")
+        ours = {f.relative_to(repository / folder) for f in (repository / folder).rglob("*.*")}
+        theirs = {f.relative_to(place / below) for f in (place / below).rglob("*.*")}
+        assert {f for f in ours if "__pycache__" not in f.parts} <= theirs
+    command = [sys.executable, "-m", "b2t.train", "--config", "demo", "--print-config"]
+    environment = {**os.environ, "PYTHONPATH": str(place)}
+    done = subprocess.run(
+        [*command, "--deepspeed_config", "zero2_bf16"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("run:\n  dir: runs/demo")

@@ -53,7 +53,7 @@ def _memory(plan: dict[str, Any]) -> Table:
     table = Table(title="Memory of one GPU, GiB", title_justify="left")
     table.add_column("")
     for phase in plan["phases"]:
-        table.add_column(phase["name"], justify="right")
+        table.add_column(phase["name"], justify="right", overflow="fold")
     for key, name in _PARTS.items():
         sizes = [f"{phase['memory_bytes'][key] / GIB:.2f}" for phase in plan["phases"]]
         table.add_row(name, *sizes, style="bold" if key == "peak" else None)
@@ -74,7 +74,7 @@ def _verdict(plan: dict[str, Any]) -> str:
 def _work(plan: dict[str, Any]) -> Table:
     table = Table(title="Work and traffic of one GPU in a step", title_justify="left")
     for name in ("phase", "TFLOP", "collectives", "sent, MB"):
-        table.add_column(name, justify="left" if name == "phase" else "right")
+        table.add_column(name, justify="left" if name == "phase" else "right", overflow="fold")
     for phase in plan["phases"]:
         times = sum(message["times"] for message in phase["messages"])
         sent = phase["sent_bytes"] / 1e6
@@ -87,7 +87,9 @@ def _messages(plan: dict[str, Any]) -> Table:
     phase = max(plan["phases"], key=lambda phase: phase["sent_bytes"])
     table = Table(title=f"Collectives of a step of phase {phase['name']}", title_justify="left")
     for name in ("what", "by", "times", "MB", "sent, MB"):
-        table.add_column(name, justify="left" if name in ("what", "by") else "right")
+        table.add_column(
+            name, justify="left" if name in ("what", "by") else "right", overflow="fold"
+        )
     for message in phase["messages"]:
         sizes = (f"{message[key] / 1e6:.3f}" for key in ("bytes", "wire_bytes"))
         table.add_row(message["purpose"], message["kind"], str(message["times"]), *sizes)
@@ -99,7 +101,9 @@ def _pace(plan: dict[str, Any]) -> Table:
     parts = ("arithmetic", "memory", "launches", "communication", "seconds")
     table = Table(title=title, title_justify="left")
     for name in ("phase", "math", "memory", "launch", "comm.", "all", "steps/s", "most", "hours"):
-        table.add_column(name, justify="left" if name in ("phase", "most") else "right")
+        table.add_column(
+            name, justify="left" if name in ("phase", "most") else "right", overflow="fold"
+        )
     for found in plan["pace"]:
         table.add_row(
             found["name"], *(f"{found[part]:.3f}" for part in parts),
@@ -113,7 +117,7 @@ def _scaling(plan: dict[str, Any]) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("", "GPUs", "batch", "micro × acc.", "steps/s", "trials/s", "efficiency",
                  "most"):  # fmt: skip
-        table.add_column(name, justify="left" if name in ("", "most") else "right")
+        table.add_column(name, justify="left" if name in ("", "most") else "right", overflow="fold")
     for found in plan["scaling"]:
         if "impossible" in found:
             table.add_row(found["kind"], str(found["gpus"]), "–", "–", "–", "–", "–",
