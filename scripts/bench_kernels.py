@@ -8,9 +8,10 @@
 Each case first checks the answers (float64 brute force on up to 1024 rows; the exit status is 1 if
 one is wrong), then times all methods in turn, round after round, and reports medians: of wall time,
 of processor time on a CPU, and on a GPU also of the host's time to enqueue, and of a CUDA graph of
-the same work where it can be captured. --budget ends it after so many seconds, between cases.
-Libraries that are not installed are left out and named. Written to --out: bench_kernels.md, .json
-and .png. The cases and methods stand in scripts/kernel_cases.py.
+the same work where it can be captured; beside the longest single run stands what held it up, such
+as a wait for the device, memory taken from it or a compilation. --budget ends it after so many
+seconds, between cases. Libraries that are not installed are left out and named. Written to --out:
+bench_kernels.md, .json and .png. The cases and methods stand in scripts/kernel_cases.py.
 
 "Unfused torch" is two baselines: cdist + argmin in float32, which goals of 5 × mean, and addmm +
 argmax in the rows' own precision, where the whole gain possible is the N × K scores' traffic.
@@ -24,6 +25,7 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -47,13 +49,17 @@ from kernel_cases import (
     sums_methods,
     usage_methods,
 )
+from stalls import watched
 
 MEDIAN_ROUNDS = {"cpu": 5, "cuda": 30}
 
 
 @dataclass
 class Result:
-    """Medians of one method on one case in milliseconds, and its peak extra memory in MB."""
+    """Medians of one method on one case in milliseconds, and its peak extra memory in MB.
+
+    On a GPU milliseconds are the mean of runs back to back, and stalls what happened in them.
+    """
 
     case: str
     method: str
@@ -64,6 +70,8 @@ class Result:
     graph: float | None = None
     processor: float | None = None
     peak_mb: float | None = None
+    longest: float | None = None
+    stalls: str = ""
 
 
 @dataclass
@@ -112,16 +120,16 @@ def graphed(method: Method) -> Method | None:
     return graph.replay
 
 
-def back_to_back(method: Method, runs: int = 10) -> float:
-    """Seconds of one run of several that the device does without a pause."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+def back_to_back(method: Method, runs: int = 10) -> list[float]:
+    """Seconds of each of several runs that the device does without a pause."""
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
     torch.cuda.synchronize()
-    begin.record()
-    for _ in range(runs):
+    ends[0].record()
+    for end in ends[1:]:
         method()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / runs
+        end.record()
+    ends[-1].synchronize()
+    return [begin.elapsed_time(end) / 1e3 for begin, end in pairwise(ends)]
 
 
 def peak_memory(method: Method, cuda: bool) -> float | None:
@@ -159,10 +167,12 @@ def measure(case: str, methods: dict[str, Method], rounds: int, cuda: bool, repo
         for name, method in methods.items():
             if turn < 3 or sum(times[name].wall) < 2.0:
                 times[name].take(method, cuda)
-    medians = {
-        name: back_to_back(methods[name]) if cuda else statistics.median(each.wall)
-        for name, each in times.items()
-    }
+    medians, stalls = {name: statistics.median(each.wall) for name, each in times.items()}, {}
+    for name, method in methods.items() if cuda else ():
+        with watched(cuda) as stalls[name]:
+            runs = back_to_back(method)
+        medians[name] = statistics.fmean(runs)
+        times[name].wall += runs
     first = next(iter(methods))
     product = medians.get("matrix product")
     for name, method in methods.items():
@@ -175,9 +185,11 @@ def measure(case: str, methods: dict[str, Method], rounds: int, cuda: bool, repo
             medians[name] / medians[first],
             product / medians[name] if product else None,
             1e3 * statistics.median(each.host) if cuda else None,
-            1e3 * back_to_back(replay) if replay else None,
+            1e3 * statistics.fmean(back_to_back(replay)) if replay else None,
             None if cuda else 1e3 * statistics.median(each.processor),
             peak_memory(method, cuda),
+            1e3 * max(each.wall),
+            str(stalls.get(name, "")),
         )
         report.results.append(result)
         print(table([result]).splitlines()[-1], flush=True)
@@ -187,8 +199,8 @@ def table(results: list[Result]) -> str:
     """Results as a Markdown table."""
     rows = [
         "| case | method | ms | × the first | fraction of the matrix product | host ms | "
-        "graph ms | processor ms | peak MB |",
-        "|---" * 9 + "|",
+        "graph ms | processor ms | peak MB | longest ms | held up by |",
+        "|---" * 11 + "|",
     ]
 
     def number(value: float | None, form: str = ".3f") -> str:
@@ -198,7 +210,8 @@ def table(results: list[Result]) -> str:
         rows.append(
             f"| {each.case} | {each.method} | {each.milliseconds:.3f} | {each.ratio:.2f} | "
             f"{number(each.of_matrix_product, '.0%')} | {number(each.host)} | "
-            f"{number(each.graph)} | {number(each.processor)} | {number(each.peak_mb, '.1f')} |"
+            f"{number(each.graph)} | {number(each.processor)} | {number(each.peak_mb, '.1f')} | "
+            f"{number(each.longest)} | {each.stalls} |"
         )
     return "\n".join(rows)
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from b2t.errors import UserError
-from b2t.options import checked
 from b2t.quantize.beam import beam_search
-from b2t.quantize.codebook import Codebooks, Read, Write
 from b2t.quantize.files import read_quantizer, write_quantizer
-from b2t.quantize.frames import FrameSpace, ValidFrames, frame_numbers, require_codes
+from b2t.quantize.frames import ValidFrames, frame_numbers, require_codes
 from b2t.quantize.gradients import pass_gradient
 from b2t.quantize.layers import Layers, Walk
 from b2t.quantize.norms import StepNorms
@@ -27,14 +24,11 @@ from b2t.quantize.objectives import (
     require_known,
     usage_losses,
 )  # fmt: skip
-from b2t.quantize.options import ResidualVQOptions
 from b2t.quantize.pending import Begun, PendingStats
-from b2t.quantize.reminders import Reminders
-from b2t.quantize.schedules import anneal, drawn_layers
-from b2t.quantize.search import BACKENDS
+from b2t.quantize.quantizer_state import QuantizerState
 from b2t.quantize.start import Frames, gather_frames, start_codebooks, valid_frames
 from b2t.quantize.statistics import InitReport, QuantizerStats, SoftUsage, UpdateReport
-from b2t.quantize.update import pool_size, revives_next, update_codebooks
+from b2t.quantize.update import pool_size, update_codebooks
 
 
 class RVQOutput(NamedTuple):
@@ -55,7 +49,7 @@ class RVQOutput(NamedTuple):
     stats: QuantizerStats
 
 
-class ResidualVQ(FrameSpace):
+class ResidualVQ(QuantizerState):
     """Residual vector quantizer whose forward is pure and whose codes stay alive.
 
     Forward assigns, computes losses and statistics, and changes nothing. `update` moves the
@@ -86,94 +80,6 @@ class ResidualVQ(FrameSpace):
     Raises:
         UserError: an option out of its range.
     """
-
-    def __init__(
-        self,
-        dim: int,
-        codebook_size: int,
-        num_quantizers: int,
-        codebook_dim: int | None = None,
-        *,
-        backend: str = "kernels",
-        seed: int = 0,
-        **options: Any,
-    ) -> None:
-        options |= {
-            "codebook_size": codebook_size,
-            "num_quantizers": num_quantizers,
-            "codebook_dim": codebook_dim,
-        }
-        chosen = checked(ResidualVQOptions, options, "quantizer")
-        _check(dim, backend)
-        super().__init__(dim, codebook_dim or dim, unit=chosen.use_cosine_sim)
-        self.options, self.backend = chosen, backend
-        self.config = {"dim": dim, **chosen.model_dump(), "backend": backend, "seed": seed}
-        self.codebook_size, self.num_quantizers = codebook_size, num_quantizers
-        self.revival_enabled = True
-        self.reminders = Reminders()
-        self.codebooks = Codebooks(
-            1 if chosen.shared_codebook else num_quantizers,
-            codebook_size,
-            self.codebook_dim,
-            learnable=chosen.update_rule == "gradient",
-            seed=seed,
-        )
-        if not self.codebooks.embed.is_meta:
-            self.codebooks.temperature.fill_(chosen.temperature)
-            if not chosen.kmeans_init:
-                self.codebooks.start_random(num_quantizers, chosen.use_cosine_sim)
-
-    # ---- clocks and switches
-
-    @property
-    def initialized(self) -> bool:
-        """Whether the codebooks have started; until then the input passes through."""
-        return int(self.codebooks.initialized) == self.num_quantizers
-
-    @property
-    def temperature(self) -> float:
-        """τ, dimensionless."""
-        return float(self.codebooks.temperature)
-
-    @property
-    def decay(self) -> float:
-        """Decay of the running averages, per update."""
-        return self.options.averaging_decay
-
-    def set_temperature(self, value: float) -> None:
-        """Set τ > 0."""
-        if not value > 0:
-            raise ValueError(f"temperature must be positive, got {value}")
-        self.codebooks.temperature.fill_(value)
-
-    def set_progress(self, progress: float) -> None:
-        """Tell how much of training is done, in [0, 1]: sets τ and ends revival in time."""
-        self.codebooks.progress.fill_(progress)
-        course = self.options
-        self.set_temperature(
-            anneal(
-                course.temperature, course.temperature_end, progress, course.temperature_schedule
-            )
-        )
-
-    def attach_master(self, read: Read, write: Write) -> None:
-        """See `Codebooks.attach_master`; needed for the gradient rule in half precision."""
-        self.codebooks.attach_master(read, write)
-
-    def checksum(self) -> Tensor:
-        """A number [] int64 that is equal on two ranks whose codebooks are bitwise equal."""
-        return self.codebooks.checksum()
-
-    def _revives_next(self) -> bool:
-        return self.revival_enabled and revives_next(self.codebooks, self.options)
-
-    def _active_layers(self) -> int:
-        """Layers of this step: all of them, or a number drawn from (seed, update)."""
-        if not (self.options.quantize_dropout and self.num_quantizers > 1):
-            return self.num_quantizers
-        lowest = self.options.quantize_dropout_cutoff_index + 1
-        books = self.codebooks
-        return drawn_layers(lowest, self.num_quantizers, int(books.seed), int(books.updates))
 
     # ---- forward
 
@@ -234,18 +140,6 @@ class ResidualVQ(FrameSpace):
         z = pass_gradient(latents, z, self.options.rotation_trick)
         quantized = self.laid_out(z, frames_of, x.dtype)
         return RVQOutput(quantized, frames_of.scattered(walk.codes, -1), terms | usage_terms, stats)
-
-    def _layers(self, books: Tensor) -> Layers:
-        return Layers(
-            books,
-            gain=self.codebooks.gain,
-            distance=self.codebooks.distance_scale,
-            quantizers=self.num_quantizers,
-            temperature=self.temperature,
-            cosine=self.options.use_cosine_sim,
-            backend=self.backend,
-            joint=self.options.joint_update,
-        )
 
     def _walk(
         self,
@@ -349,10 +243,6 @@ class ResidualVQ(FrameSpace):
         z = z.view(*codes.shape[:-1], self.codebook_dim)
         return self.project_back(z, frames, dtype)
 
-    def _require_start(self, action: str) -> None:
-        if not self.initialized:
-            raise RuntimeError(f"cannot {action}: the codebooks have not started (initialize)")
-
     # ---- update
 
     @torch.no_grad()
@@ -441,10 +331,3 @@ class ResidualVQ(FrameSpace):
         quantizer = cls(**arguments)
         quantizer.load_state_dict(state)
         return quantizer.eval()
-
-
-def _check(dim: int, backend: str) -> None:
-    if not (isinstance(dim, int) and dim >= 1):
-        raise UserError(f"quantizer: dim is {dim!r}, expected a positive integer")
-    if backend not in BACKENDS:
-        raise UserError(f"quantizer: backend is {backend!r}, expected one of {BACKENDS}")

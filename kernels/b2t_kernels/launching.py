@@ -6,7 +6,7 @@ is 1, a multiple of 16 or wider than 32 bits, and the options. `launched` looks 
 up by that, and leaves to Triton what it has not seen.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -79,3 +79,8 @@ def launched(kernel: Any) -> Any:
     if found is None:
         found = _launchers[id(kernel)] = Launcher(kernel)
     return found
+
+
+def known() -> Iterable[Launcher]:
+    """All kernels that were launched so far, with what each was compiled to."""
+    return _launchers.values()
