@@ -77,13 +77,38 @@ def test_labels_without_epochs_are_cut_where_they_change(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "name, per_second",
+    [
+        ("time", 1), ("time_ms", 1e3), ("Time (ms)", 1e3), ("timestamp [us]", 1e6),
+        ("time_s", 1), ("t/milliseconds", 1e3), ("Time (µs)", 1e6), ("time_seconds", 1),
+    ],
+)  # fmt: skip
+def test_times_have_the_unit_that_their_column_names(tmp_path, name, per_second):
+    path = tmp_path / "a.csv"
+    path.write_text(table(signal(), **{name: np.arange(1000) / RATE * per_second}))
+    source = detect(path)
+    assert source.sampling_rate == RATE and source.channels == ["Fz", "Cz", "Pz"]
+
+
+def test_times_that_jump_are_told(tmp_path, caplog):
+    times = np.arange(1000) / RATE
+    for jump in (0.0, 3.0):
+        path = tmp_path / f"a{jump:g}.csv"
+        path.write_text(table(signal(), time=times + jump * (times >= 4)))
+        with caplog.at_level("WARNING", logger="b2t"):
+            detect(path).remarks.say()
+        assert ("a3.csv: times jump 1 times, first after row 400" in caplog.text) == (jump > 0)
+        assert "a0.csv: times jump" not in caplog.text
+
+
+@pytest.mark.parametrize(
     "text, options, message",
     [
         ("a,b\n", {}, "column names and no row"),
         ("a,a\n1,2\n", {}, "names column 'a' twice"),
         ("x,y\n1,2\n3,4\n", {}, "does not say its sampling rate"),
-        ("x,y\n1,2\n3,4\n", {"rate": "fs"}, "--rate fs: .*a number of Hz"),
-        ("x,y\n1,2\n3,4\n", {"rate": "-1"}, "sampling rate is -1 Hz"),
+        ("x,y\n1,2\n3,4\n", {"rate": "fs"}, "--rate fs: a number of Hz above 0"),
+        ("x,y\n1,2\n3,4\n", {"rate": "-1"}, "--rate -1: a number of Hz above 0"),
         ("x,y\n1,2\n3,4\n", {"rate": "9", "text_column": "word"}, "no column 'word'"),
         ("x,y\n1,2\n3\n", {"rate": "9"}, "cannot be read as a table"),
         ("name,word\na,b\n", {"rate": "9"}, "no column of numbers"),
@@ -223,6 +248,16 @@ def test_numpy_with_a_list_of_texts(tmp_path):
     assert source.own_splits
     np.testing.assert_array_equal(source.read(0), one.astype(np.float32))
     np.testing.assert_array_equal(source.read(1), two.astype(np.float32))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_line_of_json_ends_where_json_ends_it(tmp_path, encoding):
+    np.save(tmp_path / "one.npy", signal(20, 3))
+    said = ["one\u2028two", "three\x85four", "five"]
+    lines = [json.dumps({"file": "one.npy", "text": t}, ensure_ascii=False) for t in said]
+    (tmp_path / "trials.jsonl").write_text("\r\n".join([*lines, ""]), encoding)
+    source = detect(tmp_path, SourceOptions(rate="50"))
+    assert [info.text for info in source.trials] == said
 
 
 def test_numpy_alone_is_continuous_and_looks_at_its_layout(tmp_path, caplog):

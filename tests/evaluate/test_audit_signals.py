@@ -174,6 +174,19 @@ def test_overlap_that_was_asked_for_is_a_note_within_a_split_alone():
     assert [f.check for f in bad] == ["shared signals"] and bad[0].level == "critical"
 
 
+def test_one_split_is_compared_with_nothing_and_still_with_itself():
+    from tests.evaluate.audit_data import as_splits
+
+    rows = sound_rows()
+    copied_within(rows)
+    subject = Subject({"train": as_splits(rows)["train"]}, NAMES, RATE, "z-score")
+    said = [f.text for f in audit(subject, AuditOptions()).findings if f.check == "shared signals"]
+    assert said == [
+        "train is the only split: nothing to compare it with",
+        "1 pairs of trials of one split share a signal",
+    ]
+
+
 def test_channels_that_are_known_to_rest_are_not_found_again():
     from tests.evaluate.audit_data import as_splits
 

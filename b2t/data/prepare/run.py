@@ -27,6 +27,7 @@ from b2t.data.prepare.card import write_card
 from b2t.data.prepare.options import PrepareOptions
 from b2t.data.prepare.splits import assign_splits, require_filled
 from b2t.data.prepare.work import (
+    LostWorkerError,
     Plan,
     Reopen,
     Rows,
@@ -40,6 +41,7 @@ from b2t.data.prepare.work import (
     write,
 )
 from b2t.data.sources import Source
+from b2t.data.sources.prepared_folders import KEY, UNFINISHED
 from b2t.data.trial_checks import Looked, TrialChecks
 from b2t.data.trials import row_id
 from b2t.errors import UserError
@@ -87,7 +89,7 @@ def prepare(
     _require_free(out, options.overwrite)
     splits = assign_splits(source, options)
     require_filled(source, splits, options)
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(out.name + UNFINISHED)
     plan = _plan(source, splits, options, partial)
     _enter(partial, _key(source, splits, options, reopen))
     try:
@@ -96,7 +98,7 @@ def prepare(
             content = job.content(record or {})
         write_card(partial / "dataset", out.name, content, licence)
         _replace(partial / "dataset", out)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, LostWorkerError):
         if reopen is None:
             shutil.rmtree(partial, ignore_errors=True)
         else:
@@ -180,9 +182,12 @@ class _Job:
         return found
 
     def say_skipped(self) -> None:
-        """Warn of trials that were left out."""
+        """Warn of trials that were left out, and of splits that are empty without them."""
         if self.skipped:
             log.warning("left out %d bad trials, the first: %s", len(self.skipped), self.skipped[0])
+        left = {self.plan.splits[index] for index in self.kept}
+        for split in sorted(set(self.plan.splits) - left):
+            log.warning("there is no %s split: all of its trials are bad", split)
 
     def _chunks(self) -> list[list[int]]:
         """Return the trials that are kept, in chunks that do not depend on which those are."""
@@ -320,7 +325,7 @@ def _key(
 
 def _enter(partial: Path, key: str | None) -> None:
     """Make the unfinished folder, or find it as an earlier call of the same kind left it."""
-    place = partial / "key.json"
+    place = partial / KEY
     if key is not None:
         with contextlib.suppress(OSError, ValueError):
             if json.loads(place.read_text()) == key:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,7 @@ import numpy as np
 from b2t.data.prepare.blocks import Scale, TrialMoments, unit_of
 from b2t.data.prepare.shards import ShardWriter
 from b2t.data.sources import Source, SourceOptions, detect, join
+from b2t.data.sources.prepared_folders import not_prepared
 from b2t.data.sources.processed import processed
 from b2t.data.trial_checks import Looked, look_at
 from b2t.data.trials import require_finite, signal_digest
@@ -67,7 +69,7 @@ class Reopen:
         files = [
             file
             for path in self.paths
-            for file in ([path] if path.is_file() else sorted(path.rglob("*")))
+            for file in ([path] if path.is_file() else not_prepared(path, sorted(path.rglob("*"))))
             if file.is_file()
         ]
         return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -227,10 +229,14 @@ _MOST_WORKERS = 8
 _WORTH_SECONDS = 5.0
 """Work that is less is done before other processes have imported what they need."""
 
-_here: tuple[Source, Plan] | None = None
-"""What a worker process opened when it started."""
+_here: tuple[Source, Plan] | UserError | None = None
+"""What a worker process opened when it started, or why it could not."""
 
 Task = Callable[..., Any]
+
+
+class LostWorkerError(UserError):
+    """A process was ended from outside: what is written is sound."""
 
 
 @contextmanager
@@ -285,7 +291,13 @@ def _in_order(
         if call is not None:
             waiting.append(executor.submit(_do, task, *call))
         if waiting and (call is None or len(waiting) > ahead):
-            result, remarks = waiting.popleft().result()
+            try:
+                result, remarks = waiting.popleft().result()
+            except BrokenProcessPool:
+                raise LostWorkerError(
+                    "a process that was reading ended on the way, most likely because memory ran "
+                    "out: the same command goes on from what is written; take fewer --workers"
+                ) from None
             source.remarks.merge(remarks)
             yield result
 
@@ -304,10 +316,15 @@ def _start(given: "Source | Reopen", plan: Plan) -> None:
     signals.signal(signals.SIGINT, signals.SIG_IGN)  # the first process answers Ctrl-C
     logging.disable(logging.WARNING)
     os.environ["TQDM_DISABLE"] = "1"
-    _here = (given.open() if isinstance(given, Reopen) else given, plan)
+    try:
+        _here = (given.open() if isinstance(given, Reopen) else given, plan)
+    except UserError as error:
+        _here = error
 
 
 def _do(task: Task, *call: Any) -> tuple[Any, Any]:
+    if isinstance(_here, UserError):
+        raise _here
     assert _here is not None
     result = task(*_here, *call)
     return result, _here[0].remarks.take()

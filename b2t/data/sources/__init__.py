@@ -21,6 +21,7 @@ from b2t.data.sources import (
 )
 from b2t.data.sources.base import Source, SourceFormat, SourceOptions, TrialInfo
 from b2t.data.sources.joined import join
+from b2t.data.sources.prepared_folders import not_prepared
 from b2t.errors import UserError
 
 ENTRY_POINTS = "b2t.sources"
@@ -118,7 +119,7 @@ def _chosen(path: Path, source: str | None) -> tuple[SourceFormat, list[Path]]:
         if not named:
             names = ", ".join(module.NAME for module in known)
             raise UserError(f"--source {source}: b2t reads {names}")
-        files = named[0].find(path)
+        files = not_prepared(path, named[0].find(path))
         if not files:
             raise UserError(
                 f"{path}: nothing that --source {source} reads ({_content(path)}); it reads "
@@ -128,7 +129,7 @@ def _chosen(path: Path, source: str | None) -> tuple[SourceFormat, list[Path]]:
     found: list[tuple[SourceFormat, list[Path]]] = []
     taken: set[Path] = set()
     for module in known:
-        files = [file for file in module.find(path) if file not in taken]
+        files = [file for file in not_prepared(path, module.find(path)) if file not in taken]
         if files:
             found.append((module, files))
             taken.update(files)

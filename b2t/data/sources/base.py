@@ -125,6 +125,8 @@ class SourceFormat(Protocol):
 
 _LARGEST_TRIAL = 2**28
 """Values T × C; more is a damaged header, and 1 GiB as float32."""
+_HIGHEST = 1e9
+"""Hz; no recording is sampled so often."""
 _RATIOS = (1e-2, 1e1)
 """Least and most that `--resample` changes a sampling rate by."""
 
@@ -142,13 +144,28 @@ def require_plausible_size(bins: int, channels: int, name: str) -> None:
         )
 
 
+def rate_in_hertz(given: str) -> float:
+    """Read the sampling rate that the user gives with ``--rate``.
+
+    Raises:
+        UserError: it is no number above 0.
+    """
+    try:
+        rate = float(given)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < _HIGHEST:
+        raise UserError(f"--rate {given}: a number of Hz above 0 is expected")
+    return rate
+
+
 def require_rate(recorded: float, wanted: float | None, file: str | Path) -> None:
     """Refuse sampling rates in Hz that cannot be read, or not be reached from one another.
 
     Raises:
         UserError: names ``file``.
     """
-    if not 0 < recorded < 1e9:
+    if not 0 < recorded < _HIGHEST:
         raise UserError(
             f"{file}: its sampling rate is {recorded:g} Hz, where a number above 0 is expected: "
             "the header is damaged; copy the file again"

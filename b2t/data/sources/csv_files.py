@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from pyarrow import csv
 
 from b2t.data.remarks import Remarks
-from b2t.data.sources.base import SourceOptions, TrialInfo, require_rate
+from b2t.data.sources.base import SourceOptions, TrialInfo, rate_in_hertz, require_rate
 from b2t.data.sources.cutting import annotated, require_sensible, windows
 from b2t.data.sources.parts import Part, PartsSource, choose_channels
 from b2t.data.sources.reading import reading
@@ -34,7 +34,11 @@ OPTIONS = frozenset({"window", "overlap", "annotations", "text_column", "channel
 _TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 _LARGEST = 2**33
 """Bytes that one table of an archive may unpack to."""
-_TIME = re.compile(r"(time|timestamp|seconds?|t)\b", re.I)
+_UNITS = r"(ms(?:ecs?)?|milli(?:second)?s?|us(?:ecs?)?|µs|micro(?:second)?s?)"
+_TIME = re.compile(rf"(time|timestamp|seconds?|t)(\b|_({_UNITS}|s|secs?|seconds?)$)", re.I)
+_UNIT = re.compile(rf"[\s_(\[,/]{_UNITS}\b", re.I)
+"""Of a column of times that are no seconds, after its name: `time_ms`, `Time (µs)`."""
+_PER_SECOND = {"m": 1e3, "u": 1e6, "µ": 1e6}
 _EPOCH = re.compile(r"(epoch|trial)(_?(id|number|index))?$", re.I)
 _COUNTER = re.compile(r"(sample|index|counter|marker|unnamed.*|)(_?(id|number|index))?$", re.I)
 _HERTZ = re.compile(r"([0-9.]+)\s*Hz", re.I)
@@ -126,6 +130,8 @@ def _open(
     session = session_name(place.file, root, None if alone else place.member)
     cut = _runs(table, epoch) if epoch else None
     if cut is None:
+        if time is not None:
+            _look_for_gaps(place, table, time, remarks)
         return _continuous(place, session, chosen, rate, table, load, options, remarks)
     trials = [
         TrialInfo(
@@ -227,27 +233,34 @@ def _numeric(table: pa.Table) -> list[str]:
 
 def _rate(place: _Place, table: pa.Table, time: str | None, options: SourceOptions) -> float:
     if options.rate is not None:
-        return _hertz(options.rate, place)
+        return rate_in_hertz(options.rate)
     if time is not None:
         if named := _HERTZ.search(time):
             return float(named[1])
         steps = np.diff(table.column(time).cast(pa.float64()).to_numpy())
         steps = steps[np.isfinite(steps) & (steps > 0)]
+        unit = _UNIT.search(time)
+        second = _PER_SECOND[unit[1].lower()[0]] if unit else 1.0
         if steps.size:
-            return float(round(1 / float(np.median(steps)), 6))
+            return float(round(second / float(np.median(steps)), 6))
     raise UserError(
         f"{place} does not say its sampling rate (no column of times in seconds among "
         f"{', '.join(table.column_names[:8])} …): give it with --rate HZ"
     )
 
 
-def _hertz(text: str, place: _Place) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(
-            f"--rate {text}: {place} is a table, where a number of Hz is expected"
-        ) from None
+def _look_for_gaps(place: _Place, table: pa.Table, time: str, remarks: Remarks) -> None:
+    """Say where times jump: rows of a recording are taken as evenly spaced."""
+    steps = np.diff(table.column(time).cast(pa.float64()).to_numpy())
+    usual = np.median(steps[steps > 0]) if (steps > 0).any() else np.inf
+    jumps = np.flatnonzero(~(np.abs(steps) < 10 * usual) | (steps < 0))
+    if len(jumps):
+        remarks.add(
+            f"times jump {len(jumps)} times, first after row {jumps[0] + 1}; rows are taken as "
+            "evenly spaced: cut the table there, or give it a column Epoch",
+            str(place),
+            "table",
+        )
 
 
 def _runs(table: pa.Table, column: str) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from b2t.data.remarks import Remarks
 from b2t.data.sources.arrays import Array, open_array
-from b2t.data.sources.base import SourceOptions, require_rate
+from b2t.data.sources.base import SourceOptions, rate_in_hertz, require_rate
 from b2t.data.sources.cutting import require_sensible
 from b2t.data.sources.matlab import MatFile, number, numbers
 from b2t.data.sources.parts import Part, PartsSource
@@ -98,9 +98,10 @@ def _likely_signal(content: MatFile) -> str:
 def _rate(content: MatFile, options: SourceOptions) -> float:
     if options.rate is not None:
         try:
-            return float(options.rate)
+            float(options.rate)
         except ValueError:
             return number(content[options.rate], f"{content.file}, {options.rate}")
+        return rate_in_hertz(options.rate)
     for name in content.names():
         if name.lower() in _RATES:
             return number(content[name], f"{content.file}, {name}")

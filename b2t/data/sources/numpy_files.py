@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from b2t.data.phonemes import PHONEMES
 from b2t.data.remarks import Remarks
 from b2t.data.sources.arrays import Array, open_array
-from b2t.data.sources.base import SourceOptions, TrialInfo, require_rate
+from b2t.data.sources.base import SourceOptions, TrialInfo, rate_in_hertz, require_rate
 from b2t.data.sources.cutting import require_sensible
 from b2t.data.sources.parts import Part, PartsSource, choose_channels
 from b2t.data.sources.reading import reading
@@ -77,10 +77,7 @@ def open_source(path: Path, files: list[Path], options: SourceOptions) -> PartsS
         raise UserError(
             f"{files[0]}: arrays do not say their sampling rate: give it with --rate HZ"
         )
-    try:
-        rate = float(options.rate)
-    except ValueError:
-        raise UserError(f"--rate {options.rate}: a number of Hz is expected") from None
+    rate = rate_in_hertz(options.rate)
     require_rate(rate, options.resample, files[0])
     remarks = Remarks()
     load = lru_cache(maxsize=1)(_array)
@@ -175,7 +172,8 @@ def _trial(name: str, line: Line, index: int, place: Path) -> TrialInfo:
 
 def _lines(file: Path) -> list[tuple[int, Line]]:
     try:
-        texts = file.read_text("utf-8").splitlines()
+        # Not `splitlines`: a text may hold U+2028, which ends no line of JSON.
+        texts = file.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start})") from None
     lines = []

@@ -118,6 +118,9 @@ class OverlapCheck:
         return [self._between(between), self._within(within)]
 
     def _between(self, shared: list[dict[str, Any]]) -> Finding:
+        if len(self._splits) < 2:
+            only = ", ".join(self._splits)
+            return Finding(OVERLAP, NOTE, f"{only} is the only split: nothing to compare it with")
         if not shared:
             text = f"no stretch of {self.length} bins occurs in two splits"
             return Finding(OVERLAP, NOTE, text, {"places": []})
