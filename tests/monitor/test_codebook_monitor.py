@@ -40,6 +40,10 @@ def test_window_equals_a_recount_with_scipy(updates):
         entropy = stats.entropy(total[q])
         assert found[f"codebook/entropy_nats/{q}"] == pytest.approx(entropy, abs=1e-12)
         assert found[f"codebook/perplexity/{q}"] == pytest.approx(np.exp(entropy))
+    perplexity = [np.exp(stats.entropy(t)) for t in total]
+    assert found["codebook/perplexity"] == pytest.approx(np.mean(perplexity))
+    assert found["codebook/perplexity_fraction"] == pytest.approx(np.mean(perplexity) / K)
+    assert found["codebook/perplexity_worst_fraction"] == pytest.approx(min(perplexity) / K)
     use = [(t > 0).sum() / min(K, t.sum()) for t in total]
     assert found["codebook/utilization"] == pytest.approx(np.mean(use))
     assert found["codebook/utilization_worst"] == min(use)

@@ -163,3 +163,11 @@ def test_a_log_step_between_measurements_says_the_same_after_a_resume(stop):
     resumed = run(second, contexts[stop:]).metrics()
     assert resumed == straight.metrics()
     assert any("spectral" in name for name in resumed)
+
+
+@pytest.mark.parametrize("before", range(1, 6))
+def test_the_first_step_of_a_phase_is_measured_wherever_the_last_one_ended(before):
+    contexts = [batch(n, "a") for n in range(before)]
+    monitor = run(ReconstructionMonitor(50.0, window=6, every=3), [*contexts, batch(9, "b")])
+    alone = run(ReconstructionMonitor(50.0, window=6, every=3), [batch(9, "b")])
+    assert monitor.metrics() == alone.metrics()

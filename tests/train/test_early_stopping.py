@@ -15,6 +15,8 @@ def test_patience_counts_evaluations_since_the_best():
     stopping = EarlyStopping(patience=2)
     assert [s for _, s in steps(stopping, [3, 2, 2.5, 1.9, 2, 2])] == [False] * 5 + [True]
     assert (stopping.best, stopping.best_step) == (1.9, 4)
+    # What is no better than the best has not improved.
+    assert not stopping.update(1.9, 7) and stopping.best_step == 4
 
 
 def test_max_mode_and_min_delta():

@@ -9,11 +9,13 @@ from b2t.train.progress import Progress
 
 def test_a_new_phase_starts_its_clocks_and_keeps_those_of_the_run():
     progress = Progress(phase_step=9, step=9, consumed=11, skipped=2, seconds=4.0)
+    progress.phase_seconds = 3.0
     progress.best.update(1.0, 9)
     rule = EarlyStoppingConfig(metric="val/wer", mode="max", min_delta=0.25)
     progress.enter_phase(1, "val/per", "max", rule)
     assert (progress.phase, progress.phase_step, progress.consumed) == (1, 0, 0)
     assert (progress.step, progress.skipped, progress.seconds) == (9, 2, 4.0)
+    assert progress.phase_seconds == 0.0
     assert progress.best == Best("val/per", "max")
     assert progress.stopping == EarlyStopping("val/wer", "max", patience=5, min_delta=0.25)
     progress.enter_phase(2, "val/loss", "min", None)

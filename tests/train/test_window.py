@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from b2t.train.window import Window
 
@@ -85,3 +86,41 @@ def test_no_state_is_a_new_window():
     fresh = Window(Together(0, 1))
     fresh.load_state(None)
     assert fresh._steps == 0 and not fresh._sums
+
+
+def test_records_are_means_over_steps_micro_batches_and_ranks(monkeypatch):
+    """Two ranks that do the same, two steps of two micro-batches, one skipped step between."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(2))
+    ranks = Together(0, 2)
+    ranks.sum = lambda values: [2 * value for value in values]
+    filled = Window(ranks)
+
+    def micro_batch(loss, **rows):
+        values = {"squared_error": 1.0, "signal_power": 10.0, "tokens": 4, "tokens_correct": 1}
+        filled.add(
+            SimpleNamespace(
+                losses={"reconstruction": torch.tensor(loss)},
+                loss=torch.tensor(2 * loss),
+                metrics={name: torch.tensor(value) for name, value in {**values, **rows}.items()},
+            ),
+            2,
+        )
+
+    for first, second in ((1.0, 3.0), (math.nan, 3.0), (5.0, 7.0)):
+        micro_batch(first, phoneme_rows=3, phoneme_rows_too_short=0)
+        micro_batch(second, phoneme_rows=0, phoneme_rows_too_short=1, text_rows_too_short=2)
+        if math.isnan(first):
+            assert filled.not_finite() == ["loss/reconstruction", "loss/total"]
+            filled.drop_step()
+        else:
+            filled.close_step(TOTALS, 0.5, 0.1, None)
+    record = filled.metrics()
+    assert record["loss/reconstruction"] == 4.0 and record["loss/total"] == 8.0
+    assert record["reconstruction/snr_db"] == pytest.approx(10.0)
+    assert record["text/token_accuracy"] == 0.25
+    assert record["phoneme/left_out_fraction"] == 0.25
+    assert record["text/left_out_fraction"] == 1.0
+    assert record["throughput/padding_fraction"] == pytest.approx(1 - 70 / 90)
+    assert record["throughput/frames_per_s"] == pytest.approx(14.0)
+    assert record["time/step_s"] == 0.5 and record["time/data_wait_fraction"] == 0.2
+    assert filled.steps == 0

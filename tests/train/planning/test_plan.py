@@ -14,6 +14,7 @@ from b2t.errors import UserError
 from b2t.model import BrainToText
 from b2t.quantize.norms import StepNorms
 from b2t.train.ds_config import load_ds_config
+from b2t.train.engine import parameter_groups
 from b2t.train.flops import forward_flops, phase_flops
 from b2t.train.phase import components
 from b2t.train.planning.machines import LINKS, Assumptions, cluster, gpu_names
@@ -82,6 +83,49 @@ def test_shares_cover_the_weights_whole_and_padded():
         assert found.trained == trained
         assert trained <= world * sum(found.shares) < trained + 2 * world * len(found.shares)
         assert found.owned >= trained / world
+
+
+def test_who_owns_which_weights_is_counted_one_by_one():
+    """Of the flat, padded weights of each group every rank has one stretch."""
+    config = load_config("demo", SMALL)
+    model = meta_model(config, WORKLOAD)
+    for world in (2, 3):
+        found = partitions(model, config.phases[2], config.optim, world)
+        owned = torch.zeros(world, dtype=torch.int64)
+        groups = parameter_groups(model, config.phases[2], config.optim)
+        for group, share in zip(groups, found.shares, strict=True):
+            numels = [p.numel() for p in group["params"]]
+            assert share % 2 == 0 and (share - 2) * world < sum(numels) <= share * world
+            whose = torch.arange(sum(numels)) // share
+            for number in whose.split(numels):
+                owned[number.unique()] += len(number)
+        assert found.owned == owned.max()
+
+
+def test_parts_follow_from_precision_overlap_and_who_owns_what(tmp_path):
+    zero = {"stage": 2, "reduce_bucket_size": 100_000}
+    plain, overlapping, half = (
+        a_planner(tmp_path, 2, **sections)
+        for sections in (
+            {"zero_optimization": zero},
+            {"zero_optimization": {**zero, "overlap_comm": True}},
+            {"zero_optimization": zero, "bf16": {"enabled": True}},
+        )
+    )
+    phase = plain.config.phases[2]
+    overlapping._traced = plain._traced
+    parts = partitions(plain.model, phase, plain.config.optim, 2)
+    weights = sum(p.numel() for p in plain.model.parameters())
+    first, second, third = (planner.memory(phase) for planner in (plain, overlapping, half))
+    assert first.gradients == 4 * parts.owned and third.gradients == 2 * parts.owned
+    assert first.host == third.host == 4 * weights
+    assert second.training - first.training == 4 * 100_000
+    assert third.weights == pytest.approx(first.weights / 2, rel=1e-6)
+    books = plain.model.quantizer.codebooks
+    sent = 4 * books.embed.numel() + 8 * books.ema_count.numel()
+    alone = a_planner(tmp_path, 1, zero_optimization=zero)
+    alone._traced = plain._traced
+    assert first.updating - alone.memory(phase).updating == sent
 
 
 def test_memory_of_the_optimizer_falls_with_ranks_and_that_of_codebooks_does_not(tmp_path):
