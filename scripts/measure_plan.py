@@ -8,8 +8,8 @@ Each case is a model, a DeepSpeed file and a size of trials. Ranks take a few st
 engine, step and codebook update that training uses, on noise. Memory is what torch's profiler
 sees its CPU allocator hand out, from before the model is built: every tensor and every workspace
 of an operator, but no Python and no library; on a GPU it is the most that torch's allocator there
-counts. Traffic is what reaches `torch.distributed`, between two ranks or more. CPU ranks hold the
-host's float32 copies of the weights in the same memory, so that the plan adds them.
+counts. Traffic is what reaches `torch.distributed`, between two ranks or more. CPU ranks in 16 bit
+hold the host's float32 copies of the weights in the same memory, so that the plan adds them.
 
 Without names all cases run that fit the device: those of fp16 on a GPU, the others on CPUs.
 """
@@ -40,8 +40,8 @@ from b2t.log import quiet_libraries
 from b2t.model.brain_to_text import BrainToText
 from b2t.train.budget import PhaseBudget
 from b2t.train.ds_config import DeepSpeedFile, load_ds_config
-from b2t.train.engine import initial_masters
 from b2t.train.main import name_accelerator
+from b2t.train.masters import initial_masters, weights_are_masters
 from b2t.train.phase import TrainedPhase
 from b2t.train.plain import without_needless_zero
 from b2t.train.planning.plan import Planner
@@ -244,7 +244,8 @@ def planned(
     sent: Traffic = Counter()
     for message in plan_traffic(planner.model, phase, config.optim, ds_file, world, step):
         sent[message.kind, message.size] += message.times
-    return memory.peak + (memory.host if ranks.device.type == "cpu" else 0), sent
+    on_host = ranks.device.type == "cpu" and not weights_are_masters(ds_file, ranks.device)
+    return memory.peak + (memory.host if on_host else 0), sent
 
 
 def main(argv: list[str] | None = None) -> int:

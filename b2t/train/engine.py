@@ -22,6 +22,7 @@ from b2t.config import OptimConfig, PhaseConfig
 from b2t.train.ds_config import DeepSpeedFile
 from b2t.train.gather import Gatherer, Part
 from b2t.train.gradient_norms import GradientNorms
+from b2t.train.masters import load_weights, weights_are_masters, weights_of
 from b2t.train.schedule import lr_factor
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -70,7 +71,7 @@ class PhaseEngine:
         optim: optimizer settings.
         ds_file: the checked DeepSpeed file.
         masters: exact float32 weights by name; read at construction, written by
-            `collect_masters`.
+            `collect_masters`. Where `weights_are_masters`, they become the module's own weights.
         time_done: share of the phase's minutes that is over, for the learning rate.
 
     Attributes:
@@ -94,7 +95,8 @@ class PhaseEngine:
         self.model = model
         self.masters = masters
         self.ds_file = ds_file
-        _load_weights(model, masters)
+        self._shared = weights_are_masters(ds_file, next(model.parameters()).device)
+        load_weights(model, masters, self._shared)
         groups = parameter_groups(model, phase, optim)
         optimizer = self._optimizer(groups, optim)
         self._engine, _, _, self._scheduler = deepspeed.initialize(
@@ -114,6 +116,8 @@ class PhaseEngine:
         self._watch_overflows([name.split("/")[0] for name in names])
         self._gatherer: Gatherer | None = None
         self.write_masters(masters)
+        if self._shared:
+            masters.update(weights_of(model))
 
     def _optimizer(self, groups: list[dict], optim: OptimConfig) -> torch.optim.Optimizer:
         settings: dict[str, Any] = {"betas": optim.betas, "eps": optim.eps}
@@ -167,7 +171,8 @@ class PhaseEngine:
 
         Collective: all ranks must call it.
         """
-        self.masters.update(self.read_masters())
+        if not self._shared:
+            self.masters.update(self.read_masters())
         return self.masters
 
     def read_masters(self) -> dict[str, Tensor]:
@@ -420,17 +425,6 @@ def _courses(
         return lr_factor(step, phase, component, time_done())
 
     return [partial(factor, component=group["name"].split("/")[0]) for group in groups]
-
-
-def initial_masters(model: nn.Module) -> dict[str, Tensor]:
-    """Float32 copies of all parameters, on the CPU, by name."""
-    return {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in model.named_parameters()}
-
-
-def _load_weights(model: nn.Module, masters: Mapping[str, Tensor]) -> None:
-    """Copy masters into the module in float32, so that every engine casts from exact weights."""
-    for name, parameter in model.named_parameters():
-        parameter.data = masters[name].to(device=parameter.device, dtype=torch.float32, copy=True)
 
 
 def _with_quiet_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:

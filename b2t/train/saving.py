@@ -65,7 +65,9 @@ class Saving(Callback):
         _note_streams(trainer)
         self.wait()
         if trainer.ranks.is_main:
-            self._write(trainer, trainer.masters, {}, trainer.averages, None, None)
+            # The next phase may move these very weights while the thread writes them.
+            masters = {name: weight.clone() for name, weight in trainer.masters.items()}
+            self._write(trainer, masters, {}, trainer.averages, None, None)
         trainer.clock.restart()
 
     def wait(self) -> None:

@@ -27,9 +27,10 @@ from b2t.train.callback import Callback
 from b2t.train.checkpoint import Checkpoint, CheckpointStore
 from b2t.train.codebook_start import start_codebooks, why_not_started
 from b2t.train.ds_config import DeepSpeedFile
-from b2t.train.engine import PhaseEngine, initial_masters
+from b2t.train.engine import PhaseEngine
 from b2t.train.guard import Guard
 from b2t.train.hook_states import require_names
+from b2t.train.masters import initial_masters
 from b2t.train.metric_names import best_rules
 from b2t.train.phase import TrainedPhase, batch_plan, phase_batches
 from b2t.train.plain import without_needless_zero

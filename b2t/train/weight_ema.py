@@ -28,10 +28,13 @@ class WeightEma:
     def __init__(self, engine: PhaseEngine, decay: float, averages: Mapping[str, Tensor]) -> None:
         self.engine = engine
         self.decay = decay
+        own = [flat.detach().clone() for flat in engine.flat_masters()]
         known = {n: averages.get(n, engine.masters[n]) for n in engine.trained_names()}
         engine.write_masters(known)
         self._shards = [flat.detach().clone() for flat in engine.flat_masters()]
-        engine.write_masters(engine.masters)
+        with torch.no_grad():
+            for flat, master in zip(engine.flat_masters(), own, strict=True):
+                flat.copy_(master)
 
     @torch.no_grad()
     def update(self, step: int) -> None:

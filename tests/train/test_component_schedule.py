@@ -9,7 +9,8 @@ from torch import nn
 
 from b2t.config import OptimConfig, PhaseConfig
 from b2t.train.ds_config import load_ds_config
-from b2t.train.engine import PhaseEngine, initial_masters
+from b2t.train.engine import PhaseEngine
+from b2t.train.masters import initial_masters
 from b2t.train.schedule import lr_factor
 
 pytestmark = pytest.mark.usefixtures("one_rank")

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from b2t.config import OptimConfig, PhaseConfig
 from b2t.train.ds_config import load_ds_config
-from b2t.train.engine import PhaseEngine, initial_masters, parameter_groups
+from b2t.train.engine import PhaseEngine, parameter_groups
+from b2t.train.masters import initial_masters
 from b2t.train.plain import PlainEngine, without_needless_zero
 from b2t.train.schedule import lr_factor
 from b2t.train.zero3 import Zero3Engine
@@ -419,7 +420,7 @@ def test_the_next_engine_survives_the_end_of_the_one_before(ds_file):
     train(engine, range(2))
     masters, deepspeeds = copies(engine.collect_masters()), engine._engine
     engine.close()
-    again = engine_for(model, ds_file, masters)
+    again = engine_for(model, ds_file, dict(masters))
     del engine, deepspeeds
     gc.collect()
     assert differing(masters, again.read_masters()) == []

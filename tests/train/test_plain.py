@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from b2t.config import OptimConfig, PhaseConfig
 from b2t.train.ds_config import load_ds_config
-from b2t.train.engine import PhaseEngine, initial_masters
+from b2t.train.engine import PhaseEngine
+from b2t.train.masters import initial_masters
 from b2t.train.phase import _ENGINES
 from b2t.train.plain import without_needless_zero
 from b2t.train.weight_ema import WeightEma

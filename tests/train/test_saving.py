@@ -73,6 +73,30 @@ def test_steps_go_on_and_change_nothing_in_what_is_being_written(trainer, monkey
     assert [name for name in after if not torch.equal(kept[name], after[name])], "training went on"
 
 
+def test_the_next_phase_changes_nothing_in_what_is_written_between_phases(trainer, monkeypatch):
+    """On a CPU in float32 the weights that are handed on are the model's own."""
+    trainer.config.checkpoint.every = trainer._saving.every = 100
+    handed_on, moved = {}, []
+
+    class Look(Callback):
+        def on_phase_end(self, trainer, phase):
+            if trainer.progress.step == 6:
+                handed_on.update(trainer.engine.read_masters())
+
+        def on_step(self, trainer, context):
+            if trainer.progress.step == 7:
+                now = trainer.engine.read_masters()
+                moved.extend(n for n in now if not torch.equal(now[n], handed_on.get(n, now[n])))
+
+    disk = SlowDisk(monkeypatch, until=7)
+    trainer.callbacks += [Look(), disk]
+    trainer.fit()
+    assert disk.on_disk[7] == [] and moved, "step 7 came before what step 6 handed on was written"
+    trainer.store.steps = lambda: [6]
+    kept = trainer.store.load().weights
+    assert [n for n, value in handed_on.items() if not torch.equal(kept[n], value)] == []
+
+
 def test_a_second_checkpoint_waits_for_the_first(trainer, monkeypatch):
     disk = SlowDisk(monkeypatch, until=-1)
     trainer.callbacks.append(disk)

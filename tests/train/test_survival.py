@@ -203,7 +203,7 @@ FIVE = [f"phases={PHASES}", "evaluation.every=2", "log.every=4"]
 
 def test_five_phases_of_which_one_stops_early(start, ds_file, orders):
     trainer = start("run", ds_file(), *FIVE)
-    first = dict(trainer.masters)
+    first = {name: weight.clone() for name, weight in trainer.masters.items()}
     trainer.fit()
     assert trainer.progress.finished and trainer.progress.step == 2 + 4 + 2 + 1 + 2
     assert trainer.store.steps() == [2, 6, 8, 9, 11]
