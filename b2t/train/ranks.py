@@ -26,6 +26,9 @@ _COMMUNICATION = re.compile(r"(torch[/\\]distributed|deepspeed[/\\]comm)[/\\][^/
 """Files whose functions are called on the way to a collective."""
 
 
+_PATIENCE = 2
+"""How many times as long as ranks themselves NCCL's watchdog waits, so that it comes second."""
+
 _STOP = "stop"
 """Key of the board."""
 
@@ -90,6 +93,17 @@ class Ranks:
         """Wait for all ranks."""
         if self.world > 1:
             with self._waiting("barrier"):
+                dist.barrier(group=self.control)
+
+    def meet(self, what: str) -> None:
+        """Wait for the other processes where the GPU is about to wait for their GPUs.
+
+        A process that waits for its GPU cannot say for whom: NCCL's watchdog ends it, by SIGABRT
+        and with a message of its own, when a collective has taken `_PATIENCE` times as long as
+        ranks wait here. Nothing on CPU ranks, whose collectives raise.
+        """
+        if self.world > 1 and self.device.type == "cuda":
+            with self._waiting(what):
                 dist.barrier(group=self.control)
 
     def post_stop(self) -> None:
@@ -184,8 +198,9 @@ def join(timeout_s: float = 1800.0) -> Ranks:
         device = torch.device("cpu")
         _share_cores()
     wait_at_most(timeout)
+    limit = _PATIENCE * timeout if device.type == "cuda" else timeout
     with redirect_stdout(io.StringIO()):  # it prints that it has built its operators
-        deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
+        deepspeed.init_distributed(auto_mpi_discovery=False, timeout=limit, verbose=False)
     control = dist.new_group(backend="gloo", timeout=timeout) if dist.get_world_size() > 1 else None
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, control, timeout_s)
     if ranks.world > 1:
@@ -199,12 +214,16 @@ def wait_at_most(timeout: timedelta) -> None:
     """Make ``timeout`` that of all process groups made from now on, DeepSpeed's among them.
 
     DeepSpeed makes its groups without one: its reductions would wait half an hour for a lost rank.
+    Those of NCCL wait longer: see `Ranks.meet`.
     """
     from torch.distributed import distributed_c10d as c10d
 
-    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+    for name, limit in {
+        "default_pg_timeout": timeout,
+        "default_pg_nccl_timeout": _PATIENCE * timeout,
+    }.items():
         if getattr(c10d, name, None) is not None:  # NCCL's is None in builds without NCCL
-            setattr(c10d, name, timeout)
+            setattr(c10d, name, limit)
 
 
 def _own_gpu(local_rank: int, gpus: int) -> int:

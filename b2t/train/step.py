@@ -144,6 +144,8 @@ class OptimizerStep:
                 summed = self._begin_update(stats)
             with strict_backward(self.ranks.device):
                 self.engine.backward(output.loss)
+            if number + 1 == len(batches):
+                self.ranks.meet("end of the backward pass")
             applied = self.engine.step()
             self.window.add(output, self.ds_file.accumulation)
         if not applied and isinstance(summed, PendingStats):
@@ -216,6 +218,7 @@ class OptimizerStep:
                 )
                 ids = frame_ids(batch.row_ids, latents.shape[1])
                 usages.append(quantizer.soft_usage(latents, mask, ids, batch.frames))
+        self.ranks.meet("sum of code usage")
         return sum(usages[1:], usages[0]).all_reduce()
 
     def why_skipped(self, result: StepResult) -> Alert:

@@ -6,12 +6,16 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
+import deepspeed
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from b2t.train import ranks
+from b2t.train.step import COUNTED, OptimizerStep
 
 
 def test_the_ninja_of_this_environment_comes_first(monkeypatch, tmp_path):
@@ -83,3 +87,103 @@ def test_groups_that_others_make_wait_as_long(one_rank, monkeypatch):
     ranks.wait_at_most(timedelta(seconds=7))
     group = dist.new_group(backend="gloo")
     assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=7)
+
+
+def test_nccls_watchdog_has_more_patience_than_the_ranks(monkeypatch):
+    """Else it would end a process that was about to say for whom it waits."""
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(c10d, name, timedelta(minutes=10))
+    ranks.wait_at_most(timedelta(seconds=7))
+    assert c10d.default_pg_nccl_timeout >= 2 * c10d.default_pg_timeout == timedelta(seconds=14)
+
+
+@pytest.mark.parametrize(("gpus", "limit"), [(0, 7), (1, 14)])
+def test_the_group_of_gpus_waits_longer_than_that_of_processes(gpus, limit, monkeypatch):
+    class JoinedError(Exception):
+        pass
+
+    def join(**settings):
+        asked.update(settings)
+        raise JoinedError
+
+    asked = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1" if name == "WORLD_SIZE" else "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(ranks, "_share_cores", lambda: None)
+    monkeypatch.setattr(ranks, "wait_at_most", lambda timeout: None)
+    monkeypatch.setattr(deepspeed, "init_distributed", join)
+    with pytest.raises(JoinedError):
+        ranks.join(7.0)
+    assert asked["timeout"] == timedelta(seconds=limit)
+
+
+MEETING = """
+import sys, time
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from b2t.train.ranks import Ranks, WaitedTooLong
+
+rank, store = int(sys.argv[1]), dist.FileStore(sys.argv[2], 2)
+limits = timedelta(seconds=20), timedelta(seconds=1)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limits[0])
+control = dist.new_group(backend="gloo", timeout=limits[1])
+here = Ranks(rank, 2, rank, torch.device("cuda"), control, 1.0, place="in step 7 of phase joint")
+dist.barrier()
+if rank == 1:
+    time.sleep(60)
+began = time.monotonic()
+try:
+    here.meet("end of the backward pass")
+except WaitedTooLong as error:
+    print(time.monotonic() - began < 10, error, flush=True)
+"""
+
+
+def test_a_rank_whose_neighbour_hangs_says_so_before_its_gpu_waits(tmp_path, repository):
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEETING, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            cwd=repository,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said, _ = started[0].communicate(timeout=60)
+    finally:
+        started[1].kill()
+        started[1].communicate()
+    assert said.startswith("True rank 0 on ") and "in step 7 of phase joint" in said
+    assert "(end of the backward pass)" in said
+
+
+def test_processes_meet_before_the_step_of_the_last_micro_batch():
+    """There DeepSpeed reads from the GPU what has come from all others."""
+    calls = []
+    output = SimpleNamespace(loss=torch.zeros(()), stats=None)
+    engine = SimpleNamespace(
+        dtype=torch.float32,
+        backward=lambda loss: calls.append("backward"),
+        step=lambda: calls.append("step") or True,
+    )
+    self = SimpleNamespace(
+        ranks=SimpleNamespace(
+            world=2, device=torch.device("cpu"), meet=lambda _: calls.append("meet")
+        ),
+        engine=engine,
+        ds_file=SimpleNamespace(accumulation=2),
+        phase=SimpleNamespace(losses=SimpleNamespace(model_dump=dict), text_from="signals"),
+        window=SimpleNamespace(add=lambda *_: None),
+        set_clocks=lambda: None,
+        _usage_of_step=lambda _: None,
+        _forward=lambda number, batch, **_: output,
+        _begin_update=lambda stats: stats,
+    )
+    batch = SimpleNamespace(to=lambda *_: None)
+    OptimizerStep.take(self, [batch, batch], dict.fromkeys(COUNTED, 1.0))
+    assert calls == ["backward", "step", "backward", "meet", "step"]
