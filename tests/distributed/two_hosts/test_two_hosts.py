@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -112,6 +113,31 @@ def test_a_run_folder_that_hosts_do_not_share_is_refused(hosts, arguments, repos
     assert started.wait() != 0
     said = started.log(0)
     assert f"run.dir={folder}: rank 0 on host-a" in said and "rank 1 on host-b did not see" in said
+
+
+def test_sharded_weights_in_fp16_train_over_the_network(hosts, arguments, repository):
+    """Under ZeRO-3 each weight's parts lie on both hosts; the loss scale falls on both alike."""
+    hosts.mend()
+    run, file = hosts.folder / "sharded", hosts.folder / "zero3_fp16.json"
+    zero = {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0}
+    half = {"enabled": True, "initial_scale_power": 24}
+    file.write_text(json.dumps({**DEEPSPEED, "zero_optimization": zero, "fp16": half}))
+    started = hosts.launch(
+        repository,
+        "sharded",
+        f"--deepspeed_config={file}",
+        *arguments[1:],
+        f"run.dir={run}",
+        "phases.0.steps=6",
+        script=str(Path(__file__).with_name("fp16_train.py")),
+    )
+    said = finished(started)
+    assert "2 ranks on cpu, ZeRO-3, fp16" in said
+    assert started.status(1) == 0
+    assert steps_of(run) == list(range(1, 7))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scales = [record["optim/loss_scale"] for record in records if "loss/total" in record]
+    assert 0 < scales[-1] < 2**24, "the first steps overflowed"
 
 
 def test_the_interface_between_the_hosts_is_found(hosts, tmp_path):
