@@ -19,8 +19,9 @@ with the quantizer in float32.
 Frames are valid latent frames of all ranks. Data wait is the share of the trainer's time in which
 rank 0 waits for a batch; sync, from the second segment on, that in which it packs and awaits the
 quantizer's sums over ranks. MFU and HFU need a GPU whose peak is known, and 16 bit. Memory can only
-be told apart where a loop trains alone: `--alone` prints the most that a rank held; of a GPU's
-memory, which torch counts, for several loops one after the other.
+be told apart where a loop trains alone: `--alone` prints the most that a rank held in its steps,
+and the trainer with its last checkpoint; of a GPU's memory, which torch counts, for several loops
+one after the other.
 
 A case that runs out of memory is named, and the others go on; so are those that `--budget` seconds
 leave no time for. The exit status is 1 after either.
@@ -34,6 +35,7 @@ import resource
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -48,6 +50,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
 from bench_overhead import Turns  # noqa: E402
 from throughput.bare import Bare, BareTorch  # noqa: E402
 from throughput.peers import HuggingFace, PlainDDP  # noqa: E402
+from throughput.shares import Shares  # noqa: E402
 from throughput.sync import QuantizerSync  # noqa: E402
 
 from b2t.config import Config, load_config  # noqa: E402
@@ -93,6 +96,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--alone", nargs="+", choices=["b2t", *sorted(PEERS)], help="a loop, for its memory"
     )
+    parser.add_argument("--shares", action="store_true", help="what a step goes into")
     parser.add_argument("--csv", type=Path, help="append the lines to this file")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
@@ -112,7 +116,10 @@ class Case:
 
 @dataclass
 class Line:
-    """What was measured of a case; `ratio` is steps per second of the trainer over the other's."""
+    """What was measured of a case; `ratio` is steps per second of the trainer over the other's.
+
+    `processor` is the same of processor time on rank 0: on a busy machine the steadier of the two.
+    """
 
     phase: str
     against: str
@@ -129,6 +136,7 @@ class Line:
     ratio: float
     ratio_low: float
     ratio_high: float
+    processor: float
 
 
 class Frames(Callback):
@@ -144,6 +152,16 @@ class Frames(Callback):
         self.steps += 1
 
 
+class Held(Callback):
+    """Notes the most memory that a rank has held up to the last step, before what follows on it."""
+
+    most = 0
+
+    def on_step(self, trainer: Run, context: StepContext) -> None:
+        """Look."""
+        self.most = held(trainer.ranks)
+
+
 @dataclass
 class Waits(Turns):
     """Turns that also time how long the trainer waits for its own batches and for other ranks.
@@ -151,11 +169,13 @@ class Waits(Turns):
     Attributes:
         waited: seconds for batches, but for the first ``untimed`` of them, which loaders start in.
         sync: for other ranks.
+        shares: times parts of a step, from the first pair that is timed.
     """
 
     waited: float = 0.0
     untimed: int = 0
     sync: QuantizerSync = field(default_factory=QuantizerSync)
+    shares: Shares | None = None
 
     def __next__(self) -> Any:
         """Return the next batch, after the other's turn where one is due."""
@@ -163,6 +183,8 @@ class Waits(Turns):
         if self.taken == self.length:
             self.sync.seconds = 0.0  # with the start of the codebooks
         self.taken += 1
+        if self.shares is not None:
+            self.shares.on = self.taken > self.untimed
         began = time.perf_counter()
         batch = next(self.inner)
         if self.untimed < self.taken <= self.pairs * self.length:
@@ -170,7 +192,7 @@ class Waits(Turns):
         return batch
 
     def _let_bare(self) -> None:
-        with self.sync.paused():
+        with self.sync.paused(), self.shares.of_the_other() if self.shares else nullcontext():
             super()._let_bare()
 
 
@@ -227,12 +249,18 @@ def measure(options: argparse.Namespace, case: Case, ranks: Ranks, folder: str) 
         peer.model.quantizer.backend = case.kernels
 
     peer.start = started  # type: ignore[method-assign]
-    with clock.sync:
+    clock.shares = Shares() if options.shares else None
+    with clock.sync, clock.shares or nullcontext():
         trainer.fit()
-    ours, theirs = (
-        np.array(segments[options.warmup :])[:, 0] / options.length
+    (ours, our_cpu), (theirs, their_cpu) = (
+        np.array(segments[options.warmup :]).T / options.length
         for segments in (clock.ours, clock.theirs)
     )
+    if clock.shares is not None and ranks.is_main:
+        timed = (
+            np.array(segments[options.warmup :]).sum(0) for segments in (clock.ours, clock.theirs)
+        )
+        print(clock.shares.table(*timed, options.segments * options.length))
     ratios, step_s = theirs / ours, float(np.median(ours))
     low, high = np.percentile(ratios, [25, 75])
     rate = frames.frames / frames.steps / step_s
@@ -242,7 +270,7 @@ def measure(options: argparse.Namespace, case: Case, ranks: Ranks, folder: str) 
         case.compiled, ranks.world,
         1 / step_s, rate, clock.waited / (options.segments * options.length) / step_s,
         clock.sync.seconds / (frames.steps - options.length) / step_s, mfu, hfu,
-        float(np.median(ratios)), float(low), float(high),
+        float(np.median(ratios)), float(low), float(high), float(np.median(their_cpu / our_cpu)),
     )  # fmt: skip
 
 
@@ -281,21 +309,27 @@ def alone(options: argparse.Namespace, case: Case, ranks: Ranks, folder: str, lo
     before = held(ranks) - others
     began = time.perf_counter()
     if loop == "b2t":
+        watched = Held()
+        trainer.callbacks.append(watched)
         trainer.fit()
+        in_steps = watched.most
     else:
         peer = PEERS[loop](trainer)
         peer.start_alone(trainer)
         peer.segment(steps)
         peer.batches.close()
+        in_steps = held(ranks)
     if on_gpu:
         torch.cuda.synchronize(ranks.device)
     taken = time.perf_counter() - began
-    most = max(ranks.gather(held(ranks) - others))
+    most = max(ranks.gather(in_steps - others))
+    saved = max(ranks.gather(held(ranks) - others))
     kind = "of the GPU" if on_gpu else "of the host"
     return (
         f"{loop} alone, phase {config.phases[0].name}, {ranks.world} rank(s): at most "
-        f"{most / GIB:.3f} GiB {kind} held by a rank, {before / GIB:.3f} before it trained; "
-        f"{steps} steps in {taken:.1f} s with their start"
+        f"{most / GIB:.3f} GiB {kind} held by a rank in its steps, {before / GIB:.3f} before them"
+        + (f", {saved / GIB:.3f} with its checkpoint" if loop == "b2t" else "")
+        + f"; {steps} steps in {taken:.1f} s with their start"
     )
 
 
@@ -310,7 +344,7 @@ def table(lines: list[Line]) -> str:
     """Put the lines in columns."""
     head = (
         f"{'phase':12}{'against':8}{'kernels':11}{'ckpt':6}{'compile':9}{'ranks':6}{'steps/s':>9}{'frames/s':>11}"
-        f"{'data wait':>11}{'sync':>8}{'MFU':>8}{'HFU':>8}  ratio (quartiles)"
+        f"{'data wait':>11}{'sync':>8}{'MFU':>8}{'HFU':>8}  ratio (quartiles)      processor"
     )
 
     def percent(value: float | None) -> str:
@@ -322,6 +356,7 @@ def table(lines: list[Line]) -> str:
         f"{line.steps_per_s:9.2f}{line.frames_per_s:11,.0f}{percent(line.data_wait):>11}"
         f"{percent(line.sync):>8}{percent(line.mfu):>8}{percent(line.hfu):>8}  "
         f"{line.ratio:.3f} ({line.ratio_low:.3f} – {line.ratio_high:.3f})"
+        f"  {line.processor:.3f}"
         for line in lines
     ]
     return "\n".join([head, *rows])

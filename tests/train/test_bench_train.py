@@ -1,5 +1,7 @@
 """The loops that throughput is compared with take the trainer's steps; the columns are right."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -107,14 +109,16 @@ def test_a_case_switches_what_it_names(bench, tmp_path):
 
 def test_the_table_has_a_column_for_each_number(bench):
     line = bench.Line(
-        "joint", "ddp", "kernels", "off", "on", 2, 4.0, 1234.5, 0.05, 0.02, 0.3, 0.4, 0.97, 0.9, 1
-    )
+        "joint", "ddp", "kernels", "off", "on", 2, 4.0, 1234.5, 0.05, 0.02, 0.3, 0.4, 0.97, 0.9, 1,
+        0.96,
+    )  # fmt: skip
     head, row = bench.table([line]).splitlines()
     assert " ".join(head.split()).startswith(
         "phase against kernels ckpt compile ranks steps/s frames/s"
     )
     assert " ".join(row.split()) == (
-        "joint ddp kernels off on 2 4.00 1,234 5.0 % 2.0 % 30.0 % 40.0 % 0.970 (0.900 – 1.000)"
+        "joint ddp kernels off on 2 4.00 1,234 5.0 % 2.0 % 30.0 % 40.0 % "
+        "0.970 (0.900 – 1.000) 0.960"
     )
 
 
@@ -129,3 +133,35 @@ def test_only_what_the_trainer_sums_over_ranks_is_timed(bench, monkeypatch):
             PendingSum([torch.ones(2)]).wait()
         assert sync.seconds == 2
     assert (PendingSum.__init__, PendingSum.wait) == (begin, wait)
+
+
+def test_a_part_of_a_step_is_without_those_inside_of_it(bench, monkeypatch):
+    """The table adds up to the step, and says how much more of theirs each part of ours takes."""
+    clock = iter([[0, 0], [1, 1], [4, 2], [9, 5], [20, 20], [22, 21]])
+    module = sys.modules[bench.Shares.__module__]
+    monkeypatch.setattr(module, "_now", lambda: np.array(next(clock), dtype=float))
+    shares = bench.Shares()
+    inner = shares._timed(lambda: None, "optimizer")
+    outer = shares._timed(inner, "backward")
+    inner()  # before the first pair that is timed
+    shares.on = True
+    outer()  # from 0 to 9 by the clock, of which 1 to 4 are the optimizer's
+    with shares.of_the_other():
+        inner()
+    told = shares.table(np.array([20.0, 10.0]), np.array([10.0, 5.0]), 1000)
+    rows = {line[:34].strip(): line[34:].split() for line in told.splitlines()[1:]}
+    assert rows["backward"] == ["6.0", "0.0", "4.0", "0.0", "+80.0", "%"]
+    assert rows["optimizer"] == ["3.0", "2.0", "1.0", "1.0", "+0.0", "%"]
+    assert rows["rest, and other threads"] == ["11.0", "8.0", "5.0", "4.0", "+20.0", "%"]
+    assert rows["a step"] == ["20.0", "10.0", "10.0", "5.0", "+100.0", "%"]
+
+
+def test_nothing_stays_timed(bench):
+    """All that is timed is there in the DeepSpeed and torch that are installed."""
+    module = sys.modules[bench.Shares.__module__]
+    before = [getattr(owner, name) for owner, name, _ in module._PARTS]
+    with bench.Shares():
+        assert all(
+            getattr(o, n) is not b for (o, n, _), b in zip(module._PARTS, before, strict=True)
+        )
+    assert [getattr(owner, name) for owner, name, _ in module._PARTS] == before
