@@ -5,7 +5,8 @@
     python scripts/try_gpu.py --device cpu --dry  # the same steps, small, where there is no GPU
 
 Each step is a process with a limit of its own; one that fails or is cut off does not stop the
-others. What they print lies in results/gpu/<step>.log; results/gpu/summary.md and .json say what
+others. What they print lies in results/gpu/<step>.log; checks that failed, the benchmark's times
+and the ends of logs of what failed are printed too. results/gpu/summary.md and .json say what
 passed, with the device, the versions, and figures of training; --write puts that and the goals of
 the benchmark between the markers of kernels/RESULTS.md. The steps, and their seconds:
 
@@ -36,10 +37,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from step_logs import failing, told
 from watched_runs import differences, leave_when, losses
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVED = 75
+PROCESSES = max(4, min(8, (os.cpu_count() or 4) // 2))
 SHORT = [
     *("phases.0.steps=24", "phases.1.steps=8", "phases.2.steps=16", "phases.0.warmup_steps=4"),
     *("phases.1.warmup_steps=4", "phases.2.warmup_steps=4", "codebook_start.after_steps=4"),
@@ -186,7 +189,7 @@ def correct_step(trial: Trial, limit: float) -> dict[str, Any]:
         # Most of the time goes into compiling: several processes share it.
         names = ("kernel_checks.py", "draw_checks.py", "test_kernel_gpu.py")
         places = [tests / name for name in names] + [ROOT / "tests/data/test_augment_gpu.py"]
-        chosen = ["-k", "not test_kernels_on_the_gpu", "--numprocesses", "4"]
+        chosen = ["-v", "-k", "not test_kernels_on_the_gpu", "--numprocesses", str(PROCESSES)]
     else:
         places, chosen = [tests], ["-k", "test_kernel_ops and mistakes"] if trial.dry else []
     command = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib"]
@@ -194,7 +197,7 @@ def correct_step(trial: Trial, limit: float) -> dict[str, Any]:
     status = trial.run("correct", command, limit)
     log = (trial.out / "correct.log").read_text("utf-8").strip()
     last = log.rsplit("\n", 1)[-1]
-    require(status, ", ".join([last, *re.findall(r"^(?:FAILED|ERROR) (\S+)", log, re.MULTILINE)]))
+    require(status, ", ".join([last, *(name.split(" - ")[0] for name in failing(log))]))
     if " passed" not in last:
         raise RuntimeError(f"no check ran: {last}")
     return {"pytest": last}
@@ -210,9 +213,10 @@ def bench_step(trial: Trial, limit: float) -> dict[str, Any]:
 
 def train_step(trial: Trial, limit: float) -> dict[str, Any]:
     """Train until the time is nearly over, then ask the run to save and leave."""
+    began = time.monotonic()
     trial.simulated(limit / 2)
     process = trial.start("train", trial.training("train", SHORT if trial.dry else ["log.every=5"]))
-    status = leave_when(process, lambda: False, 0.85 * limit)
+    status = leave_when(process, lambda: False, 0.85 * limit - (time.monotonic() - began))
     require(status not in (0, SAVED), f"status {status}")
     steps = losses(trial.out / "train")
     if len(steps) < 4:
@@ -230,14 +234,19 @@ def train_step(trial: Trial, limit: float) -> dict[str, Any]:
 
 def resume_step(trial: Trial, limit: float) -> dict[str, Any]:
     """One run left alone, one stopped by SIGTERM and gone on: largest difference at the end."""
+    deadline = time.monotonic() + limit
+
+    def left() -> float:
+        return max(1.0, deadline - time.monotonic())
+
     trial.simulated(limit / 2)
     alone = trial.start("resume-alone", trial.training("alone", SHORT))
     try:
         process = trial.start("resume", trial.training("stopped", SHORT))
-        status = leave_when(process, lambda: len(losses(trial.out / "stopped")) >= 3, limit)
+        status = leave_when(process, lambda: len(losses(trial.out / "stopped")) >= 3, left())
         require(status != SAVED, f"stopped with status {status}, expected {SAVED}")
-        require(trial.run("resume", trial.training("stopped", SHORT), limit))
-        require(alone.wait(limit))
+        require(trial.run("resume", trial.training("stopped", SHORT), left()))
+        require(alone.wait(left()))
     finally:
         alone.kill()
     return differences(trial.out / "alone", trial.out / "stopped")
@@ -388,11 +397,14 @@ def main(argv: list[str] | None = None) -> int:
             for run in ("alone", "stopped"):
                 shutil.rmtree(out / run, ignore_errors=True)
         outcomes.append(attempt(name, trial, STEPS[name][1] * options.patience))
-        print(summary(outcomes[-1:]).splitlines()[-1], flush=True)
+        passed = outcomes[-1].status == "passed"
+        said = [*told(out, name, passed), summary(outcomes[-1:]).splitlines()[-1]]
+        print("\n".join(said), flush=True)
         (out / "summary.md").write_text(summary(outcomes), "utf-8")
         (out / "summary.json").write_text(
             json.dumps([asdict(o) for o in outcomes], indent=1), "utf-8"
         )
+    print(summary(outcomes))
     if options.write:
         from kernel_resources import write_between_markers
 

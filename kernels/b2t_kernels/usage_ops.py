@@ -151,6 +151,23 @@ def search_usage(
     return SearchedUsage(indices, counts, usage, lse)
 
 
+class _Direct(torch.autograd.Function):
+    """The summed usage and the number of valid rows, without torch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx, x, codebook, temperature, mask, *prepared):  # type: ignore[override]
+        found = cuda.usage_forward(x, codebook, temperature, mask, None, prepared)
+        total, lse, frames, _, _ = found
+        ctx.mark_non_differentiable(frames)
+        ctx.save_for_backward(x, codebook, temperature, lse, *prepared)
+        return total, frames
+
+    @staticmethod
+    def backward(ctx, grad, _):  # type: ignore[override]
+        grad_x, grad_codebook, prepared = _gradients(ctx, grad)
+        return (grad_x, grad_codebook, *[None] * (2 + prepared))
+
+
 class _Known(torch.autograd.Function):
     """A usage that was found already, with the gradient that finding it would have had."""
 
@@ -213,5 +230,10 @@ def code_usage(
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction is 'mean' or 'sum', found {reduction!r}")
     scale = _scale(temperature, x)
-    total, _, frames, _, _ = _usage_forward(x, codebook, scale, mask, None, list(prepared))
+    if undispatched(x):
+        # Backward takes what is prepared here, and so does not prepare the codes again.
+        entry = prepared or cuda.prepare_codes(codebook.detach()[None])[0]
+        total, frames = _Direct.apply(x, codebook, scale, mask, *entry)
+    else:
+        total, _, frames, _, _ = _usage_forward(x, codebook, scale, mask, None, list(prepared))
     return total / frames.clamp(min=1) if reduction == "mean" else total

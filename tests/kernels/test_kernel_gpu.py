@@ -48,6 +48,21 @@ def test_a_graph_of_search_and_usage_replays(N, precision):
     assert not torch.equal(found.indices, expected.indices)
 
 
+def test_usage_and_its_gradients_in_training():
+    """As `code_usage` is called, which goes past torch's dispatcher here."""
+    x, codebook = torch.randn(300, 20, device="cuda"), torch.randn(90, 20, device="cuda")
+    weights = torch.randn(90, device="cuda")
+    wide = [each.double().requires_grad_() for each in (x, codebook)]
+    expected = reference.code_usage(*wide, 6.0)
+    found = b2t_kernels.code_usage(x.requires_grad_(), codebook.requires_grad_(), 6.0)
+    torch.testing.assert_close(found.double(), expected, rtol=4e-3, atol=1e-4)
+    ours = torch.autograd.grad(found @ weights, (x, codebook))
+    for one, other in zip(
+        ours, torch.autograd.grad(expected @ weights.double(), wide), strict=True
+    ):
+        assert (one - other).norm() <= 4e-3 * other.norm()
+
+
 def test_beams_of_many_draws_are_those_of_float64():
     """A few codes repeat, two are not finite and one lies far out, as in draw_checks."""
     wrong = {}
