@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -199,10 +199,10 @@ def _load(path: str) -> dict[str, Dataset]:
     place = Path(path).expanduser()
     if place.suffix in SUFFIXES and place.is_file():
         return described_splits(path)
-    if has_magic(path) or path.endswith(".parquet"):
-        return _load_parquet(path)
     if place.is_dir():
         return _load_folder(place)
+    if has_magic(path) or path.endswith(".parquet"):
+        return _load_parquet(path)
     if place.exists():
         raise UserError(_unprepared(place))
     if _HUB_ID.fullmatch(path):
@@ -273,8 +273,10 @@ def _load_parquet(pattern: str) -> dict[str, Dataset]:
         )
     if others:
         by_split = {"train": files}
+    # `datasets` looks for files once more, and a name may hold brackets.
+    named = {split: [escape(file) for file in files] for split, files in by_split.items()}
     try:
-        loaded = load_dataset("parquet", data_files=by_split)
+        loaded = load_dataset("parquet", data_files=named)
     except Exception as error:  # datasets wraps whatever pyarrow and the cache raise
         cause = error.__cause__ or error
         raise UserError(

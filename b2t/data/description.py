@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from functools import lru_cache
-from glob import glob
+from glob import escape, glob
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -167,11 +168,20 @@ def row_of(raw: dict[str, Any], number: int, split: str, path: str) -> dict[str,
         "phonemes": named["phonemes"],
         "session": found.session if session is None else str(session),
         "subject": str(named["subject"] or ""),
-        "block": int(named["block"] or 0),
-        "trial": number if named["trial"] is None else int(named["trial"]),
-        "sampling_rate": float(rate),
+        "block": _number(named["block"] or 0, int, f"{place}: block"),
+        "trial": number
+        if named["trial"] is None
+        else _number(named["trial"], int, f"{place}: trial"),
+        "sampling_rate": _number(rate, float, f"{place}: sampling_rate"),
         "split": split,
     }
+
+
+def _number(value: Any, kind: type, name: str) -> Any:
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{name} is {str(value)[:60]!r}, where a number is expected") from None
 
 
 def _column(raw: dict[str, Any], name: str, place: str, asked: bool) -> Any:
@@ -199,7 +209,7 @@ def _raw(path: str, found: DatasetDescription, split: str, *, streaming: bool) -
     try:
         if found.kind is None:
             return load_dataset(found.path, found.name, split=there, streaming=streaming)
-        files = _files(path, found, split)
+        files = [escape(file) for file in _files(path, found, split)]  # datasets looks again
         return load_dataset(found.kind, data_files={split: files}, split=split, streaming=streaming)
     except UserError:
         raise
@@ -231,7 +241,9 @@ def _files(path: str, found: DatasetDescription, split: str) -> list[str]:
 
 
 def _glob(path: str, pattern: str) -> list[str]:
-    files = sorted(glob(str(Path(path).parent / pattern), recursive=True))
+    # The folder's own name may hold brackets, which are no pattern.
+    place = os.path.join(escape(str(Path(path).parent)), os.path.expanduser(pattern))
+    files = sorted(glob(place, recursive=True))
     if not files:
         raise UserError(f"{path}: {pattern}: no such file beside it")
     return files

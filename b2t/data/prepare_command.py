@@ -25,7 +25,7 @@ examples:
   epochs with words in their metadata; no word of one split in another:
     b2t prepare words-epo.fif data/words --text-column association --disjoint-text
   leave one subject out, as the test split:
-    b2t prepare feis/ data/feis --text-column Label --split-by subject --hold-out 02
+    b2t prepare feis/ data/feis --text-column Label --split-by subject --hold-out 02.articulators
 
 Continuous recordings are split in time: the first 80 % of each is for training. Look at the result
 with `b2t inspect`; train on it with data.path=FOLDER.

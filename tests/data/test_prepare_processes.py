@@ -8,6 +8,7 @@ import sys
 import time
 
 import h5py
+import mne
 import numpy as np
 import pytest
 from datasets import load_from_disk
@@ -173,6 +174,23 @@ def test_several_sources_are_aligned_by_name(tmp_path, capsys):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Licence of the recordings: CC0." in card and "| train | 48 |" in card
     assert (tmp_path / "out" / "trials.png").stat().st_size > 5000
+
+
+def test_units_that_differ_fit_together_once_they_are_z_scored(tmp_path, capsys):
+    tables = write_tables(tmp_path / "tables", sessions=1, trials=40)  # nobody says in what unit
+    values = np.random.default_rng(0).standard_normal((3, 2000)) * 1e-6
+    info = mne.create_info(list(CHANNELS), 50.0, "eeg")
+    mne.io.RawArray(values, info, verbose="error").save(tmp_path / "volts_raw.fif", verbose="error")
+    words = ["prepare", str(tables), str(tmp_path / "volts_raw.fif"), str(tmp_path / "out")]
+    assert main([*words, "--normalize", "none"]) == 2
+    assert "have units None, SI (V, T)" in capsys.readouterr().err
+    assert main(words) == 0
+    record, rows = content(tmp_path / "out")
+    assert record["unit"] == "z-score"
+    for name in ("tables:day0", "volts_raw:volts"):
+        found = [row["signal"] for row in rows["train"] if row["session"] == name]
+        signal = np.concatenate([np.frombuffer(each, np.float32) for each in found])
+        assert signal.std() == pytest.approx(1.0, abs=1e-3)
 
 
 @pytest.mark.parametrize(

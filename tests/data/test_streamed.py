@@ -1,5 +1,6 @@
 """Rows of another form by a description, copied or streamed."""
 
+import glob
 import io
 import json
 import tarfile
@@ -7,11 +8,12 @@ import tarfile
 import numpy as np
 import pytest
 import yaml
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from b2t.data.augment import Augment
 from b2t.data.batches import StreamedTrials, TrialRows
 from b2t.data.dataset import dataset_info, load_trials
+from b2t.data.trials import trial_features
 from b2t.errors import UserError
 from tests.data.test_batches import Bytes, assert_same
 
@@ -76,6 +78,18 @@ def test_columns_of_parquet_with_channels_first(tmp_path):
         assert (row["text"], row["session"], row["trial"]) == (f"s {number}", "monday", number)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_of_folders_are_no_patterns(tmp_path, streaming):
+    folder = tmp_path / "day [1] * ü"
+    path = description(shards(folder), streaming=streaming)
+    assert dataset_info(path).sessions == (["day0"] if streaming else ["day0", "day1"])
+    rows = [{**row, "split": "train"} for row in load_trials(path, "train")]
+    Dataset.from_list(rows, features=trial_features(3)).to_parquet(str(folder / "all [2].parquet"))
+    assert len(load_trials(f"{glob.escape(str(folder))}/*.parquet", "train")) == len(rows)
+    DatasetDict({"train": load_trials(path, "train")}).save_to_disk(str(folder / "kept [3]"))
+    assert len(load_trials(folder / "kept [3]", "train")) == len(rows)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -85,6 +99,11 @@ def test_columns_of_parquet_with_channels_first(tmp_path):
         ({"columns": {"sinal": "npy"}}, "unknown key columns.sinal"),
         ({"path": "*.parquet"}, "no such file"),
         ({"columns": {"signal": "json.number"}}, "no table"),
+        (
+            {"columns": {"signal": "npy", "block": "json.day"}},
+            "row 0: block is 'day0', where a num",
+        ),
+        ({"columns": {"signal": "npy", "trial": "json.said"}}, "row 0: trial is 'say 0', where"),
     ],
 )
 def test_mistakes_in_a_description_are_named(tmp_path, keys, message):

@@ -130,9 +130,16 @@ def _normalization(source: Source, options: PrepareOptions) -> str:
         raise UserError(f"--normalize {options.normalize}: expected {', '.join(NORMALIZATIONS)}")
     if options.statistics not in ("train", "all"):
         raise UserError(f"--statistics {options.statistics}: expected train or all")
-    if options.normalize != "auto":
-        return options.normalize
-    return "none" if source.standardized else "block"
+    by = options.normalize
+    if by == "auto":
+        by = "none" if source.standardized else "block"
+    units = getattr(source, "units", ())
+    if by == "none" and len(units) > 1:
+        raise UserError(
+            f"--normalize none: the sources have units {', '.join(map(str, units))}, and one "
+            "dataset needs one: z-score them (--normalize block), or prepare them apart"
+        )
+    return by
 
 
 def _replace(new: Path, out: Path) -> None:

@@ -20,12 +20,15 @@ class JoinedSource:
 
     Attributes:
         missing: channels that a source lacks, by the name of the source.
+        units: of the sources; where they differ only z-scored signals fit together.
     """
 
     def __init__(self, names: list[str], sources: list[Source]) -> None:
         self.format = "+".join(dict.fromkeys(source.format for source in sources))
         self.standardized = sources[0].standardized
-        self.unit = sources[0].unit
+        units = list(dict.fromkeys(source.unit for source in sources))
+        self.unit = units[0] if len(units) == 1 else None
+        self.units = units
         self.own_splits = all(source.own_splits for source in sources)
         self.simulated = any(source.simulated for source in sources)
         self.sampling_rate = sources[0].sampling_rate
@@ -84,8 +87,8 @@ def join(paths: list[Path], sources: list[Source]) -> JoinedSource:
         sources: opened.
 
     Raises:
-        UserError: rates, units or normalisations differ, two paths have one name, or no channel is
-            common to all.
+        UserError: rates or normalisations differ, two paths have one name, or no channel is common
+            to all.
     """
     names = [path.name.split(".")[0] for path in paths]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -95,16 +98,18 @@ def join(paths: list[Path], sources: list[Source]) -> JoinedSource:
             "one of the folders"
         )
     for path, source in zip(paths[1:], sources[1:], strict=True):
-        for what, found, expected, remedy in (
-            ("sampling rate", source.sampling_rate, sources[0].sampling_rate, "--resample HZ"),
-            ("unit", source.unit, sources[0].unit, "preparing them apart"),
-            ("z-scored", source.standardized, sources[0].standardized, "preparing them apart"),
-        ):
-            if found != expected:
-                raise UserError(
-                    f"{paths[0]} has {what} {expected} and {path} has {found}: one dataset needs "
-                    f"one; bring them together by {remedy}"
-                )
+        if source.sampling_rate != sources[0].sampling_rate:
+            raise UserError(
+                f"{paths[0]} has sampling rate {sources[0].sampling_rate} and {path} has "
+                f"{source.sampling_rate}: one dataset needs one; bring them together by "
+                "--resample HZ"
+            )
+        if source.standardized != sources[0].standardized:
+            done, raw = (paths[0], path) if sources[0].standardized else (path, paths[0])
+            raise UserError(
+                f"{done} is z-scored by its source and {raw} is not: prepare them apart, and name "
+                "both datasets in data.path and data.more"
+            )
     common = set(sources[0].channels).intersection(*(source.channels for source in sources[1:]))
     if not common:
         raise UserError(
