@@ -22,6 +22,7 @@ import numpy as np
 
 from b2t import __version__
 from b2t.data.articulation import BIN_SECONDS, Utterance, movements, time_sentence
+from b2t.data.interrupts import left_to_this_process
 from b2t.data.population import (
     ARRAYS,
     Population,
@@ -369,14 +370,18 @@ def _recordings(simulator: Simulator, blocks: list[Block], jobs: int) -> Iterato
             yield recording.utterances, recording.features()
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _start_worker, (simulator.config,)) as pool:
+    pool = ProcessPoolExecutor(jobs, context, _start_worker, (simulator.config,))
+    try:
         waiting: deque = deque()
         for block in blocks:
-            waiting.append(pool.submit(_work, block))
+            with left_to_this_process():
+                waiting.append(pool.submit(_work, block))
             if len(waiting) > 2 * jobs:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _write_block(

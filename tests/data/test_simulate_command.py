@@ -1,7 +1,13 @@
 import argparse
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 
 from b2t.data import simulate_command
@@ -112,3 +118,22 @@ def test_single_options_go_before_the_setting(tmp_path):
     assert hard["population"]["noise"] == 2.0 and own["population"]["noise"] == 1.0
     assert hard["population"]["tuning"] == own["population"]["tuning"] < 1.0
     assert hard["trials"] == own["trials"] == [4, 1, 1] and hard["electrodes"] == 4
+
+
+def test_ctrl_c_is_answered_once_whatever_the_processes_are_doing(tmp_path, repository):
+    """As a terminal sends it: to all processes, the moment that they begin to start."""
+    command = [sys.executable, "-m", "b2t.cli", "simulate", str(tmp_path / "out"), "--jobs", "2"]
+    with subprocess.Popen(
+        command, cwd=repository, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        parent = psutil.Process(process.pid)
+        while process.poll() is None:
+            started = [child.cmdline() for child in parent.children()]
+            if sum("spawn_main" in " ".join(line) for line in started) == 2:
+                break
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in said and said.endswith("b2t simulate: interrupted\n")
+    assert not (tmp_path / "out" / "simulation.json").exists()
