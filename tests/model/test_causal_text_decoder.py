@@ -226,3 +226,13 @@ def test_mistakes_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(UserError, match=r"b2t\[lora\]"):
         tiny(tuning="lora")
+
+
+def test_low_rank_additions_are_scaled_by_alpha_over_rank():
+    lora_layer = pytest.importorskip("peft.tuners.lora").LoraLayer
+    decoder = tiny(tuning="lora", lora_rank=4, lora_alpha=12, lora_dropout=0.25)
+    layers = [module for module in decoder.lm.modules() if isinstance(module, lora_layer)]
+    assert layers
+    for layer in layers:
+        assert layer.scaling == {"default": 3.0} and layer.r == {"default": 4}
+        assert [dropout.p for dropout in layer.lora_dropout.values()] == [0.25]
