@@ -88,7 +88,8 @@ def line_of(plan: Plan, result: dict[str, Any]) -> str:
         text += f" used ≥ {100 * min(result['utilization']):5.1f} %  perplexity/K {mean:.3f}"
         text += f" (worst {worst:.3f})"
     text += (
-        "  SNR pooled {snr_pooled_db:.2f} median {snr_median_db:.2f} train {snr_train_db:.2f} dB"
+        "  SNR pooled {snr_pooled_db:.2f} (latents {snr_latents_db:.2f}) median {snr_median_db:.2f}"
+        " train {snr_train_db:.2f} dB"
     )
     text += "  {ms_step:.0f} ms/step ({ms_quantizer:.0f})  revived {revived_per_step:.2f}"
     return text.format(**result)

@@ -96,8 +96,9 @@ class CodebookStartConfig(Options):
     """When and from how much data the codebooks start."""
 
     after_steps: Annotated[int, Field(ge=0)] = 300
-    """Applied steps with the quantizer passed through, before k-means++ (3 % is a good start); at
-    half of the minutes of a phase that has fewer."""
+    """Applied steps with the quantizer passed through, before k-means++ (3 % of all at least; short
+    trainings learn signals faster with half of them); at half of the minutes of a phase that has
+    fewer."""
     frames_per_code: Positive = 16.0
     """Latent frames gathered over all ranks, per code."""
 

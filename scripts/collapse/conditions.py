@@ -53,10 +53,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 # Chosen over several recordings and two autoencoders; see `collapse.everywhere`.
 _CHOSEN = {
     "decay": 0.98,
-    "commitment": 0.05,
+    "commitment": 0.4,
     "rotation_trick": False,
     "revival_threshold": 0.1,
     "eval_beam_size": 16,
+    "pass_through": 0.5,
 }
 EVERYWHERE: dict[str, dict[str, Any]] = {
     "default": _CHOSEN,
@@ -65,6 +66,12 @@ EVERYWHERE: dict[str, dict[str, Any]] = {
     "default-joint": _CHOSEN | {"joint_update": True},
     "default-joint-no-revival": _CHOSEN | {"joint_update": True, "revival": None},
     "default-beam-2": _CHOSEN | {"beam_size": 2},
+}
+# Share of the steps without quantizing, and weight of commitment; the first was the default before.
+_TRIED = (0.03, 0.05), (0.2, 0.05), (0.5, 0.05), (0.75, 0.05), (0.35, 0.15), (0.5, 0.15)
+EVERYWHERE |= {
+    f"start-{start}-commitment-{weight}": _CHOSEN | {"pass_through": start, "commitment": weight}
+    for start, weight in _TRIED
 }
 
 NAIVE: dict[str, Any] = {
@@ -89,6 +96,9 @@ PEER_BEST: dict[str, Any] = {
 # The same with its beam search in evaluation, and with its dead codes replaced too.
 PEER_BEAM = PEER_BEST | {"beam_size": 1, "eval_beam_size": 16}
 PEER_REVIVAL = PEER_BEAM | {"threshold_ema_dead_code": 0.1}
+
+# The same, after as many steps without quantizing as the default takes: the study's, not its own.
+PEER_LATE = PEER_BEAM | {"pass_through": _CHOSEN["pass_through"]}
 
 # As many settings each, chosen among on validation epochs.
 _SLOW = {"decay": 0.98, "revival_until": 0.7, "revival_threshold": 0.1}
@@ -164,6 +174,8 @@ def options_of(condition: str, codes: int) -> tuple[str, dict[str, Any]]:
         return "peer", PEER_BEST
     if condition == "vqp-best":
         return "peer", PEER_BEAM
+    if condition == "vqp-late":
+        return "peer", PEER_LATE
     if condition == "vqp-revival":
         return "peer", PEER_REVIVAL
     naive = NAIVE | NAIVE_BY_CODES.get(codes, {})
@@ -185,7 +197,7 @@ def options_of(condition: str, codes: int) -> tuple[str, dict[str, Any]]:
 
 
 NAIVES = ("naive", "naive-normal", "naive-ema")
-PEERS = ("vqp", "vqp-best", "vqp-revival", "vqp-nearest")
+PEERS = ("vqp", "vqp-best", "vqp-revival", "vqp-nearest", "vqp-late")
 CONDITIONS = ("full", *ABLATIONS, *EVERYWHERE, *NAIVES, *PEERS, "faiss", "none")
 
 

@@ -13,7 +13,9 @@ from collapse.autoencoder import LATENT
 class NoQuantizer(nn.Module):
     """Latents as they are."""
 
-    started = True
+    pass_through = 0.0
+    """Share of the steps that it leaves latents as they are, before `start`."""
+    quantizing = True
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor | None, Tensor | float]:
         """Quantized latents, codes [B, P, Q] or None, weighted auxiliary loss."""
@@ -77,12 +79,21 @@ class Peer(NoQuantizer):
         super().__init__()
         from vector_quantize_pytorch import ResidualVQ as PeerVQ
 
+        options = dict(options)
+        self.pass_through = options.pop("pass_through", 0.0)
+        self.quantizing = self.pass_through == 0
         self.vq = PeerVQ(dim=LATENT, num_quantizers=size[0], codebook_size=size[1], **options)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor | None, Tensor | float]:
         """See `NoQuantizer`."""
+        if not self.quantizing:
+            return z, None, 0.0
         quantized, codes, losses = self.vq(z)
         return quantized, codes, losses.sum()
+
+    def start(self, latents: Iterator[Tensor]) -> None:
+        """Quantize from here on; its k-means takes the next batch, not ``latents``."""
+        self.quantizing = True
 
 
 class Offline(NoQuantizer):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -124,9 +125,11 @@ def wordpair(folder: Path) -> Subjects:
     return [list(epochs.transpose(0, 2, 1)[:, None])]
 
 
-def simulated(_: Path) -> Subjects:
+def simulated(_: Path, seed: int = 0) -> Subjects:
     """`b2t simulate` in memory: 16 electrodes (32 features of 20 ms bins), units are trials."""
-    config = SimulationConfig(sessions=1, trials=(240, 80, 80), electrodes=16, select_from=256)
+    config = SimulationConfig(
+        sessions=1, trials=(240, 80, 80), electrodes=16, select_from=256, seed=seed
+    )
     simulator = Simulator(config)
     trials = (t for block in plan_blocks(config) for t in simulator.record(block).features())
     return [[unit for trial in trials for unit in _blocks(trial.astype(np.float64), None, 96)]]
@@ -147,6 +150,7 @@ SOURCES: dict[str, tuple[Callable[[Path], Subjects], int]] = {
     "p300_fif": (p300_fif, 8),
     "wordpair": (wordpair, 4),
     "simulated": (simulated, 4),
+    "simulated-7": (partial(simulated, seed=7), 4),
 }
 """Who reads a recording, and its bins per patch."""
 

@@ -79,9 +79,9 @@ class Run:
             return min(1.0, (step + 1) / warm) * (0.02 + 0.98 * decay)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        starts_at = round(steps * getattr(self.quantizer, "pass_through", 0.0))
+        starts_at = round(steps * self.quantizer.pass_through)
         for step in range(steps):
-            if isinstance(self.quantizer, Ours) and step == starts_at:
+            if step == starts_at and not self.quantizer.quantizing:
                 self._start()
             began = time.process_time()
             self._step(optimizer, step / steps)
@@ -142,6 +142,7 @@ class Run:
             trained.add(signal, *self._reconstruct(signal))
         steps = self.plan.steps
         result = test.result() | {"snr_train_db": trained.pooled_snr()}
+        result["snr_latents_db"] = self._unquantized(measured, shifts)
         if codes >= 4096 and test.counts is not None:
             result |= self._train_window().usage()
         result["ms_step"] = 1e3 * self.total_s / steps
@@ -152,6 +153,14 @@ class Run:
     def _reconstruct(self, signal: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         quantized, codes, _ = self.quantizer(self.model.encode(signal))
         return self.model.decode(quantized), quantized, codes
+
+    def _unquantized(self, segments: Tensor, shifts: int) -> float:
+        """Pooled SNR (dB) of the finished model, its latents decoded as they are."""
+        tally = Tally(*self.plan.shape)
+        for signal in self._grids(segments, shifts):
+            latents = self.model.encode(signal)
+            tally.add(signal, self.model.decode(latents), latents, None)
+        return tally.pooled_snr()
 
     def _grids(self, segments: Tensor, shifts: int) -> Iterator[Tensor]:
         """Every segment at several positions of the patch grid, in batches."""

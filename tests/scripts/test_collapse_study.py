@@ -41,7 +41,10 @@ def test_a_condition_runs_once_and_is_reported(study, waves, tmp_path):
     for line in lines:
         result = line["result"]
         assert np.isfinite(result["snr_pooled_db"])
-        if line["plan"]["condition"] != "none":
+        if line["plan"]["condition"] == "none":
+            assert result["snr_latents_db"] == result["snr_pooled_db"]
+        else:
+            assert result["snr_latents_db"] > result["snr_pooled_db"]
             held = len(waves.held) * (16 + 15 + 15 + 15)  # four positions of the patch grid
             assert result["usage_frames"] == held
             assert result["dead"] == sum(16 * (1 - u) for u in result["utilization"])
@@ -79,14 +82,28 @@ def test_quantizers_of_a_seed_train_on_the_same_batches(study, waves, tmp_path, 
         self.crops = crops
 
     monkeypatch.setattr(study.Run, "_step", seen)
-    conditions = ("none", "full", "vqp-best")
+    conditions = ("none", "full", "vqp-best", "default", "vqp-late")
     for condition in conditions:
         batches.append([])
         run(study, tmp_path / "runs.jsonl", "--conditions", condition)
     first, *others = map(torch.cat, batches)
-    assert len(others) == 2
+    assert len(others) == 4
     for other in others:
         assert torch.equal(first, other)
+
+
+@pytest.mark.parametrize("condition", ["default", "vqp-late"])
+def test_codes_start_after_their_share_of_the_steps(study, waves, tmp_path, monkeypatch, condition):
+    quantized, step = [], study.Run._step
+
+    def seen(self, *arguments):
+        self.quantizer.register_forward_hook(lambda *a: quantized.append(a[2][1] is not None))
+        step(self, *arguments)
+        self.quantizer._forward_hooks.clear()
+
+    monkeypatch.setattr(study.Run, "_step", seen)
+    run(study, tmp_path / "runs.jsonl", "--conditions", condition)
+    assert quantized == [False] * 6 + [True] * 6
 
 
 def test_search_never_sees_held_segments(study, waves, tmp_path):
