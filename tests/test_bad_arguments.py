@@ -98,6 +98,23 @@ def test_watch(tmp_path, capsys, every):
     assert status == 2 and "argument --every: expected seconds above 0" in said
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "two"], "argument --gpus: expected a whole number from 1, found two"),
+        (["--price", "-2"], "argument --price: expected a number from 0, found -2"),
+        (["--reserve", "-1"], "argument --reserve: expected a number from 0, found -1"),
+        (["--efficiency", "1.5"], "argument --efficiency: expected a share"),
+        (["--gpus", "16", "--gpus-per-host", "3"], "--gpus 16: 3 on a host do not divide them"),
+        (["--gpus", "10"], "--gpus 10: 8 on a host do not divide them"),
+    ],
+)
+def test_plan(capsys, words, message):
+    common = ["plan", "--config", "demo", "--deepspeed_config", "zero2_fp16"]
+    status, said = status_and_message(capsys, *common, *words)
+    assert status == 2 and message in said
+
+
 def test_a_place_below_a_file_is_refused_before_anything_is_done(recording, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "run").mkdir()

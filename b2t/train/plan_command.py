@@ -34,10 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--link", default="pcie4", help="between GPUs of a host (pcie4)")
     parser.add_argument("--network", default="25gbe", help="between hosts (25gbe)")
     parser.add_argument("--gpus-per-host", type=_whole, metavar="N", help="(--gpus, at most 8)")
-    parser.add_argument("--price", type=finite, metavar="PER_HOUR", help="of one GPU for an hour")
-    parser.add_argument("--reserve", type=finite, default=1.0, metavar="GIB",
+    parser.add_argument(
+        "--price", type=_not_negative, metavar="PER_HOUR", help="of one GPU for an hour"
+    )
+    parser.add_argument("--reserve", type=_not_negative, default=1.0, metavar="GIB",
                         help="of a GPU for CUDA, NCCL and gaps, assumed (1)")  # fmt: skip
-    parser.add_argument("--efficiency", type=_positive, default=0.6, metavar="SHARE",
+    parser.add_argument("--efficiency", type=_share, default=0.6, metavar="SHARE",
                         help="of the peak that matrix products reach, assumed (0.6)")  # fmt: skip
     trials = parser.add_argument_group("trials, without data.path")
     trials.add_argument("--channels", type=_whole, default=512, help="(512)")
@@ -78,9 +80,13 @@ def make_plan(args: argparse.Namespace) -> dict:
     ds_file = load_ds_config(args.deepspeed_config)
     gpu = args.gpu or "RTX A5500"
     assumed = Assumptions(efficiency=args.efficiency, reserve=args.reserve * 2**30)
-    machine = cluster(
-        gpu, args.link, args.network, args.gpus_per_host or min(args.gpus, 8), assumed
-    )
+    on_host = args.gpus_per_host or min(args.gpus, 8)
+    if args.gpus > on_host and args.gpus % on_host:
+        raise UserError(
+            f"--gpus {args.gpus}: {on_host} on a host do not divide them; give another --gpus, or "
+            "--gpus-per-host"
+        )
+    machine = cluster(gpu, args.link, args.network, on_host, assumed)
     memory = args.gpu_memory * 10**9 if args.gpu_memory else memory_of(gpu)
     room = memory - assumed.reserve
     if room <= 0:
@@ -110,9 +116,22 @@ def _workload(args: argparse.Namespace, config):  # type: ignore[no-untyped-def]
 
 
 def _whole(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 10**6:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 10**6:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text}")
+    return int(text)
+
+
+def _not_negative(text: str) -> float:
+    value = finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected a number from 0, found {text}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = _positive(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"expected a share, above 0 and at most 1, found {text}")
     return value
 
 

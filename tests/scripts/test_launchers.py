@@ -1,12 +1,14 @@
 """What the launch scripts start, and what they do with how it ends."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from deepspeed.launcher.runner import fetch_hostfile
 
 SCRIPTS = ("demo.sh", "run_optimized_training.sh", "slurm.sbatch")
 _READ = ("HOSTFILE", "GPUS", "LAUNCHER", "B2T_THREADS")
@@ -87,6 +89,16 @@ def test_several_hosts(repository, prepared, tmp_path):
     assert train[train.index("--hostfile") + 1 :][:3] == [str(hostfile), "--master_addr", "node1"]
     commands, _ = planned(repository, prepared, HOSTFILE=str(hostfile), MASTER="10.0.0.1")
     assert commands[1][commands[1].index("--master_addr") + 1] == "10.0.0.1"
+
+
+def test_deepspeed_reads_the_hostfile_as_it_says(repository, tmp_path):
+    """As it is two ranks on this host; with the lines that it shows, two on each of two."""
+    shipped = repository / "hostfile"
+    assert fetch_hostfile(str(shipped)) == {"localhost": 2}
+    shown = [line.removeprefix("# ") for line in shipped.read_text().splitlines()]
+    two = [line for line in shown if re.fullmatch(r"node\d slots=\d", line)]
+    (tmp_path / "two").write_text("\n".join(two))
+    assert fetch_hostfile(str(tmp_path / "two")) == {"node1": 2, "node2": 2}
 
 
 @pytest.mark.parametrize(
