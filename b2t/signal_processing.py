@@ -93,6 +93,11 @@ class Processing:
         self.good = np.array([name not in silent for name in channels], dtype=bool)
         if not self.good.any():
             raise UserError("all channels are bad: nothing would be left; name fewer of them")
+        if options.reference == "average" and self.good.sum() < 2:
+            raise UserError(
+                "--reference average: the mean of one good channel is that channel, and nothing "
+                "would be left; take --reference recorded"
+            )
         self.sections = _sections(options, sampling_rate)
 
     @property

@@ -72,6 +72,7 @@ def test_a_filter_that_needs_what_follows_is_not_streamed():
         ({"band_pass": (1.0, 100.0)}, "--band-pass 100: at 200 Hz .* below 100 Hz"),
         ({"notch": [120.0]}, "--notch 120"),
         ({"bad_channels": NAMES}, "all channels are bad"),
+        ({"bad_channels": NAMES[1:], "reference": "average"}, "the mean of one good channel"),
     ],
 )
 def test_what_cannot_be_is_refused(options, message):

@@ -50,6 +50,17 @@ def test_a_recording_in_a_folder_called_partial_is_one(tmp_path):
     assert len(detect(inner, SourceOptions(rate="50")).trials) == 90
 
 
+def test_a_folder_of_the_user_is_not_taken_for_an_unfinished_dataset(tmp_path):
+    mine = tmp_path / "out.partial" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(UserError, match=r"out.partial is in the way"):
+        prepare(Memory(), tmp_path / "out", PrepareOptions())
+    assert mine.read_text() == "mine"
+    mine.rename(mine.with_name("key.tmp"))  # as a call that was killed at once leaves it
+    prepare(Memory(), tmp_path / "out", PrepareOptions())
+
+
 def threads(monkeypatch, do):
     """Let threads stand in for processes that do ``do``."""
     for name, value in {

@@ -339,6 +339,10 @@ def _enter(partial: Path, key: str | None) -> None:
                 shutil.rmtree(partial / "dataset", ignore_errors=True)
                 log.info("going on from %s, which an earlier call left", partial)
                 return
+    if partial.exists() and not place.exists() and {*os.listdir(partial)} - {"key.tmp"}:
+        raise UserError(
+            f"{partial} is in the way, and no unfinished dataset: choose another OUT, or rename it"
+        )
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     saved(place, key)
