@@ -117,6 +117,7 @@ def read_source(name: str, split: str) -> "TextSource":
         UserError: it is neither, or holds no text.
     """
     from b2t.data.dataset import load_trials
+    from b2t.data.description import SUFFIXES
     from b2t.errors import UserError
     from b2t.evaluate.language_model import TextSource
 
@@ -129,6 +130,11 @@ def read_source(name: str, split: str) -> "TextSource":
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not a text in UTF-8 (byte {error.start})") from None
         return TextSource(name, lines, [None] * len(lines))
+    if path.is_file() and path.suffix not in (".parquet", *SUFFIXES):
+        raise UserError(
+            f"{path}: expected a dataset, or sentences in a file whose name ends in .txt; rename "
+            "it if it holds one sentence per line"
+        )
     trials = load_trials(name, split).select_columns(["text", "phonemes"])
     texts, labels = list(trials["text"]), list(trials["phonemes"])
     kept = [i for i, text in enumerate(texts) if text]

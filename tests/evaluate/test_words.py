@@ -292,6 +292,9 @@ def test_nothing_to_learn_from_is_told(tmp_path):
             call(lm_command, tmp_path / source, "--out", tmp_path / "lm")
     with pytest.raises(UserError, match="no such file"):
         call(lm_command, tmp_path / "none.txt", "--out", tmp_path / "lm")
+    (tmp_path / "news").write_text("water please\n")
+    with pytest.raises(UserError, match=r"news: expected a dataset, or .* ends in \.txt"):
+        call(lm_command, tmp_path / "news", "--out", tmp_path / "lm")
     with pytest.raises(UserError, match="name a dataset"):
         call(lm_command, "--out", tmp_path / "lm")
     for order in (1, 7):
