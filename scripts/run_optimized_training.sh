@@ -67,7 +67,9 @@ case $launcher in
   deepspeed)
     launch=(deepspeed --log_level error --num_accelerators "$ranks")
     if [ -n "${HOSTFILE:-}" ]; then
+      [ -r "$HOSTFILE" ] || give_up "HOSTFILE=$HOSTFILE: no such file, or it cannot be read"
       hosts=$(sed 's/#.*//' "$HOSTFILE" | awk 'NF { print $1 }')
+      [ -n "$hosts" ] || give_up "HOSTFILE=$HOSTFILE names no host: expected lines like \`node1 slots=2\`"
       all=$((ranks * $(wc -w <<<"$hosts")))
       launch+=(--hostfile "$HOSTFILE" --master_addr "${MASTER:-$(head -n 1 <<<"$hosts")}")
       # ssh gives up a host that answers nothing for 20 s, and the launcher comes back with it.

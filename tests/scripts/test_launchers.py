@@ -107,6 +107,8 @@ def test_deepspeed_reads_the_hostfile_as_it_says(repository, tmp_path):
         ({"LAUNCHER": "mpirun"}, "expected deepspeed, torchrun or accelerate"),
         ({"LAUNCHER": "torchrun", "HOSTFILE": "hostfile"}, "HOSTFILE is for LAUNCHER=deepspeed"),
         ({"PATH": "/usr/bin:/bin"}, "no b2t in absent or on PATH"),
+        ({"HOSTFILE": "absent"}, "error: HOSTFILE=absent: no such file"),
+        ({"HOSTFILE": "/dev/null"}, "error: HOSTFILE=/dev/null names no host"),
     ],
 )
 def test_mistakes_are_one_message(repository, prepared, environment, said):
