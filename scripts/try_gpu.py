@@ -340,8 +340,8 @@ def attempt(name: str, trial: Trial, limit: float) -> Outcome:
     began = time.monotonic()
     try:
         status, found = "passed", STEPS[name][0](trial, limit)
-    except subprocess.TimeoutExpired as error:
-        status, found = "cut off", {"limit": error.timeout}
+    except subprocess.TimeoutExpired:
+        status, found = "cut off", {"limit": limit}
     except Exception as error:
         status, found = "failed", {"why": f"{type(error).__name__}: {error}"}
     return Outcome(name, status, round(time.monotonic() - began, 1), found)
