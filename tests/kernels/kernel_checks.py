@@ -317,7 +317,7 @@ class Recorder:
 def test_exact_rescans_hidden_slots_alone(monkeypatch):
     """Two near codes in one slot of different tiles: an eighth of the codes, not all."""
     x, codebook = rows_and_codes(24, 4096, 16)
-    codebook[8 + 64 * 20 + 3] = codebook[8 + 3] * (1 + 1e-6)
+    codebook[8 + 64 * 3 + 3] = codebook[8 + 3] * (1 + 1e-6)  # few enough tiles on for one split
     x[:12] = codebook[11] + 1e-3 * x[:12]
     rows, compared = doubtful_rows(x, codebook, monkeypatch)
     assert 12 <= rows <= 18
