@@ -119,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
     from b2t.errors import UserError
     from b2t.evaluate import run_folder
     from b2t.evaluate.decode import decode_batches, rank_batches, read_batches
+    from b2t.evaluate.language_model import read_card
     from b2t.evaluate.waiting import with_time_left
     from b2t.records import write_atomically
 
@@ -133,6 +134,8 @@ def run(args: argparse.Namespace) -> int:
     _check_out(args)
     opened = run_folder.open_run(args.run, args.checkpoint)
     split = run_folder.choose_split(args.dataset, args.split)
+    if args.lm is not None:
+        read_card(args.lm)  # a wrong folder is told before the model is loaded
     model, tokenizer = run_folder.load_model(opened, args.device)
     words = open_words(model, args.lm, not args.no_rescoring)
     if tokenizer is None and words is None:

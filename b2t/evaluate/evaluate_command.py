@@ -110,6 +110,7 @@ def evaluate(args: argparse.Namespace, run: Path, out: Path | None) -> "Evaluati
     from b2t.evaluate import run_folder
     from b2t.evaluate.evaluation import evaluate_model
     from b2t.evaluate.figure import draw_evaluation
+    from b2t.evaluate.language_model import read_card
     from b2t.evaluate.provenance import note_language_model, note_provenance
     from b2t.evaluate.table import print_evaluation
     from b2t.evaluate.verdict import verdict
@@ -121,6 +122,8 @@ def evaluate(args: argparse.Namespace, run: Path, out: Path | None) -> "Evaluati
     require_writable(out or opened.folder, "--out")
     path = opened.data_path(args.data)
     split = run_folder.choose_split(path, args.split)
+    if args.lm is not None:
+        read_card(args.lm)  # a wrong folder is told before the model is loaded
     model, tokenizer = run_folder.load_model(opened, args.device)
     words = open_words(model, args.lm, not args.no_rescoring)
     batches = run_folder.load_batches(

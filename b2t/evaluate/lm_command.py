@@ -33,9 +33,10 @@ A dataset gives the sentences of its training split, and pronunciations from its
 .txt file one sentence per line. Words that no label shows are looked up in the CMU dictionary;
 those that it lacks are listed and never decoded. The n-grams are smoothed by modified Kneser-Ney
 and written as ARPA. --tune chooses the weights of language model, words and blank on a split that
-is neither trained on nor reported (val); without SOURCE it tunes a model that is there. Where the
-run has a text decoder, or --rescore names a causal language model of transformers, --tune also
-chooses the weights of joint scores: CTC, n-grams and these judge the best hypotheses together."""
+is neither trained on nor reported (val); without SOURCE it tunes a model that is there. A tuned
+model is replaced only where --tune is given again. Where the run has a text decoder, or --rescore
+names a causal language model of transformers, --tune also chooses the weights of joint scores: CTC,
+n-grams and these judge the best hypotheses together."""
 
 _ORDERS = range(2, 7)
 
@@ -86,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Make the model, tune it, or both."""
     from b2t.errors import UserError
-    from b2t.evaluate.language_model import CARD_FILE, make
+    from b2t.evaluate.language_model import CARD_FILE, make, read_card
     from b2t.records import require_writable
 
     require_writable(args.out, "--out")
@@ -99,6 +100,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("name a dataset or a .txt file to learn from (see b2t lm --help)")
     if not args.source and not (args.out / CARD_FILE).is_file():
         raise UserError(f"{args.out}: no language model to tune; name what to learn it from")
+    if args.source and args.tune is None and (args.out / CARD_FILE).is_file():
+        tuned = read_card(args.out).tuned
+        if tuned is not None:
+            raise UserError(
+                f"{args.out}: holds a language model whose weights were tuned on {tuned.run}, and "
+                "without --tune they would be lost; name another folder or remove it"
+            )
     if args.source:
         sources = [read_source(name, args.split) for name in args.source]
         card, model = make(

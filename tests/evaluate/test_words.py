@@ -268,6 +268,19 @@ def test_from_a_dataset_to_words(run, tmp_path, capsys):
     call(decode_command, run, data, "--lm", folder)
     lines = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
     assert lines == {row["row"]: row["joint_prediction"] for row in rows}
+    with pytest.raises(UserError, match=r"lm: holds a language model whose .* without --tune"):
+        call(lm_command, data, "--out", folder)
+    assert read_card(folder) == card
+
+
+def test_a_wrong_language_model_is_told_before_a_model_is_read(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("b2t.evaluate.run_folder.load_model", None)
+    for command, *arguments in (
+        (evaluate_command, run),
+        (decode_command, run, run.parent / "data"),
+    ):
+        with pytest.raises(UserError, match=r"nowhere: no language model there"):
+            call(command, *arguments, "--lm", tmp_path / "nowhere")
 
 
 def test_a_split_that_was_trained_on_does_not_tune(run, tmp_path):
