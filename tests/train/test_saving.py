@@ -32,12 +32,13 @@ class SlowDisk(Callback):
     """Holds back the first checkpoint until a later step, and notes what is on the disk when."""
 
     def __init__(self, monkeypatch, until):
-        self.gate, self.until = threading.Event(), until
+        self.gate, self.reached, self.until = threading.Event(), threading.Event(), until
         self.on_disk, self.held = {}, []
         write = checkpoints.write_safetensors
 
         def slow(path, tensors):
             self.held.append(path.parent.name)
+            self.reached.set()
             assert self.gate.wait(60), "nothing opened the gate"
             return write(path, tensors)
 
@@ -106,6 +107,7 @@ def test_a_second_checkpoint_waits_for_the_first(trainer, monkeypatch):
 
     def wait():
         if trainer.progress.step == 4 and not seen:
+            assert disk.reached.wait(60), "nothing is written"
             seen.append(list(disk.held))
             begun.start()
         waiting()

@@ -1,0 +1,36 @@
+"""Ctrl-C while processes are started: they never see it, and this one does not lose it."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from b2t.data.interrupts import left_to_this_process
+
+_CHILD = """\
+import os, signal
+os.kill(os.getpid(), signal.SIGINT)
+print("alive")
+"""
+
+
+def test_it_is_held_back_and_then_answered():
+    reached = False
+    with pytest.raises(KeyboardInterrupt), left_to_this_process():
+        os.kill(os.getpid(), signal.SIGINT)
+        reached = True
+    assert reached
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_processes_started_meanwhile_never_see_it():
+    def started():
+        return subprocess.run(
+            [sys.executable, "-c", _CHILD], check=False, capture_output=True, text=True
+        )
+
+    with left_to_this_process():
+        assert started().stdout == "alive\n"
+    assert started().returncode != 0
