@@ -76,18 +76,22 @@ def run(args: argparse.Namespace) -> int:
         return 0
     info = dataset_info(args.dataset)
     splits = {split: load_trials(args.dataset, split) for split in info.splits}
+    if args.no_plot:
+        _print(info, splits, args.dataset)
+        return 0
+    # What cannot be drawn is told before the table.
+    split = args.split or next(iter(splits))
+    trials = load_trials(args.dataset, split)
+    row = find_row(trials, args.row)
+    name = Path(args.dataset.replace("*", "all")).stem
+    file = args.plot or Path(f"{name}-{split}-{row}.png")
+    _require_place(file)
     _print(info, splits, args.dataset)
-    if not args.no_plot:
-        split = args.split or next(iter(splits))
-        trials = load_trials(args.dataset, split)
-        row = find_row(trials, args.row)
-        name = Path(args.dataset.replace("*", "all")).stem
-        file = args.plot or Path(f"{name}-{split}-{row}.png")
-        if args.augment is None:
-            _plot(trials, row, info, file)
-        else:
-            _plot_augmented(trials, row, info, file, args.augment)
-        print(f"plot of {split} trial {row}: {file}")
+    if args.augment is None:
+        _plot(trials, row, info, file)
+    else:
+        _plot_augmented(trials, row, info, file, args.augment)
+    print(f"plot of {split} trial {row}: {file}")
     return 0
 
 
@@ -249,7 +253,6 @@ def _plot_augmented(
     from b2t.data.trials import read_signal, row_id
     from b2t.options import checked
 
-    _require_place(file)
     options = {}
     for item in given:
         key, equals, value = item.partition("=")
@@ -284,7 +287,6 @@ def _plot(trials: "Dataset", row: int, info: "DatasetInfo", file: Path) -> None:
     from b2t.data.trial_plot import plot_trial
     from b2t.data.trials import read_signal, row_id
 
-    _require_place(file)
     record = trials.select_columns(["session", "block", "trial", "text"]).with_format(None)[row]
     signal = read_signal(trials.with_format("arrow")[row])
     name = row_id(record)

@@ -209,7 +209,7 @@ def _add_signal_arguments(parser: argparse.ArgumentParser) -> None:
     signal.add_argument(
         "--layout",
         choices=("time-first", "channels-first"),
-        help="which axis of an array comes first (default: time)",
+        help="which axis of an array comes first (default: time-first)",
     )
     signal.add_argument(
         "--bin-ms",

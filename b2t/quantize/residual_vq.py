@@ -81,8 +81,6 @@ class ResidualVQ(QuantizerState):
         UserError: an option out of its range.
     """
 
-    # ---- forward
-
     def forward(
         self,
         x: Tensor,
@@ -212,8 +210,6 @@ class ResidualVQ(QuantizerState):
         entered[: walk.layers] = latents.shape[0]
         return SoftUsage(layers.soft_sums(latents, walk), entered)
 
-    # ---- codes in and out
-
     @torch.no_grad()
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Codes [B, P, Q] int64 of latents ``x`` [B, P, dim], as in evaluation, all layers."""
@@ -243,8 +239,6 @@ class ResidualVQ(QuantizerState):
         z = z.view(*codes.shape[:-1], self.codebook_dim)
         return self.project_back(z, frames, dtype)
 
-    # ---- update
-
     @torch.no_grad()
     def begin_update(self, stats: QuantizerStats, group: ProcessGroup | None = None) -> Begun:
         """Start to sum ``stats`` over ranks beside what follows; give the result to `update`."""
@@ -272,8 +266,6 @@ class ResidualVQ(QuantizerState):
             return UpdateReport(False, stats.frames, none, stats.nonfinite)
         revive = self._revives_next()
         return update_codebooks(self.codebooks, self.options, stats, revive=revive, group=group)
-
-    # ---- start
 
     @torch.no_grad()
     def initialize(
@@ -313,8 +305,6 @@ class ResidualVQ(QuantizerState):
         )
         report.nonfinite = nonfinite
         return report
-
-    # ---- on disk
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write this tokenizer alone: options as JSON, everything else as safetensors."""

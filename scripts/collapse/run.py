@@ -122,8 +122,6 @@ class Run:
         with torch.no_grad():
             self.quantizer.start(iter(lambda: self.model.encode(self.crops(4096, own)), None))
 
-    # ---- measures
-
     @torch.no_grad()
     def measure(self) -> dict[str, float | list[float]]:
         """SNR on test and training segments, and the use of the codes."""

@@ -61,9 +61,6 @@ class Kind(NamedTuple):
     read: Callable[[Path, Path], Any]
 
 
-# ---- who reads
-
-
 def read_recording(folder: Path, work: Path, **options: Any) -> Any:
     """Prepare it, as `b2t prepare` does, but for the picture of its card."""
     out = work / "out"
@@ -184,9 +181,6 @@ KINDS = {
     "yaml": Kind(200, ("*.yaml",), {**_B, **_YAML}, read_yaml),
     "deepspeed": Kind(120, ("*.json",), {**_B, **_JSON, "markup": damages.markup}, read_deepspeed),
 }
-
-
-# ---- one after another
 
 
 class _Heard(logging.Handler):

@@ -89,8 +89,6 @@ BYTES: dict[str, Damage] = {
 }
 
 
-# ---- text with keys and values
-
 STRANGE = [
     None, True, -1, 0, 2**70, 1.5, float("nan"), float("inf"), 1e308, "", "text", "\ud7ff", [], {},
     [[]], [None], {"a": {"b": []}}, ["x"] * 3, "1e9", "2026-11-24", [1, "2", None],

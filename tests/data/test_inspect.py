@@ -111,9 +111,10 @@ def test_any_shape_is_drawn(tmp_path, shape):
         (["--plot", "absent/trial.png"], "no folder"),
     ],
 )
-def test_mistakes(prepared, words, message):
+def test_mistakes_are_told_before_the_table(prepared, words, message, capsys):
     with pytest.raises(UserError, match=message):
         run(prepared, *words)
+    assert capsys.readouterr().out == ""
 
 
 def test_verify_compares_every_trial(prepared, capsys):

@@ -28,9 +28,6 @@ def table(values: np.ndarray, names=("Fz", "Cz", "Pz"), **more) -> str:
     return "\n".join(lines) + "\n"
 
 
-# ---- tables
-
-
 @pytest.mark.parametrize("kind", ["csv", "tsv", "csv.gz", "zip"])
 def test_a_table_of_times_is_a_continuous_recording(tmp_path, kind):
     values, times = signal(), np.arange(1000) / RATE
@@ -138,9 +135,6 @@ def test_feis_as_pandas_reads_it(real_data):
         np.testing.assert_allclose(source.read(index), groups[index][names].to_numpy(), rtol=1e-6)
 
 
-# ---- MATLAB
-
-
 def save_mat(path, variables, version):
     if version == 5:
         savemat(path, variables)
@@ -203,9 +197,6 @@ def test_p300_as_scipy_reads_it(real_data):
     for index in (0, 50):
         start = round(float(source.trials[index].name.rsplit(", ", 1)[1].removesuffix(" s")) * 250)
         np.testing.assert_allclose(source.read(index), truth[start : start + 500], rtol=1e-6)
-
-
-# ---- NumPy
 
 
 def listed(folder, *lines):

@@ -28,8 +28,6 @@ from tests.data.release_files import (
     zuco_sentences,
 )
 
-# ---- Brain-to-Text '24
-
 
 @pytest.mark.parametrize("version", [5, 7.3])
 def test_t12_reads_area_6v_of_both_features_and_its_splits(tmp_path, version):
@@ -72,9 +70,6 @@ def test_t12_that_does_not_fit_together(tmp_path):
     savemat(path, {"tx1": one, "spikePow": one, "blockIdx": [[1]]})
     with pytest.raises(UserError, match="tx1 is no cell array"):
         detect(tmp_path)
-
-
-# ---- the pickle
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
@@ -147,9 +142,6 @@ def test_a_pickle_of_something_else(tmp_path):
             detect(path)
 
 
-# ---- ZuCo
-
-
 @pytest.mark.parametrize("version", [5, 7.3])
 def test_zuco_by_words_and_by_sentences(tmp_path, version, caplog):
     sentences = zuco_sentences()
@@ -187,9 +179,6 @@ def test_zuco_options_that_mean_nothing(tmp_path):
             detect(tmp_path, SourceOptions(**options))
 
 
-# ---- LaBraM
-
-
 def test_labram_groups_are_sessions(tmp_path):
     values = np.random.default_rng(0).standard_normal((3, 1000)).astype(np.float32)
     write_labram(tmp_path / "pretrain.hdf5", values, 200, ["FP1", "FP2", "F3"])
@@ -201,9 +190,6 @@ def test_labram_groups_are_sessions(tmp_path):
         file.create_group("sub2").create_dataset("eeg", data=values)
     with pytest.raises(UserError, match="sub2: the attribute rsFreq is None"):
         detect(tmp_path / "other.hdf5")
-
-
-# ---- NWB
 
 
 def test_nwb_series_cut_by_trials(tmp_path):
@@ -248,9 +234,6 @@ def test_nwb_asks_which_signal(tmp_path):
         detect(tmp_path, SourceOptions(text_column="word"))
 
 
-# ---- BIDS and BrainVision
-
-
 def test_bids_runs_are_sessions_with_events(tmp_path, write_edf):
     pytest.importorskip("mne_bids")
     microvolts = np.random.default_rng(0).standard_normal((2, 2000)) * 10
@@ -278,9 +261,6 @@ def test_brainvision_as_written(tmp_path):
     np.testing.assert_allclose(
         marked.read(texts.index("Stimulus/S  1"))[:1], values[300:301] * 1e-6, rtol=1e-5
     )
-
-
-# ---- the choice
 
 
 def test_formats_of_other_packages_are_asked_first(tmp_path, monkeypatch):

@@ -223,8 +223,6 @@ def _rounded(signal: np.ndarray, dtype: str, name: str) -> np.ndarray:
     return rounded
 
 
-# ---- several processes
-
 _MOST_WORKERS = 8
 _WORTH_SECONDS = 5.0
 """Work that is less is done before other processes have imported what they need."""
