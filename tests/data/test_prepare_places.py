@@ -99,7 +99,6 @@ def test_what_a_process_cannot_open_is_said(tmp_path, monkeypatch):
     plan = run._plan(Memory(), [], PrepareOptions(), tmp_path)
     monkeypatch.setattr(work, "_here", None)
     monkeypatch.setattr(work.logging, "disable", lambda _: None)
-    monkeypatch.setattr(work.signals, "signal", lambda *_: None)
     monkeypatch.setenv("TQDM_DISABLE", "0")
     work._start(Reopen((tmp_path / "gone",), SourceOptions()), plan)
     with pytest.raises(UserError, match="gone: no such file or folder"):

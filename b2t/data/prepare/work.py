@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import signal as signals
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from b2t.data.interrupts import left_to_this_process
 from b2t.data.prepare.blocks import Scale, TrialMoments, unit_of
 from b2t.data.prepare.shards import ShardWriter
 from b2t.data.sources import Source, SourceOptions, detect, join
@@ -287,7 +287,8 @@ def _in_order(
     waiting: deque[Any] = deque()
     for call in [*calls, *[None] * ahead]:
         if call is not None:
-            waiting.append(executor.submit(_do, task, *call))
+            with left_to_this_process():
+                waiting.append(executor.submit(_do, task, *call))
         if waiting and (call is None or len(waiting) > ahead):
             try:
                 result, remarks = waiting.popleft().result()
@@ -311,7 +312,6 @@ def _travelling(source: Source, reopen: Reopen | None) -> "Source | Reopen":
 def _start(given: "Source | Reopen", plan: Plan) -> None:
     """Open the source in a worker, silently: the first process has said what there is to say."""
     global _here
-    signals.signal(signals.SIGINT, signals.SIG_IGN)  # the first process answers Ctrl-C
     logging.disable(logging.WARNING)
     os.environ["TQDM_DISABLE"] = "1"
     try:
