@@ -53,14 +53,14 @@ def start_codebooks(
     wanted = section.frames_per_code * quantizer.codebook_size
     trials = enough_trials(lengths // config.model.encoder.patch_stride, wanted, config.run.seed)
     model.eval()
-    # All latents offered are used, so that the start does not depend on how ranks share them.
     used: list[Batch] = []
     mine = trials[ranks.rank :: ranks.world]
+    most = most_frames(lengths[trials], config.model.encoder.patch_stride, ranks.world)
     try:
         report = quantizer.initialize(
             stops.until_heard(_latents(model, dtype, materials, config, ranks, mine, used)),
             progress=ranks.is_main and config.log.progress and sys.stderr.isatty(),
-            frames_per_code=2 * section.frames_per_code,
+            frames_per_code=(most * ranks.world + 0.5) / quantizer.codebook_size,
             between=stops.agree,
         )
     except NoFiniteFrames as problem:
@@ -99,6 +99,21 @@ def enough_trials(frames: np.ndarray, wanted: float, seed: int) -> np.ndarray:
     """Return trials in random order that hold at least ``wanted`` of their ``frames`` [rows]."""
     order = np.random.default_rng([seed, 0xC0DE]).permutation(len(frames))
     return order[: int(np.searchsorted(np.cumsum(frames[order]), wanted)) + 1]
+
+
+def most_frames(lengths: np.ndarray, stride: int, world: int) -> int:
+    """Return how many latent frames the rank brings, at most, that brings most.
+
+    So many are taken of each: with few trials for many ranks a smaller share would cut what one
+    brings, and the start would depend on how ranks share the trials.
+
+    Args:
+        lengths: time bins of the trials that are shared out in turn, [rows].
+        stride: time bins from one latent frame to the next.
+        world: number of ranks.
+    """
+    frames = lengths // stride + 1
+    return max(int(frames[rank::world].sum()) for rank in range(world))
 
 
 @torch.no_grad()
