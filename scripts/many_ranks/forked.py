@@ -12,8 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from many_ranks.observed import become, observe
-
 HARMLESS = {"jemalloc_bg_thd"}
 """Threads that know what a fork is: jemalloc stops and starts its own around one."""
 
@@ -98,6 +96,8 @@ def _be_rank(
     """Train as one rank in the process that was just forked, and end it."""
     status = 1
     try:
+        from many_ranks.observed import become, observe
+
         log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
