@@ -1,5 +1,6 @@
 """Files in the formats that users bring, written from their descriptions."""
 
+import signal
 from pathlib import Path
 
 import h5py
@@ -7,6 +8,14 @@ import numpy as np
 import pytest
 
 SENTENCES = ("Bring it closer.", "It's all right, isn't it?", "I don't know what to do")
+
+
+@pytest.fixture
+def answers_interrupts():
+    """Let this process and those it starts answer SIGINT, which a job in the background ignores."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
 
 
 @pytest.fixture

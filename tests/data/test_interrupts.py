@@ -9,6 +9,8 @@ import pytest
 
 from b2t.data.interrupts import left_to_this_process
 
+pytestmark = pytest.mark.usefixtures("answers_interrupts")
+
 _CHILD = """\
 import os, signal
 os.kill(os.getpid(), signal.SIGINT)

@@ -120,6 +120,7 @@ def test_single_options_go_before_the_setting(tmp_path):
     assert hard["trials"] == own["trials"] == [4, 1, 1] and hard["electrodes"] == 4
 
 
+@pytest.mark.usefixtures("answers_interrupts")
 def test_ctrl_c_is_answered_once_whatever_the_processes_are_doing(tmp_path, repository):
     """As a terminal sends it: to all processes, while those that work still import."""
     command = [sys.executable, "-m", "b2t.cli", "simulate", str(tmp_path / "out"), "--jobs", "2"]
