@@ -61,11 +61,11 @@ except RuntimeError as error:
 """
 
 
-def test_the_collective_that_waited_is_named(tmp_path, repository):
-    """As of collectives that DeepSpeed calls: torch's message says neither which nor where."""
-    ranks_ = [
+def said_by_the_first(program, store, repository):
+    """What the first of two ranks prints, while the other goes on until it is killed."""
+    started = [
         subprocess.Popen(
-            [sys.executable, "-c", WAITER, str(rank), str(tmp_path / "store")],
+            [sys.executable, "-c", program, str(rank), str(store)],
             stdout=subprocess.PIPE,
             cwd=repository,
             text=True,
@@ -73,10 +73,15 @@ def test_the_collective_that_waited_is_named(tmp_path, repository):
         for rank in range(2)
     ]
     try:
-        said, _ = ranks_[0].communicate(timeout=60)
+        return started[0].communicate(timeout=60)[0]
     finally:
-        ranks_[1].kill()
-        ranks_[1].communicate()
+        started[1].kill()
+        started[1].communicate()
+
+
+def test_the_collective_that_waited_is_named(tmp_path, repository):
+    """As of collectives that DeepSpeed calls: torch's message says neither which nor where."""
+    said = said_by_the_first(WAITER, tmp_path / "store", repository)
     assert said == "all_reduce, called by add_up_gradients in <string>\n"
 
 
@@ -144,20 +149,7 @@ except WaitedTooLong as error:
 
 
 def test_a_rank_whose_neighbour_hangs_says_so_before_its_gpu_waits(tmp_path, repository):
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", MEETING, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            cwd=repository,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said, _ = started[0].communicate(timeout=60)
-    finally:
-        started[1].kill()
-        started[1].communicate()
+    said = said_by_the_first(MEETING, tmp_path / "store", repository)
     assert said.startswith("True rank 0 on ") and "in step 7 of phase joint" in said
     assert "(end of the backward pass)" in said
 
