@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 
+from b2t.closed_pipe import until_closed
 from b2t.errors import UserError
 from b2t.log import configure, quiet_libraries
 
@@ -46,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
         prog="b2t",
         description="Brain-to-text training at scale: data, evaluation, reports. "
         "Training itself is started with deepspeed train_ds.py (see train_ds.py --help).",
+        epilog="exit status: 0 done, 2 mistake in the input, 130 interrupted, 141 nobody reads "
+        "the output any more (| head); a command's own help names others.",
     )
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module_name in COMMANDS.items():
@@ -65,6 +68,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; return its exit status."""
     quiet_libraries()
     configure()
+    return until_closed(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
     arguments = parser().parse_args(argv)
     try:
         return arguments._handler(arguments)
@@ -74,8 +81,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"b2t {arguments.command}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 0
     except OSError as error:
         if error.errno not in _PLACE_ERRORS:
             raise

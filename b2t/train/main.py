@@ -6,6 +6,7 @@ import sys
 import traceback
 from typing import TYPE_CHECKING, NoReturn
 
+from b2t.closed_pipe import until_closed
 from b2t.config import COMPONENTS, Config, describe, load_config, preset_names
 from b2t.errors import UserError
 from b2t.log import configure, logger, quiet_libraries
@@ -82,6 +83,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Train; return the exit status."""
+    return until_closed(lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> int:
     arguments = parser().parse_intermixed_args(argv)
     quiet_libraries()
     name_accelerator()
@@ -121,10 +126,7 @@ def default_ds_config() -> str:
 def print_keys() -> int:
     """Print every configuration key, its default and its meaning; return the exit status."""
     lines = [f"{key} (default {default})\n    {text}" for key, default, text in describe()]
-    try:
-        print(*lines, f"components: {', '.join(COMPONENTS)}", sep="\n", flush=True)
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(*lines, f"components: {', '.join(COMPONENTS)}", sep="\n")
     return 0
 
 
