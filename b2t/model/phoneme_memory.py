@@ -27,6 +27,9 @@ class PhonemeMemory(nn.Module):
         errors: errors per phoneme that training adds, see `with_errors`; what the phoneme head
             says of trials that it was trained on has fewer than it makes on others.
         frames: read the posteriors of every frame instead of one mean for each phoneme.
+
+    Attributes:
+        room: places for heard phonemes; None, the usual, counts those of the longest trial.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class PhonemeMemory(nn.Module):
         super().__init__()
         self.errors = errors
         self.frames = frames
+        self.room: int | None = None
         self.embed = nn.Linear(NUM_CLASSES, dim)
         self.transformer = Transformer(dim, depth, heads, 2.0, dropout)
 
@@ -55,7 +59,7 @@ class PhonemeMemory(nn.Module):
             [B, N, dim] and its mask [B, N]; N is P where frames are read.
         """
         if not self.frames:
-            return self(*soft_phonemes(logits, frame_mask))
+            return self(*soft_phonemes(logits, frame_mask, self.room))
         return self(logits.float().softmax(-1) * frame_mask[..., None], frame_mask)
 
     def of_labels(self, phonemes: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,15 +75,18 @@ class PhonemeMemory(nn.Module):
         return self.transformer(embedded, mask), mask
 
 
-def soft_phonemes(logits: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
+def soft_phonemes(
+    logits: Tensor, frame_mask: Tensor, room: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Collapse CTC logits as greedy decoding does, keeping how sure each phoneme is.
 
     A run of frames with one best class becomes one phoneme, the mean of its posteriors; runs of
-    the blank are dropped. One host synchronisation, for the longest row.
+    the blank are dropped. One host synchronisation, for the longest row, unless ``room`` is given.
 
     Args:
         logits: [B, P, 41].
         frame_mask: [B, P] bool, True = real; real frames follow each other.
+        room: N; None is as many as the longest row has. P is enough for any row.
 
     Returns:
         Posteriors [B, N, 41] float32, zero under the mask, and the mask [B, N] bool; N ≥ 1.
@@ -91,7 +98,8 @@ def soft_phonemes(logits: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
     begins = frame_mask & (best != BLANK) & ((best != before) | first)
     number = begins.cumsum(1) - 1
     count = number[:, -1] + 1
-    places = torch.arange(max(int(count.max()), 1), device=logits.device)
+    room = max(int(count.max()), 1) if room is None else room
+    places = torch.arange(room, device=logits.device)
     spoken = frame_mask & (best != BLANK)
     # A product instead of scattered sums: the same on every device and run.
     belongs = ((number[..., None] == places) & spoken[..., None]).float()

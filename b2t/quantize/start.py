@@ -198,12 +198,13 @@ def _fit(
 def _say_if_short(report: InitReport, K: int, group: ProcessGroup | None) -> None:
     fewest = min(report.seeded, default=K)
     if fewest < K and rank(group) == 0:
+        most = max(report.seeded)
         logger(__name__).warning(
-            "codebook start: %d frames are too few for %d codes; %d clusters were fitted and the "
+            "codebook start: %s frames are too few for %s codes: layers have %s clusters, and the "
             "other codes are copies until revival. Gather more frames or use fewer codes.",
-            report.frames,
-            K,
-            fewest,
+            f"{report.frames:,}",
+            f"{K:,}",
+            f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}",
         )
 
 

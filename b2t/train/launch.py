@@ -21,7 +21,15 @@ from b2t.train.flops import flops_of_phases
 from b2t.train.monitoring import Watch, build_monitors
 from b2t.train.pace import Pace
 from b2t.train.profiling import Profiler, record_collectives
-from b2t.train.ranks import Ranks, WaitedTooLong, join, leave, timed_out
+from b2t.train.ranks import (
+    Ranks,
+    WaitedTooLong,
+    cores,
+    join,
+    leave,
+    ranks_on_host,
+    timed_out,
+)
 from b2t.train.settings import check_lengths, check_losses
 from b2t.train.signals import StopSignals
 from b2t.train.startup import (
@@ -213,3 +221,9 @@ def introduce(trainer: Run) -> None:
         ds_file.accumulation,
         ranks.world,
     )
+    workers, here = trainer.config.data.workers, ranks_on_host()
+    if workers * here > cores():
+        log.info(
+            "data.workers=%d: %d processes would read for %d cores of this host; fewer do as well",
+            workers, workers * here, cores(),
+        )  # fmt: skip

@@ -175,7 +175,7 @@ def join(timeout_s: float = 1800.0) -> Ranks:
     `python` becomes a world of one.
 
     Raises:
-        UserError: more ranks than GPUs on this host.
+        UserError: more ranks than GPUs on this host, or a port that another process has.
     """
     quiet_libraries()
     if "RANK" not in os.environ:
@@ -199,8 +199,13 @@ def join(timeout_s: float = 1800.0) -> Ranks:
         _share_cores()
     wait_at_most(timeout)
     limit = _PATIENCE * timeout if device.type == "cuda" else timeout
-    with redirect_stdout(io.StringIO()):  # it prints that it has built its operators
-        deepspeed.init_distributed(auto_mpi_discovery=False, timeout=limit, verbose=False)
+    try:
+        with redirect_stdout(io.StringIO()):  # it prints that it has built its operators
+            deepspeed.init_distributed(auto_mpi_discovery=False, timeout=limit, verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(_port_taken()) from error
+        raise
     control = dist.new_group(backend="gloo", timeout=timeout) if dist.get_world_size() > 1 else None
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, control, timeout_s)
     if ranks.world > 1:
@@ -208,6 +213,15 @@ def join(timeout_s: float = 1800.0) -> Ranks:
     ranks.barrier()  # the others have opened this rank's buffer
     _remove_shared_buffer()
     return ranks
+
+
+def _port_taken() -> str:
+    port = os.environ["MASTER_PORT"]
+    return (
+        f"port {port} of this host, where ranks would meet, belongs to another process: perhaps to "
+        "a training that still runs. Give this one a port of its own: deepspeed or torchrun "
+        "--master_port 29501 …, accelerate launch --main_process_port 29501 …"
+    )
 
 
 def wait_at_most(timeout: timedelta) -> None:
@@ -268,10 +282,20 @@ def _share_cores() -> None:
     if "B2T_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["B2T_THREADS"]))
         return
-    on_host = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 0)))
-    on_host = on_host or int(os.environ["WORLD_SIZE"])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(max(1, (cores or 1) // on_host))
+    torch.set_num_threads(max(1, cores() // ranks_on_host()))
+
+
+def ranks_on_host() -> int:
+    """Ranks that the launcher started on this host."""
+    said = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 0)))
+    return said or int(os.environ["WORLD_SIZE"])
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _operator_cache() -> Path:

@@ -55,6 +55,16 @@ def test_phonemes_are_those_of_greedy_decoding_with_the_mean_of_their_posteriors
         torch.testing.assert_close(phonemes[row][real[row]].double(), torch.stack(expected))
 
 
+def test_room_that_is_given_changes_nothing_but_the_padding():
+    logits, mask = spoken()
+    phonemes, real = soft_phonemes(logits, mask)
+    padded, kept = soft_phonemes(logits, mask, room=logits.shape[1])
+    longest = real.shape[1]
+    assert padded.shape[1] == kept.shape[1] == logits.shape[1] > longest
+    assert torch.equal(padded[:, :longest], phonemes) and torch.equal(kept[:, :longest], real)
+    assert not padded[:, longest:].any() and not kept[:, longest:].any()
+
+
 def test_labels_are_certain_phonemes():
     phonemes, mask = labelled_phonemes(torch.tensor([[3, 40, 7], [5, 0, 0]]), torch.tensor([3, 1]))
     assert mask.tolist() == [[True] * 3, [True, False, False]]

@@ -175,6 +175,8 @@ def test_fewer_frames_than_codes_start_all_layers_and_are_said(N, caplog, monkey
     with caplog.at_level(logging.WARNING, logger="b2t"):
         quantizer, report = initialize(x)
     assert f"{N} frames are too few for 16 codes" in caplog.text
+    fewest, most = min(report.seeded), max(report.seeded)
+    assert (f"{fewest} to {most}" if fewest < most else f"have {most}") in caplog.text
     assert report.seeded[0] == max(1, N // 2)
     assert torch.isfinite(quantizer.codebooks.embed).all()
     if N > 1:  # the copies are jittered

@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from b2t.errors import UserError
 from b2t.train import ranks
 from b2t.train.step import COUNTED, OptimizerStep
 
@@ -123,6 +126,19 @@ def test_the_group_of_gpus_waits_longer_than_that_of_processes(gpus, limit, monk
     with pytest.raises(JoinedError):
         ranks.join(7.0)
     assert asked["timeout"] == timedelta(seconds=limit)
+
+
+def test_a_port_that_another_training_has_is_said(monkeypatch):
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(ranks, "_share_cores", lambda: None)
+    monkeypatch.setattr(ranks, "wait_at_most", lambda timeout: None)
+    store = partial(dist.TCPStore, "127.0.0.1", port, is_master=True)
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: store())
+    with taken, pytest.raises(UserError, match=rf"port {port} .*--master_port"):
+        ranks.join(7.0)
 
 
 MEETING = """

@@ -145,21 +145,23 @@ def _load(rows: TrialRows, keys: Iterator[list[Any]], workers: int) -> Iterator[
 def _from_workers(
     rows: TrialRows, keys: Iterator[list[Any]], workers: int, collated: Callable[..., Any]
 ) -> Iterator[Batch | UserError]:
-    loader = DataLoader(
-        rows,
-        batch_sampler=_Keys(keys),
-        collate_fn=collated,
-        num_workers=workers,
-        # Its own generator: a new loader must not advance the model's random state.
-        generator=torch.Generator(),
-        prefetch_factor=2,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_calm_worker,
-        multiprocessing_context="fork",
-    )
     with warnings.catch_warnings():
         # Python 3.12 warns of every fork beside threads; workers use numpy and Arrow alone.
         warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+        # Of more workers than cores too, on each rank and in each phase; the start says it once.
+        warnings.filterwarnings("ignore", message=".*worker processes in total.*")
+        loader = DataLoader(
+            rows,
+            batch_sampler=_Keys(keys),
+            collate_fn=collated,
+            num_workers=workers,
+            # Its own generator: a new loader must not advance the model's random state.
+            generator=torch.Generator(),
+            prefetch_factor=2,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_calm_worker,
+            multiprocessing_context="fork",
+        )
         return iter(loader)
 
 

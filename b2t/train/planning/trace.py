@@ -1,7 +1,8 @@
 """A training step without data: fake tensors run the real code, and every byte is counted.
 
 `FakeTensorMode` carries shapes and no memory, so that the step of any model is traced in seconds on
-any machine. What depends on data is taken at its largest: all frames real and finite.
+any machine. What depends on data is taken at its largest: all frames real and finite, a phoneme
+heard in each.
 """
 
 import weakref
@@ -160,6 +161,8 @@ def trace_step(
         held = [t for t in vars(batch).values() if isinstance(t, Tensor)]
         tracer = Tracer(iter([*model.parameters(), *model.buffers(), *held]))
         hooks = _take_gradients(model, found, tracer)
+        if model.text_decoder is not None and model.text_decoder.phonemes is not None:
+            model.text_decoder.phonemes.room = model.frame_mask(batch.signal_mask).shape[1]
         model.train()
         with tracer:
             output = _forward(model, batch, phase)

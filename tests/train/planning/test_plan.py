@@ -43,10 +43,12 @@ def a_planner(folder, world=2, *overrides, **sections):
     return Planner(config, load_ds_config(folder / "ds.json"), world, WORKLOAD)
 
 
-@pytest.mark.parametrize("checkpointed", [0, 1])
-def test_bytes_of_a_traced_step_are_those_of_the_allocator(checkpointed):
+@pytest.mark.parametrize(
+    ("checkpointed", "reads"), [(0, "latents"), (1, "latents"), (0, "phonemes")]
+)
+def test_bytes_of_a_traced_step_are_those_of_the_allocator(checkpointed, reads):
     """A plain float32 step on the CPU: torch's profiler sees the same most bytes, within 1 %."""
-    config = load_config("demo", SMALL)
+    config = load_config("demo", [*SMALL, f"model.text_decoder.memory={reads}"])
     phase = config.phases[2]
     planned = meta_model(config, WORKLOAD)
     planned.checkpoint_activations(*[checkpointed] * 3)
@@ -62,6 +64,8 @@ def test_bytes_of_a_traced_step_are_those_of_the_allocator(checkpointed):
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     batch = WORKLOAD.batch(8, torch.float32)
     batch.signal.normal_()
+    if reads == "phonemes":  # as if each frame were another phoneme than the one before
+        model.text_decoder.phonemes.room = model.frame_mask(batch.signal_mask).shape[1]
     norms = StepNorms(counts=dict.fromkeys(COUNTED, 1.0))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         output = model(batch, norms, phase.losses.model_dump())  # held, as the step holds it
