@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -95,12 +96,20 @@ class OptimConfig(Options):
 class CodebookStartConfig(Options):
     """When and from how much data the codebooks start."""
 
-    after_steps: Annotated[int, Field(ge=0)] = 300
+    after_steps: int | str = 300
     """Applied steps with the quantizer passed through, before k-means++ (3 % of all at least; short
-    trainings learn signals faster with half of them); at half of the minutes of a phase that has
-    fewer."""
+    trainings learn signals faster with half of them), or a share of the first phase, such as 50%;
+    at half of the steps or minutes of a first phase that has fewer."""
     frames_per_code: Positive = 16.0
     """Latent frames gathered over all ranks, per code."""
+
+    @field_validator("after_steps", mode="before")
+    @classmethod
+    def _steps_or_share(cls, value: object) -> object:
+        steps = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        if not steps and not re.fullmatch("[0-9]{1,2}%", str(value)):
+            raise ValueError("expected a whole number of steps from 0, or a share such as 50%")
+        return value
 
 
 class EvaluationConfig(Options):
@@ -277,6 +286,14 @@ class Config(Options):
     def total_steps(self) -> int:
         """Applied steps of all phases together."""
         return sum(phase.steps for phase in self.phases)
+
+    @property
+    def codebooks_start_after(self) -> int:
+        """Applied steps before the codebooks start, always within the first phase."""
+        after, steps = self.codebook_start.after_steps, self.phases[0].steps
+        if isinstance(after, str):
+            return steps * int(after.removesuffix("%")) // 100
+        return after if after < steps else steps // 2
 
     def to_yaml(self) -> str:
         """Return the resolved configuration as YAML, in the order of the fields."""

@@ -22,7 +22,8 @@ def check_lengths(config: Config) -> None:
     Raises:
         UserError: no step would be left to train codebooks.
     """
-    start, first = config.codebook_start.after_steps, config.phases[0]
+    asked, first = config.codebook_start.after_steps, config.phases[0]
+    start = config.codebooks_start_after if isinstance(asked, str) else asked
     if config.model.quantizer.enabled and start >= config.total_steps:
         raise UserError(
             f"codebook_start.after_steps={start}, but all phases together have "
@@ -32,14 +33,14 @@ def check_lengths(config: Config) -> None:
     if config.model.quantizer.enabled and start >= first.steps:
         log.warning(
             "codebook_start.after_steps=%d lies beyond phase %s of %d steps: the codebooks start "
-            "before its last step",
-            start, first.name, first.steps,
+            "after %d, half of it",
+            start, first.name, first.steps, config.codebooks_start_after,
         )  # fmt: skip
     for number, phase in enumerate(config.phases):
-        asked = {"warmup_steps": phase.warmup_steps}
+        warmups = {"warmup_steps": phase.warmup_steps}
         for name, steps in (phase.component_warmup_steps or {}).items():
-            asked[f"component_warmup_steps.{name}"] = steps
-        for key, steps in asked.items():
+            warmups[f"component_warmup_steps.{name}"] = steps
+        for key, steps in warmups.items():
             used = shortened_warmup(steps, phase.steps)
             if used != steps:
                 log.warning(

@@ -343,9 +343,8 @@ class Trainer:
         quantizer = self.model.quantizer
         if quantizer is None or quantizer.initialized:
             return
-        start = self.config.codebook_start
         planned = self.progress.planned(self.config.phases)
-        due = planned >= min(start.after_steps, self.config.phases[0].steps - 1)
+        due = planned >= self.config.codebooks_start_after
         if not due and self._budget.time_done() < 0.5:
             return
         self.ranks.place = "starting the codebooks"

@@ -22,6 +22,7 @@ def test_a_short_trial_is_told_what_is_shortened(warned):
     settings.check_lengths(load_config("a5500x2", ["phases.0.steps=200"]))
     assert len(warned) == 2, warned
     assert "codebook_start.after_steps=300 lies beyond phase tokenizer of 200 steps" in warned[0]
+    assert "the codebooks start after 100, half of it" in warned[0]
     assert "phases.0.warmup_steps=2000 is longer" in warned[1] and "shortened to 20" in warned[1]
 
 
@@ -38,6 +39,32 @@ def test_codebooks_that_would_never_train_are_refused(warned):
     settings.check_lengths(load_config("demo", ["codebook_start.after_steps=699"]))
     config.model.quantizer.enabled = False
     settings.check_lengths(config)
+
+
+@pytest.mark.parametrize(
+    ("preset", "steps", "asked", "start"),
+    [
+        ("eeg", 1500, None, 750),
+        ("eeg", 201, None, 100),
+        ("eeg", 800, 749, 749),
+        ("demo", 240, None, 30),
+        ("demo", 31, None, 30),
+        ("demo", 30, None, 15),
+        ("demo", 1, None, 0),
+    ],
+)
+def test_codebooks_start_within_the_first_phase(warned, preset, steps, asked, start):
+    late = [] if asked is None else [f"codebook_start.after_steps={asked}"]
+    config = load_config(preset, [f"phases.0.steps={steps}", *late])
+    assert config.codebooks_start_after == start
+    settings.check_lengths(config)
+    assert any("half of it" in text for text in warned) == (preset == "demo" and steps <= 30)
+
+
+@pytest.mark.parametrize("asked", ["-1", "100%", "1.5", "half", "true"])
+def test_a_start_is_steps_or_a_share(asked):
+    with pytest.raises(UserError, match=r"after_steps: .*steps from 0, or a share such as 50%"):
+        load_config("eeg", [f"codebook_start.after_steps={asked}"])
 
 
 def losses_of(name):
