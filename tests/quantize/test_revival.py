@@ -3,7 +3,8 @@ import torch
 
 from b2t.quantize import ResidualVQ
 from b2t.quantize.frame_hash import frame_ids
-from b2t.quantize.revival import dead_codes, parents_of
+from b2t.quantize.revival import dead_codes, parents_of, revive_layer
+from b2t.quantize.statistics import FramePool
 
 
 def generator(seed=0):
@@ -91,6 +92,30 @@ def test_split_conserves_the_use_and_parts_a_cluster_in_two():
     x = batch_of(clusters(), per=64, seed=5)
     shares = quantizer.eval()(x).stats.counts[0, changed] / 4096
     assert shares.sum() == 1 and (shares > 0.3).all()
+
+
+def test_a_child_starts_a_tenth_of_a_deviation_from_its_parent_towards_a_frame():
+    quantizer, _, _, _, changed = one_revival("split", revival_max_share=0.02)
+    frames = batch_of(clusters())[0]
+    step = quantizer.codebooks.embed[0, changed[1]] - quantizer.codebooks.embed[0, changed[0]]
+    deviation = frames.square().mean().sqrt()  # of a coordinate, from the one code at zero
+    torch.testing.assert_close(step.norm(), 0.1 * deviation, rtol=1e-4, atol=0)
+    towards = torch.cosine_similarity(step[None], frames - quantizer.codebooks.embed[0, changed[0]])
+    assert towards.max() > 0.9999 and (towards > 0.9999).sum() == 1
+
+
+def test_without_frames_at_hand_layers_split_in_directions_of_their_own():
+    quantizer = collapsed(clusters(), "split", num_quantizers=2)
+    books = quantizer.codebooks
+    books.ema_count.copy_(torch.tensor([64.0] + 63 * [0.0]).expand(2, 64))
+    books.distance_scale.fill_(1.0)
+    pool = FramePool(torch.zeros(0), torch.zeros(2, 0, 16), torch.zeros(2, 0, dtype=torch.int64), 1)
+    for layer in range(2):
+        options = {"mode": "split", "threshold": 0.1, "max_share": 0.02, "cosine": False}
+        assert revive_layer(books, layer, pool, pool_layers=[layer], **options) == 1
+    first, second = (books.embed[layer, 1] - books.embed[layer, 0] for layer in range(2))
+    assert abs(torch.cosine_similarity(first, second, dim=0)) < 0.9
+    torch.testing.assert_close(first.norm(), second.norm())
 
 
 def test_frames_mode_places_codes_on_residuals_of_the_batch():

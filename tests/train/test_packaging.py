@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ TOP_LEVEL = {
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "LICENSE",
+    "MANIFEST.in",
 }
 
 
@@ -100,6 +102,27 @@ def test_every_package_is_declared(repository):
     # The DeepSpeed files of the checkout are data of the package, below its name.
     assert tool["package-dir"]["b2t.ds_configs"] == "ds_configs"
     assert found | {"b2t.ds_configs"} == set(tool["packages"])
+
+
+def test_a_source_archive_is_the_checkout(repository, tmp_path):
+    """Whoever unpacks it can run what the README names: demo, tests, launchers, scripts."""
+    listed = run("git", "ls-files", cwd=repository)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    tracked = [name for name in listed.stdout.splitlines() if not name.startswith(".")]
+    source = tmp_path / "source"
+    for name in tracked:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(repository / name, source / name)
+    (source / "tests" / "__pycache__").mkdir()
+    (source / "tests" / "__pycache__" / "conftest.cpython-311.pyc").touch()
+    build = "from setuptools.build_meta import build_sdist; print(build_sdist('..'))"
+    done = run(sys.executable, "-c", build, cwd=source)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tmp_path / done.stdout.splitlines()[-1]) as archive:
+        brought = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    made = {"PKG-INFO", "setup.cfg", *(name for name in brought if ".egg-info/" in name)}
+    assert brought - made == set(tracked)
 
 
 def test_a_wheel_brings_all_that_is_read_and_trains_outside_the_checkout(repository, tmp_path):

@@ -202,7 +202,7 @@ def _read(file: Path, remarks: Remarks) -> tuple[Any, Callable[..., Part]]:
         fif_check.require_sound(file)
         content = mne.what(file)
         if content == "epochs":
-            return _good_epochs(mne.read_epochs(file, preload=False), file, remarks), _epochs
+            return _good_epochs(mne.read_epochs(file, preload=False), file), _epochs
         if content == "unknown":
             raise ValueError("it holds no recording that MNE knows")
         if content != "raw":
@@ -216,7 +216,7 @@ def _read(file: Path, remarks: Remarks) -> tuple[Any, Callable[..., Part]]:
     return mne.io.read_raw(file, preload=False), continuous
 
 
-def _good_epochs(epochs: Any, file: Path, remarks: Remarks) -> Any:
+def _good_epochs(epochs: Any, file: Path) -> Any:
     count = len(epochs.events)
     epochs.drop_bad()
     if len(epochs.events) < count:
