@@ -42,6 +42,7 @@ POINTER_TYPES = {
     "frames_ptr": "*i64",
     "queue_ptr": "*i64",
     "length_ptr": "*i64",
+    "state_ptr": "*i64",
     "slots_ptr": "*i32",
     "order_ptr": "*i64",
     "offsets_ptr": "*i64",

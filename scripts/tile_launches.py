@@ -22,7 +22,7 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 
-from b2t_kernels import tuning
+from b2t_kernels import launching, tuning
 
 INTERPRETED = not isinstance(tuning.kernel("scan_kernel"), triton.JITFunction)
 MODULES = ("nearest", "draw", "beam", "usage", "sums", "residual", "rows", "prepare")
@@ -37,6 +37,8 @@ AXES = {
     "segment_kernel": {"BLOCK_D": 1},
     "gathered_kernel": {"BLOCK_K": 0, "BLOCK_D": 1},
     "place_kernel": {"BLOCK_K": 0},
+    "parts_kernel": {"BLOCK": 0},
+    "pulled_kernel": {"BLOCK_K": 0, "BLOCK_D": 1},
     "gather_kernel": {"BLOCK_D": 1},
     "scatter_kernel": {"BLOCK_N": 0, "BLOCK_D": 1},
     "total_kernel": {"BLOCK_N": 0, "BLOCK_D": 1},
@@ -107,6 +109,7 @@ class Spy:
 
 def install(bench: Bench) -> None:
     """Put spies in the kernels' place, and force what ``tuning.launch`` would choose."""
+    launching.ADDRESSES = False
     if not INTERPRETED:
         hash_sources()
     for name in MODULES:

@@ -311,8 +311,8 @@ def _extend(
     launched(candidates_kernel)[(n,)](
         x, codebook, codes.bias, codes.statistics, rows.shrink, rows.squares, rows.error,
         rows.valid, kept.best, kept.runs, kept.second, keys,
-        K, D, padded_codes(K), kept.share, beams, kept.best.shape[1], wanted,
-        B=power_of_two_above(beams), W=power_of_two_above(kept.best.shape[1]),
+        K, D, padded_codes(K), kept.share, beams, kept.parts, wanted,
+        B=power_of_two_above(beams), W=power_of_two_above(kept.parts),
         SLOTS=kept.slots, **options,
     )  # fmt: skip
     launched(winners_kernel)[(n,)](

@@ -28,15 +28,27 @@ def _say_once(operator: str, why: str) -> None:
     logging.getLogger(__name__).warning("%s runs in blocked torch: %s", operator, why)
 
 
-def obstacle(*tensors: Tensor, widest: int | None = None) -> str:
-    """Why the kernels cannot take these tensors; empty if they can."""
+def _obstacle_of(device: torch.device) -> str:
+    """Why the kernels cannot run on a device; empty if they can."""
     if MISSING:
         return f"Triton cannot be imported ({MISSING})"
     if torch.version.hip is not None:
         return "the kernels were made and compiled for NVIDIA GPUs, not for ROCm"
-    major, minor = torch.cuda.get_device_capability(tensors[0].device)
+    major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"the GPU's compute capability is {major}.{minor}, the kernels need 8.0"
+    return ""
+
+
+_known_obstacle = functools.cache(_obstacle_of)
+
+
+def obstacle(*tensors: Tensor, widest: int | None = None) -> str:
+    """Why the kernels cannot take these tensors; empty if they can."""
+    device = tensors[0].device
+    why = _known_obstacle(device) if device.type == "cuda" else _obstacle_of(device)
+    if why:
+        return why
     for tensor in tensors:
         if tensor.dtype not in FLOATS:
             return f"{tensor.dtype} is not one of float16, bfloat16 and float32"
@@ -45,9 +57,14 @@ def obstacle(*tensors: Tensor, widest: int | None = None) -> str:
     return ""
 
 
+_HERE = contextlib.nullcontext()
+
+
 def _device_of(x: Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)
 
 
 def _run(
@@ -71,7 +88,7 @@ def prepare_codes(codebooks: Tensor) -> list[list[Tensor]]:
         return [list(blocked.centre_codes(book, dtype)) for book in codebooks]
     with _device_of(codebooks):
         made = prepare.prepare(codebooks)
-        return [list(prepare.layer_of(made, layer)) for layer in range(codebooks.shape[0])]
+        return [list(each) for each in prepare.layers_of(made)]
 
 
 def _prepared(codebook: Tensor, given: Sequence[Tensor]) -> "prepare.PreparedCodes":

@@ -52,12 +52,12 @@ def _merge(
     indices: Tensor, counts: Tensor,
 ) -> None:  # fmt: skip
     assert wanted.keys is not None
-    (N, width), W = rows.rows.shape, power_of_two_above(kept.best.shape[1])
+    N, W = rows.N, power_of_two_above(kept.parts)
     config = tuning.settle_config(W)
     launched(drawn_kernel)[(ceildiv(N, config.kwargs["BLOCK_N"]),)](
         rows.rows, rows.shrink, rows.valid, codes.codes, codes.bias, codes.statistics,
         wanted.temperature, *wanted.keys, kept.best, kept.runs, indices, counts,
-        N, width, kept.best.shape[1], W=W, **tuning.options(config),
+        N, rows.width, kept.parts, W=W, **tuning.options(config),
     )  # fmt: skip
 
 
@@ -74,9 +74,11 @@ def sample_code(
     x, row_keys = x.contiguous(), row_keys.contiguous()
     padded = torch.nn.functional.pad(code_keys, (0, padded_codes(K) - K))
     indices = torch.empty(N, dtype=torch.int64, device=device)
-    counts = torch.zeros(K, dtype=torch.int64, device=device)
-    for piece in parts(N, D) if N else ():
-        rows = prepare_rows(x[piece], codes, None)
+    counts = torch.empty(K, dtype=torch.int64, device=device)
+    if not N:
+        counts.zero_()
+    for piece in parts(N, D):
+        rows = prepare_rows(x[piece], codes, None, None if piece.start else counts)
         wanted = Wanted(True, False, temperature, (row_keys[piece], padded))
         kept = scan(rows, codes, K, wanted)
         _merge(codes, rows, kept, wanted, indices[piece], counts)

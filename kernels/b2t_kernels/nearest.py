@@ -8,7 +8,7 @@ the code inside the winning run of eight, and proves it (``exact``) or queues th
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,7 +26,14 @@ from b2t_kernels.exact import (
     tolerance_of,
     two_least,
 )
-from b2t_kernels.launching import ceildiv, launched, power_of_two_above
+from b2t_kernels.launching import (
+    Buffer,
+    beyond,
+    ceildiv,
+    launched,
+    power_of_two_above,
+    scratch,
+)
 from b2t_kernels.prepare import (
     GROUP,
     PreparedCodes,
@@ -146,7 +153,7 @@ class Found(NamedTuple):
     indices: Tensor
     counts: Tensor
     lse: Tensor
-    frames: Tensor
+    frames: Any
 
 
 class Wanted(NamedTuple):
@@ -169,43 +176,46 @@ class Wanted(NamedTuple):
 
 
 class Scanned(NamedTuple):
-    """What a scan keeps of N rows, [N, splits · slots] each; unwanted ones stand for another."""
+    """What a scan keeps of N rows, [N, parts] each, unwanted ones stand for another.
 
-    best: Tensor
-    runs: Tensor
-    second: Tensor
-    mass: Tensor
+    parts: splits · slots; slots: of one split; share: codes of a split.
+    """
+
+    best: Buffer
+    runs: Buffer
+    second: Buffer
+    mass: Buffer
+    parts: int
     slots: int
     share: int
 
 
 def scan(rows: PreparedRows, codes: PreparedCodes, K: int, wanted: Wanted) -> Scanned:
     """Scan all K codes for prepared rows, with the configuration chosen for the device."""
-    (N, width), device = rows.rows.shape, rows.rows.device
+    draws = wanted.keys is not None
     return tuning.launch(
         scan_kernel,
-        tuning.scan_space(
-            tuning.family(device), width, wanted.keys is not None, N <= tuning.FEW_ROWS
-        ),
-        (N, K, width, wanted.exact, wanted.soft, wanted.keys is not None),
+        tuning.scan_space(tuning.family(rows.device), rows.width, draws, rows.N <= tuning.FEW_ROWS),
+        (rows.N, K, rows.width, wanted.exact, wanted.soft, draws),
         partial(_scan, rows, codes, padded_codes(K), wanted),
-        device,
+        rows.device,
     )
 
 
 def _scan(
     rows: PreparedRows, codes: PreparedCodes, padded_K: int, wanted: Wanted, config: triton.Config
 ) -> Scanned:
-    (N, width), device = rows.rows.shape, rows.rows.device
+    N, width, device = rows.N, rows.width, rows.device
     block_N, block_K = config.kwargs["BLOCK_N"], config.kwargs["BLOCK_K"]
     slots = block_K // 8 if wanted.exact else 1
     most = min(tuning.MOST_PARTS, wanted.parts or tuning.MOST_PARTS) // slots
     least = most if wanted.parts else 1
     splits, share = tuning.code_splits(N, padded_K, block_N, block_K, most, device, least)
-    best = torch.empty(N, splits * slots, dtype=torch.float32, device=device)
-    runs = torch.empty(N, splits * slots, dtype=torch.int32, device=device)
-    second = torch.empty_like(best) if wanted.exact else best
-    mass = torch.empty_like(best) if wanted.soft else best
+    kept = N * splits * slots
+    numbers = [(kept, torch.float32)] * (1 + wanted.exact + wanted.soft)
+    runs, best, *others = scratch(device, (kept, torch.int32), *numbers)
+    second = others[0] if wanted.exact else best
+    mass = others[-1] if wanted.soft else best
     row_keys, code_keys = wanted.keys or (runs, runs)
     launched(scan_kernel)[(ceildiv(N, block_N), splits)](
         rows.rows, rows.shrink, codes.codes, codes.bias, codes.statistics,
@@ -214,26 +224,27 @@ def _scan(
         WHOLE=width <= tuning.WIDEST_WHOLE, EXACT=wanted.exact, SOFT=wanted.soft,
         DRAW=wanted.keys is not None, **tuning.options(config),
     )  # fmt: skip
-    return Scanned(best, runs, second, mass, slots, share)
+    return Scanned(best, runs, second, mass, splits * slots, slots, share)
 
 
 def _settle(
     x: Tensor, codebook: Tensor, codes: PreparedCodes, rows: PreparedRows, kept: Scanned,
-    found: Found, length: Tensor, wanted: Wanted,
+    found: Found, length: Buffer, wanted: Wanted,
 ) -> None:  # fmt: skip
     """Merge what was scanned into ``found``; ``length`` [≥ 1] int64 starts at zero."""
-    (N, D), K, device = x.shape, codebook.shape[0], x.device
-    W = power_of_two_above(kept.best.shape[1])
-    queued = N if wanted.exact else 0
-    queue = torch.empty(queued, dtype=torch.int64, device=device)
-    listed = torch.empty(queued, W, dtype=torch.int32, device=device)
+    (N, D), K = x.shape, codebook.shape[0]
+    W = power_of_two_above(kept.parts)
+    queue, listed = length, kept.runs
+    if wanted.exact:
+        queue, listed = scratch(x.device, (N, torch.int64), (N * W, torch.int32))
     config = tuning.settle_config(W)
     launched(settle_kernel)[(ceildiv(N, config.kwargs["BLOCK_N"]),)](
-        x, codebook, *rows, codes.codes, codes.bias, codes.statistics,
+        x, codebook, *rows[:5], codes.codes, codes.bias, codes.statistics,
         wanted.temperature if wanted.soft else kept.best,
         kept.best, kept.runs, kept.second, kept.mass,
-        found.indices, found.counts, queue, length, listed, found.lse, found.frames,
-        N, K, D, rows.rows.shape[1], kept.best.shape[1],
+        found.indices if wanted.search else length, found.counts, queue, length, listed,
+        found.lse if wanted.soft else kept.best, found.frames,
+        N, K, D, rows.width, kept.parts,
         W=W, SEARCH=wanted.search, EXACT=wanted.exact, SOFT=wanted.soft,
         **tuning.options(config), **tuning.UNFUSED,
     )  # fmt: skip
@@ -270,20 +281,25 @@ def assign(
         each: called with the prepared rows and the lse of each part of the rows.
     """
     (N, D), K, device = x.shape, codebook.shape[0], x.device
-    pieces = list(parts(N, D)) if N else []
-    # One zeroed buffer: counts, rows that count, and a queue's length for each part.
-    state = torch.zeros(K + 1 + len(pieces), dtype=torch.int64, device=device)
+    pieces = list(parts(N, D))
+    # One buffer that starts at zero: counts, rows that count, and a queue's length for each part.
+    state = torch.empty(K + 1 + len(pieces), dtype=torch.int64, device=device)
     indices = torch.empty(N if search else 0, dtype=torch.int64, device=device)
     lse = torch.empty(0 if temperature is None else N, dtype=torch.float32, device=device)
     wanted = Wanted(search, exact, temperature)
+    if not pieces:
+        state.zero_()
     for number, piece in enumerate(pieces):
-        part = x[piece]
-        rows = prepare_rows(part, codes, None if mask is None else mask[piece])
+        part, real, left = x, mask, (indices, lse)
+        if len(pieces) > 1:
+            part, real = x[piece], None if mask is None else mask[piece]
+            left = indices[piece], lse[piece]
+        rows = prepare_rows(part, codes, real, None if number else state)
         kept = scan(rows, codes, K, wanted)
-        found = Found(indices[piece], state[:K], lse[piece], state[K : K + 1])
-        _settle(part, codebook, codes, rows, kept, found, state[K + 1 + number :], wanted)
+        found = Found(left[0], state, left[1], beyond(state, K))
+        _settle(part, codebook, codes, rows, kept, found, beyond(state, K + 1 + number), wanted)
         if each is not None:
-            each(rows, found.lse)
+            each(rows, left[1])
     return Found(indices, state[:K], lse, state[K])
 
 

@@ -5,7 +5,9 @@ works under autograd, ``torch.compile`` and activation checkpointing; the device
 implementation: Triton on CUDA, blocked torch elsewhere.
 """
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
@@ -16,6 +18,7 @@ from b2t_kernels.checks import check_devices, check_precision, check_rows, check
 
 Precision = Literal["fast", "exact"]
 Prepared = Sequence[Tensor]
+_AS_IT_IS = contextlib.nullcontext()
 
 
 @torch.no_grad()
@@ -92,7 +95,7 @@ def nearest_code(
     exact = check_precision(precision)
     check_search(x, codebook, mask)
     if undispatched(x):
-        with torch.no_grad():
+        with without_gradient():
             return cuda.nearest_code(x, codebook, mask, exact, prepared)
     return _nearest_code(x, codebook, mask, exact, list(prepared))
 
@@ -108,6 +111,11 @@ def undispatched(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
     )
+
+
+def without_gradient() -> AbstractContextManager:
+    """`torch.no_grad`, which takes microseconds, where it changes something."""
+    return torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS
 
 
 def on_device(number: float | Tensor, x: Tensor) -> Tensor:
@@ -256,7 +264,7 @@ def code_sums(
             )
         check_devices(x, counts=counts)
     if undispatched(x):
-        with torch.no_grad():
+        with without_gradient():
             return cuda.code_sums(x, indices, K, mask, counts, method == "atomic")
     return _code_sums(x, indices, K, mask, counts, method == "atomic")
 

@@ -101,10 +101,15 @@ def length_bin(length):
 
 @triton.jit
 def mean_kernel(
-    codebook_ptr, mean_ptr, K, D, padded_D, step, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Mean of every step-th code, over elements that are finite."""
+    codebook_ptr, mean_ptr, bits_ptr, K, D, padded_D, step,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Mean of every step-th code, over elements that are finite; zero the statistics."""
     layer = tl.program_id(1).to(tl.int64)
+    if tl.program_id(0) == 0:
+        places = tl.arange(0, 2 * LENGTH_BINS)
+        zeros = tl.zeros([2 * LENGTH_BINS], tl.int32)
+        tl.store(bits_ptr + layer * STATISTICS + places, zeros, places < STATISTICS)
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_D], tl.float32)
     seen = tl.zeros([BLOCK_D], tl.float32)
@@ -205,13 +210,12 @@ def round_kernel(
     tl.atomic_max(bits + ERRORS + lengths, errors, mask=errors > known)
 
 
-def layer_of(prepared: PreparedCodes, layer: int) -> PreparedCodes:
-    """The part of one layer of a stack, without a copy."""
-    part = slice(layer, layer + 1)
-    size = prepared.bias.shape[0] // prepared.mean.shape[0]
-    rows = slice(layer * size, (layer + 1) * size)
-    codes, bias, mean, statistics = prepared
-    return PreparedCodes(codes[rows], bias[rows], mean[part], statistics[part])
+def layers_of(prepared: PreparedCodes) -> list[PreparedCodes]:
+    """The part of each layer of a stack, without a copy."""
+    Q = prepared.mean.shape[0]
+    size = prepared.bias.shape[0] // Q
+    parts = (part.split(1 if part.shape[0] == Q else size) for part in prepared)
+    return [PreparedCodes(*each) for each in zip(*parts, strict=True)]
 
 
 def scale_of(prepared: PreparedCodes) -> Tensor:
@@ -250,12 +254,12 @@ def prepare(codebooks: Tensor) -> PreparedCodes:
     codes = torch.empty(Q * padded_K, padded_D, dtype=torch.float16, device=device)
     bias = torch.empty(Q * padded_K, dtype=torch.float32, device=device)
     mean = torch.empty(Q, padded_D, dtype=torch.float32, device=device)
-    statistics = torch.zeros(Q, STATISTICS.value, dtype=torch.float32, device=device)
+    statistics = torch.empty(Q, STATISTICS.value, dtype=torch.float32, device=device)
     bits = statistics.view(torch.int32)
     block_D = min(128, padded_D)
     step = max(1, K // MEAN_SAMPLE)
     launched(mean_kernel)[(ceildiv(padded_D, 32), Q)](
-        codebooks, mean, K, D, padded_D, step, BLOCK_K=128, BLOCK_D=32
+        codebooks, mean, bits, K, D, padded_D, step, BLOCK_K=128, BLOCK_D=32
     )
     grid = (ceildiv(padded_K, 32), Q)
     launched(extent_kernel)[grid](

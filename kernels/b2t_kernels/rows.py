@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from b2t_kernels.launching import ceildiv, launched, power_of_two_above
+from b2t_kernels.launching import Buffer, ceildiv, launched, power_of_two_above, scratch
 from b2t_kernels.prepare import (
     ROW_EXPONENT,
     PreparedCodes,
@@ -24,6 +24,7 @@ from b2t_kernels.prepare import (
 
 SCRATCH_BYTES = 1 << 26
 LARGEST_MOVED = tl.constexpr(1e38)
+CLEARED = tl.constexpr(256)
 
 
 class PreparedRows(NamedTuple):
@@ -34,13 +35,17 @@ class PreparedRows(NamedTuple):
     squares: [N] float32, |x̂|².
     error: [N] float32, |x̂ − rS(x − μ)|²; infinite where x lies too far out to be scaled.
     valid: [N] uint8, 1 where the row is finite and not masked.
+    N, width, device: sizes, the width D′, and where they lie.
     """
 
-    rows: Tensor
-    shrink: Tensor
-    squares: Tensor
-    error: Tensor
-    valid: Tensor
+    rows: Buffer
+    shrink: Buffer
+    squares: Buffer
+    error: Buffer
+    valid: Buffer
+    N: int
+    width: int
+    device: torch.device
 
 
 @triton.jit
@@ -49,7 +54,7 @@ def row_scale(largest):
     return power_of_two(tl.minimum(-exponent_of(largest) + (ROW_EXPONENT - 1), 0))
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "cleared"])
 def rows_kernel(
     x_ptr,
     mask_ptr,
@@ -60,14 +65,22 @@ def rows_kernel(
     squares_ptr,
     error_ptr,
     valid_ptr,
+    state_ptr,
     N,
     D,
     padded_D,
+    cleared,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
+    CLEARS: tl.constexpr,
 ):
-    """Round a tile of rows that spans the width."""
+    """Round a tile of rows that spans the width; with CLEARS, zero what later launches add to."""
+    if CLEARS:
+        step = tl.num_programs(0) * CLEARED
+        for first in range(tl.program_id(0) * CLEARED, cleared, step):
+            places = first + tl.arange(0, CLEARED)
+            tl.store(state_ptr + places, tl.zeros([CLEARED], tl.int64), places < cleared)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)
     scale = code_scale(statistics_ptr)
@@ -103,13 +116,18 @@ def rows_tile(padded_D: int) -> tuple[int, int]:
     return max(1, 4096 // width), width
 
 
-def prepare_rows(x: Tensor, prepared: PreparedCodes, mask: Tensor | None) -> PreparedRows:
-    """Prepare contiguous x [N, D] for one codebook, in one launch."""
-    N, D = x.shape
-    width, device = padded_width(D), x.device
-    rows = torch.empty(N, width, dtype=torch.float16, device=device)
-    shrink, squares, error = (torch.empty(N, dtype=torch.float32, device=device) for _ in range(3))
-    valid = torch.empty(N, dtype=torch.uint8, device=device)
+def prepare_rows(
+    x: Tensor, prepared: PreparedCodes, mask: Tensor | None, state: Tensor | None = None
+) -> PreparedRows:
+    """Prepare contiguous x [N, D], N > 0, for one codebook, in one launch.
+
+    ``state``, int64, is zeroed by it, for launches that follow.
+    """
+    (N, D), device = x.shape, x.device
+    width, single = padded_width(D), (N, torch.float32)
+    rows, shrink, squares, error, valid = scratch(
+        device, (N * width, torch.float16), single, single, single, (N, torch.uint8)
+    )
     block_N, block_D = rows_tile(width)
     launched(rows_kernel)[(ceildiv(N, block_N),)](
         x,
@@ -121,14 +139,17 @@ def prepare_rows(x: Tensor, prepared: PreparedCodes, mask: Tensor | None) -> Pre
         squares,
         error,
         valid,
+        shrink if state is None else state,
         N,
         D,
         width,
+        0 if state is None else state.shape[0],
         BLOCK_N=block_N,
         BLOCK_D=block_D,
         MASKED=mask is not None,
+        CLEARS=state is not None,
     )
-    return PreparedRows(rows, shrink, squares, error, valid)
+    return PreparedRows(rows, shrink, squares, error, valid, N, width, device)
 
 
 def parts(N: int, D: int) -> Iterator[slice]:

@@ -169,7 +169,11 @@ def shared_memory(device: torch.device) -> int:
 
 def family(device: torch.device) -> int:
     """80, 86 or 90: the chip of the tables whose shared memory the device has at least."""
-    limit = shared_memory(device)
+    return _family_of(shared_memory(device))
+
+
+@functools.cache
+def _family_of(limit: int) -> int:
     fitting = [chip for chip, bytes_ in SHARED_MEMORY_LIMIT.items() if bytes_ <= limit]
     return max(fitting, key=SHARED_MEMORY_LIMIT.__getitem__, default=86)
 
@@ -297,7 +301,11 @@ PLAIN_KERNELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "mean_kernel": ("prepare", {"BLOCK_K": 128, "BLOCK_D": 32}, 4),
     "extent_kernel": ("prepare", {"BLOCK_K": 32, "BLOCK_D": 128}, 4),
     "round_kernel": ("prepare", {"BLOCK_K": 32, "BLOCK_D": 128}, 4),
-    "rows_kernel": ("rows", {"BLOCK_N": 4, "BLOCK_D": 1024, "MASKED": True}, 4),
+    "rows_kernel": (
+        "rows",
+        {"BLOCK_N": 4, "BLOCK_D": 1024, "MASKED": True, "CLEARS": True},
+        4,
+    ),
     "settle_kernel": (
         "nearest",
         {"BLOCK_N": 16, "STEP": 16, "W": MOST_PARTS, "SEARCH": True, "EXACT": True, "SOFT": True},
@@ -320,6 +328,8 @@ PLAIN_KERNELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "scatter_kernel": ("sums", {"BLOCK_N": 16, "BLOCK_D": 128}, 4),
     "gathered_kernel": ("sums", {"BLOCK_N": 128, "STEP": 16, "BLOCK_K": 8, "BLOCK_D": 64}, 4),
     "place_kernel": ("usage", {"BLOCK_K": 1024}, 4),
+    "parts_kernel": ("usage", {"PARTS": 16, "BLOCK": 256}, 4),
+    "pulled_kernel": ("usage", {"BLOCK_K": 16, "BLOCK_D": 64}, 4),
     "leave_kernel": (
         "residual",
         {"BLOCK_N": 16, "BLOCK_D": 128, "ERRORS": True, "GAIN": True},

@@ -23,14 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from b2t_kernels import tuning
-from b2t_kernels.launching import ceildiv, launched
+from b2t_kernels.launching import Buffer, ceildiv, launched, scratch
 from b2t_kernels.nearest import Found, assign
 from b2t_kernels.prepare import (
     PreparedCodes,
     code_scale,
     padded_codes,
     physical_row,
-    scale_of,
 )
 from b2t_kernels.rows import PreparedRows, parts, prepare_rows
 from b2t_kernels.scan import code_tile, logit_factor, row_tile
@@ -109,12 +108,13 @@ def shift_kernel(
 @triton.jit(do_not_specialize=["N"])
 def row_gradient_kernel(
     rows_ptr, shrink_ptr, lse_ptr, codes_ptr, bias_ptr, statistics_ptr, temperature_ptr, grad_ptr,
-    largest_ptr, shift_ptr, partial_ptr, N, D, padded_K, share,
+    largest_ptr, shift_ptr, partial_ptr, N, D, padded_K, share, shifts,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """(2/τ) Σ_k w_nk c_k over the codes of one split, into partial [splits, N, D].
 
-    With g as it was before it was divided by its largest element.
+    With g as it was before it was divided by its largest element; ḡ is the sum of ``shifts`` parts
+    [shifts, N].
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1).to(tl.int64)
@@ -123,7 +123,9 @@ def row_gradient_kernel(
     tile, shrink, factor, lse = row_state(
         rows_ptr, shrink_ptr, lse_ptr, temperature_ptr, scale, rows, N, BLOCK_D
     )
-    shift = tl.load(shift_ptr + rows, rows < N, other=0.0)
+    shift = tl.zeros([BLOCK_N], tl.float32)
+    for part in range(shifts):
+        shift += tl.load(shift_ptr + part * N.to(tl.int64) + rows, rows < N, other=0.0)
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     first = tl.program_id(1) * share
     for start in range(first, tl.minimum(first + share, padded_K), BLOCK_K):
@@ -191,15 +193,57 @@ def place_kernel(grad_ptr, placed_ptr, largest_ptr, K, padded_K, BLOCK_K: tl.con
         tl.store(largest_ptr, most)
 
 
-def placed_gradient(grad: Tensor, K: int) -> tuple[Tensor, Tensor]:
+@triton.jit(do_not_specialize=["size"])
+def parts_kernel(partial_ptr, total_ptr, size, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of ``parts`` ≤ PARTS of partial [parts, size], in the type of total [size]."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    each = tl.arange(0, PARTS)
+    inside = (each < parts)[:, None] & (places < size)[None, :]
+    address = each.to(tl.int64)[:, None] * size + places[None, :]
+    total = tl.sum(tl.load(partial_ptr + address, inside, other=0.0), axis=0)
+    tl.store(total_ptr + places, total, places < size)
+
+
+def _add_parts(partial: Buffer, total: Buffer, parts: int, size: int) -> None:
+    """Sum partial [parts, size] into ``total`` [size], in the order of a fixed tree."""
+    launched(parts_kernel)[(ceildiv(size, 256),)](
+        partial, total, size, parts, PARTS=MOST_SPLITS, BLOCK=256
+    )
+
+
+@triton.jit
+def pulled_kernel(
+    partial_ptr, weight_ptr, codebook_ptr, mean_ptr, bias_ptr, statistics_ptr, largest_ptr,
+    temperature_ptr, pulled_ptr, K, D, parts, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The codebook's gradient from Σ_n w_nk x̂_n/r_n and Σ_n w_nk in parts; 0 if not finite."""
+    codes = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    place = codes.to(tl.int64)[:, None] * D + columns[None, :]
+    inside = (codes < K)[:, None] & (columns < D)[None, :]
+    total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    weight = tl.zeros([BLOCK_K], tl.float32)
+    for part in range(parts):
+        above = tl.full([], part, tl.int64) * K
+        total += tl.load(partial_ptr + above * D + place, inside, other=0.0)
+        weight += tl.load(weight_ptr + above + codes, codes < K, other=0.0)
+    mean = tl.load(mean_ptr + columns, columns < D, other=0.0)
+    values = tl.load(codebook_ptr + place, inside, other=0.0).to(tl.float32)
+    total = total / code_scale(statistics_ptr) - weight[:, None] * (values - mean[None, :])
+    finite = tl.load(bias_ptr + physical_row(codes), codes < K, other=0.0) > -float("inf")
+    total = tl.where(finite[:, None], total, 0.0)
+    total *= 2 * tl.load(largest_ptr) / tl.load(temperature_ptr)
+    tl.store(pulled_ptr + place, total, inside)
+
+
+def placed_gradient(grad: Tensor, K: int) -> list[Buffer]:
     """What the kernels read of g [K]: see :func:`place_kernel`."""
     padded_K = padded_codes(K)
-    placed = torch.empty(padded_K, dtype=torch.float32, device=grad.device)
-    largest = torch.empty(1, dtype=torch.float32, device=grad.device)
+    made = scratch(grad.device, (padded_K, torch.float32), (1, torch.float32))
     launched(place_kernel)[(ceildiv(padded_K, PLACED),)](
-        grad.contiguous(), placed, largest, K, padded_K, BLOCK_K=PLACED
+        grad.contiguous(), *made, K, padded_K, BLOCK_K=PLACED
     )
-    return placed, largest
+    return made
 
 
 def _row_splits(N: int, K: int, config: triton.Config, device: torch.device) -> tuple[int, int]:
@@ -222,85 +266,99 @@ class _Pass:
         self.operands = (
             rows.rows, rows.shrink, lse, codes.codes, codes.bias, codes.statistics, temperature,
         )  # fmt: skip
-        self.N, self.K, self.D = rows.rows.shape[0], K, D
-        self.width, self.device = rows.rows.shape[1], rows.rows.device
+        self.N, self.K, self.D = rows.N, K, D
+        self.width, self.device = rows.width, rows.device
         self.padded_K = padded_codes(K)
         self.chip = tuning.family(self.device)
 
-    def empty(self, *shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=torch.float32, device=self.device)
+    def _scratch(self, *counts: int) -> list[Buffer]:
+        return scratch(self.device, *[(count, torch.float32) for count in counts])
 
     def _launch(self, kernel, space, run):
         return tuning.launch(kernel, space, (self.N, self.K, self.D), run, self.device)
 
     def columns(self) -> Tensor:
         """Σ_n p_nk, [K]."""
+        total = torch.empty(self.K, dtype=torch.float32, device=self.device)
 
-        def run(config: triton.Config) -> Tensor:
+        def run(config: triton.Config) -> tuple[Buffer, int]:
             block = config.kwargs["BLOCK_K"]
             splits, share = _row_splits(self.N, self.K, config, self.device)
-            partial = self.empty(splits, self.K)
+            partial = self._scratch(splits * self.K)[0] if splits > 1 else total
             launched(column_kernel)[(ceildiv(self.K, block), splits)](
                 *self.operands, partial, self.N, self.K, share, **tuning.options(config)
             )
-            return partial
+            return partial, splits
 
         space = tuning.column_space(self.chip, self.width)
-        return self._launch(column_kernel, space, run).sum(dim=0)
+        partial, splits = self._launch(column_kernel, space, run)
+        if splits > 1:
+            _add_parts(partial, total, splits, self.K)
+        return total
 
     def _code_splits(self, config: triton.Config, most: int) -> tuple[int, int]:
         block_N, block_K = config.kwargs["BLOCK_N"], config.kwargs["BLOCK_K"]
         return tuning.code_splits(self.N, self.padded_K, block_N, block_K, most, self.device)
 
-    def shift(self, grad: Tensor) -> Tensor:
-        """Σ_k p_nk g_k, [N]."""
+    def shift(self, grad: Buffer) -> tuple[Buffer, int]:
+        """Σ_k p_nk g_k in parts [parts, N], and how many there are."""
 
-        def run(config: triton.Config) -> Tensor:
+        def run(config: triton.Config) -> tuple[Buffer, int]:
             splits, share = self._code_splits(config, MOST_SPLITS)
-            partial = self.empty(splits, self.N)
+            partial = self._scratch(splits * self.N)[0]
             launched(shift_kernel)[(ceildiv(self.N, config.kwargs["BLOCK_N"]), splits)](
                 *self.operands, grad, partial, self.N, self.padded_K, share,
                 **tuning.options(config),
             )  # fmt: skip
+            return partial, splits
+
+        return self._launch(shift_kernel, tuning.shift_space(self.chip, self.width), run)
+
+    def summed_shift(self, partial: Buffer, splits: int) -> Buffer:
+        """Σ_k p_nk g_k, [N], of its parts."""
+        if splits == 1:
             return partial
+        total = self._scratch(self.N)[0]
+        _add_parts(partial, total, splits, self.N)
+        return total
 
-        space = tuning.shift_space(self.chip, self.width)
-        partial = self._launch(shift_kernel, space, run)
-        return partial[0] if partial.shape[0] == 1 else partial.sum(dim=0)
+    def row_gradient(
+        self, grad: Buffer, largest: Buffer, shift: Buffer, shifts: int, found: Tensor
+    ) -> None:
+        """(2/τ) Σ_k w_nk c_k times ``largest`` [1], into ``found`` [N, D]."""
 
-    def row_gradient(self, grad: Tensor, largest: Tensor, shift: Tensor) -> Tensor:
-        """(2/τ) Σ_k w_nk c_k times ``largest`` [1], [N, D]."""
-
-        def run(config: triton.Config) -> Tensor:
+        def run(config: triton.Config) -> tuple[Buffer, int]:
             splits, share = self._code_splits(config, MOST_SPLITS // 2)
-            partial = self.empty(splits, self.N, self.D)
+            # The kernel stores in any type what need not be added up.
+            partial = self._scratch(splits * found.numel())[0] if splits > 1 else found
             launched(row_gradient_kernel)[(ceildiv(self.N, config.kwargs["BLOCK_N"]), splits)](
                 *self.operands, grad, largest, shift, partial,
-                self.N, self.D, self.padded_K, share,
+                self.N, self.D, self.padded_K, share, shifts,
                 **tuning.options(config),
             )  # fmt: skip
-            return partial
+            return partial, splits
 
         space = tuning.row_gradient_space(self.chip, self.width)
-        partial = self._launch(row_gradient_kernel, space, run)
-        return partial[0] if partial.shape[0] == 1 else partial.sum(dim=0)
+        partial, splits = self._launch(row_gradient_kernel, space, run)
+        if splits > 1:
+            _add_parts(partial, found, splits, found.numel())
 
-    def code_gradient(self, grad: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ_n w_nk x̂_n/r_n [K, D] and Σ_n w_nk [K]."""
+    def code_gradient(self, grad: Buffer, shift: Buffer) -> tuple[Buffer, Buffer, int]:
+        """Σ_n w_nk x̂_n/r_n [parts, K, D] and Σ_n w_nk [parts, K], and how many parts."""
 
-        def run(config: triton.Config) -> tuple[Tensor, Tensor]:
+        def run(config: triton.Config) -> tuple[Buffer, Buffer, int]:
             block = config.kwargs["BLOCK_K"]
             splits, share = _row_splits(self.N, self.K, config, self.device)
-            partial, weight = self.empty(splits, self.K, self.D), self.empty(splits, self.K)
+            partial, weight = self._scratch(splits * self.K * self.D, splits * self.K)
             launched(code_gradient_kernel)[(ceildiv(self.K, block), splits)](
                 *self.operands, grad, shift, partial, weight, self.N, self.K, self.D, share,
                 **tuning.options(config),
             )  # fmt: skip
-            return partial, weight
+            return partial, weight, splits
 
-        space = tuning.code_gradient_space(self.chip, self.width)
-        partial, weight = self._launch(code_gradient_kernel, space, run)
-        return partial.sum(dim=0), weight.sum(dim=0)
+        return self._launch(
+            code_gradient_kernel, tuning.code_gradient_space(self.chip, self.width), run
+        )
 
 
 def usage_forward(
@@ -340,27 +398,33 @@ def usage_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of Σ_k grad_k · usage_k for x and the codebook; empty where not ``wanted``."""
     x, (N, D), K = x.contiguous(), x.shape, codebook.shape[0]
+    grad_x = torch.empty((N if wanted[0] else 0, D), dtype=x.dtype, device=x.device)
+    pulled = torch.empty((K if wanted[1] else 0, D), dtype=codebook.dtype, device=x.device)
+    pieces = list(parts(N, D))
+    if not pieces:
+        return grad_x, pulled.zero_()
     placed, largest = placed_gradient(grad, K)
-    pieces = list(parts(N, D)) if N else []
-    whole = len(pieces) == 1
-    grad_x = x.new_empty(x.shape if wanted[0] and not whole else (0,))
-    pulled = torch.zeros((K, D) if wanted[1] else (0,), dtype=torch.float32, device=x.device)
-    weight = torch.zeros(K if wanted[1] else 0, dtype=torch.float32, device=x.device)
-    for piece in pieces:
-        rows = prepare_rows(x[piece], codes, None)
-        passes = _Pass(rows, codes, temperature, lse[piece], K, D)
-        shift = passes.shift(placed)
-        if wanted[0] and whole:
-            grad_x = passes.row_gradient(placed, largest, shift).to(x.dtype)
-        elif wanted[0]:
-            grad_x[piece] = passes.row_gradient(placed, largest, shift)
-        if wanted[1]:
-            more, heavier = passes.code_gradient(placed, shift)
-            pulled += more
-            weight += heavier
-    if not wanted[1]:
-        return grad_x, pulled.to(codebook.dtype)
-    centred = codebook.float() - codes.mean[0, :D]
-    pulled = pulled / scale_of(codes) - weight[:, None] * centred
-    pulled = torch.where(codebook.isfinite().all(dim=1, keepdim=True), pulled, 0)
-    return grad_x, (pulled * (2 * largest / temperature)).to(codebook.dtype)
+    whole, heaps = len(pieces) == 1, len(pieces) if wanted[1] else 0
+    sums = torch.empty(heaps, K, D, dtype=torch.float32, device=x.device) if heaps > 1 else None
+    weights = torch.empty(heaps, K, dtype=torch.float32, device=x.device) if heaps > 1 else None
+    for number, piece in enumerate(pieces):
+        rows = prepare_rows(x if whole else x[piece], codes, None)
+        passes = _Pass(rows, codes, temperature, lse if whole else lse[piece], K, D)
+        shift, shifts = passes.shift(placed)
+        if wanted[0]:
+            found = grad_x if whole else grad_x[piece]
+            passes.row_gradient(placed, largest, shift, shifts, found)
+        if not wanted[1]:
+            continue
+        total = passes.summed_shift(shift, shifts)
+        partial, weight, splits = passes.code_gradient(placed, total)
+        if sums is not None and weights is not None:
+            _add_parts(partial, sums[number], splits, K * D)
+            _add_parts(weight, weights[number], splits, K)
+            partial, weight, splits = sums, weights, heaps
+    if wanted[1]:
+        launched(pulled_kernel)[(ceildiv(K, 16), ceildiv(D, 64))](
+            partial, weight, codebook.contiguous(), codes.mean, codes.bias, codes.statistics,
+            largest, temperature, pulled, K, D, splits, BLOCK_K=16, BLOCK_D=64,
+        )  # fmt: skip
+    return grad_x, pulled
