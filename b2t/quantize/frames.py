@@ -106,41 +106,48 @@ class FrameSpace(nn.Module):
         self.project_out = nn.Linear(codebook_dim, dim) if projects else nn.Identity()
 
     def valid_latents(
-        self, x: Tensor, mask: Tensor | None, count: int | None = None
+        self, x: Tensor, mask: Tensor | None, count: int | None = None, finite: bool = False
     ) -> tuple[ValidFrames, Tensor, Tensor]:
         """Frames that count, their latents [N, D] float32, how many real ones held NaN.
 
         Args:
             x: [B, P, dim] (any leading axes).
             mask: [B, P] bool, True = real; None is all real.
-            count: how many are real, where the caller knows. The host then reads from the device
-                once, that all of them are finite, and not where they stand as well.
+            count: how many are real, where the caller knows; without a mask everybody does. The
+                host then reads from the device once, that all of them are finite, and not where
+                they stand as well.
+            finite: the caller knows that all real frames are finite: nothing is read.
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: shapes that do not fit, or a mask whose count ``finite`` needs.
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"latents have width {x.shape[-1]}, the quantizer expects {self.dim}")
         flat, shape = x.reshape(-1, self.dim), tuple(x.shape[:-1])
         if mask is not None and mask.shape != x.shape[:-1]:
             raise ValueError(f"mask {tuple(mask.shape)} does not fit x {tuple(x.shape)}")
+        rows: Tensor | None
         if mask is None:
             real = torch.ones(len(flat), dtype=torch.bool, device=x.device)
+            rows = torch.arange(len(flat), device=x.device)
         else:
             real = mask.reshape(-1).bool()
-        if count is not None:
-            frames = ValidFrames(torch.nonzero_static(real, size=count)[:, 0], shape)
+            rows = None if count is None else torch.nonzero_static(real, size=count)[:, 0]
+        if finite and rows is None:
+            raise ValueError("finite frames under a mask: say how many there are (count)")
+        if rows is not None:
+            frames = ValidFrames(rows, shape)
             latents = self._project(frames.taken(flat))
             # A projection passes on what is not finite: even no weight times infinity is NaN.
-            if bool(finite_rows(latents).all()):
+            if finite or bool(finite_rows(latents).all()):
                 return frames, latents, torch.zeros((), dtype=torch.int64, device=x.device)
         keep = finite_rows(flat)
         frames = ValidFrames((keep & real).nonzero()[:, 0], shape)
         latents = self._project(frames.taken(flat))
         if isinstance(self.project_in, nn.Linear):
-            finite = finite_rows(latents)
-            if not bool(finite.all()):
-                frames, latents = frames._replace(rows=frames.rows[finite]), latents[finite]
+            kept = finite_rows(latents)
+            if not bool(kept.all()):
+                frames, latents = frames._replace(rows=frames.rows[kept]), latents[kept]
         return frames, latents, real.sum() - frames.rows.shape[0]
 
     def _project(self, flat: Tensor) -> Tensor:

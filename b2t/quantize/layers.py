@@ -169,9 +169,8 @@ class Layers:
         Q, K = self.quantizers, self.books.shape[1]
         layers = Q if layers is None else layers
         N = latents.shape[0]
-        given, codes = codes, torch.full((N, Q), -1, device=latents.device)
-        counts = torch.zeros(Q, K, dtype=torch.int64, device=latents.device)
-        squared, code_error, projection = latents.new_zeros(3, Q).unbind()
+        given, chosen, numbers, left = codes, [], [], []
+        code_error, projection = latents.new_zeros(2, Q).unbind()
         totals = torch.zeros_like(self.books.detach()) if sums else None
         kept = None if keep is None else latents.new_zeros(Q, keep.shape[0], latents.shape[1])
         residual = latents.clone()
@@ -181,20 +180,28 @@ class Layers:
         for q in range(layers):
             if kept is not None:
                 kept[q] = residual[keep]
-            index, counts[q] = self._codes_of(residual, q, given, hashes, usages)
-            codes[:, q] = index
+            index, number = self._codes_of(residual, q, given, hashes, usages)
+            chosen.append(index)
+            numbers.append(number)
             if totals is not None and not self.joint:
                 seen = self.seen(residual)
-                found = search.code_sums(seen, index, K, self.backend, counts[q])
+                found = search.code_sums(seen, index, K, self.backend, number)
                 totals[self.index(q)].add_(found)
             if self.cosine:
                 unit = self.books[self.index(q)].detach()[index]
                 projection[q] = (residual * unit).sum()
                 code_error[q] = (self.seen(residual) - unit).square().sum()
-            squared[q] = b2t_kernels.leave(
+            left.append(b2t_kernels.leave(
                 residual, self.books[self.index(q)].detach(), index, self.gain_of(q),
                 errors if layers > 1 else None,
-            )  # fmt: skip
+            ))  # fmt: skip
+        # One copy for all layers; those that were not walked hold nothing.
+        dropped = Q - layers
+        codes = torch.stack(
+            [*chosen, *[latents.new_full((N,), -1, dtype=torch.int64)] * dropped], 1
+        )
+        counts = torch.stack([*numbers, *[torch.zeros_like(numbers[0])] * dropped])
+        squared = torch.stack([*left, *[torch.zeros_like(left[0])] * dropped])
         if not self.cosine:
             code_error = squared
         if totals is not None and self.joint:
@@ -217,7 +224,10 @@ class Layers:
         The soft assignments found with the nearest are appended to ``usages``, if that is a list.
         """
         if given is not None:
-            return given[:, q], torch.bincount(given[:, q], minlength=self.books.shape[1])
+            # Not bincount, which reads the largest from the device.
+            ones = torch.ones_like(given[:, q])
+            counts = ones.new_zeros(self.books.shape[1]).index_add_(0, given[:, q], ones)
+            return given[:, q], counts
         if usages is None:
             return self.assign(residual, q, hashes, self.prepared[self.index(q)])
         usages.append(self.searched_usage(residual, q))

@@ -92,6 +92,7 @@ class ResidualVQ(QuantizerState):
         ids: Tensor | None = None,
         across_ranks: bool | None = None,
         count: int | None = None,
+        finite: bool = False,
     ) -> RVQOutput:
         """Quantize latents.
 
@@ -112,9 +113,13 @@ class ResidualVQ(QuantizerState):
                 trains the latents needs, also where the quantizer itself is frozen. None means in
                 training mode.
             count: frames that ``mask`` calls real; knowing it spares a wait for the device.
+            finite: all real frames are known to be finite, which spares the other: forward,
+                backward and an `update` that revives nothing then read nothing, and can be captured
+                in a CUDA graph (whose replays do not move the clocks). If it is not true, losses
+                are NaN.
         """
         require_known(losses)
-        frames_of, latents, nonfinite = self.valid_latents(x, mask, count)
+        frames_of, latents, nonfinite = self.valid_latents(x, mask, count, finite)
         if not self.initialized:
             self.reminders.passed_through(self.training)
             return self._pass_through(x, frames_of, latents, nonfinite, losses)
