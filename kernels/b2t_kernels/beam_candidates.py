@@ -12,6 +12,7 @@ not is left out unseen, by the maxima of groups. Where all that is left over dif
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ _SETS = 4
 """Sets of continuations whose maxima give t, for each sum that is wanted."""
 _SPARE = 16
 """Candidates of a frame that are expected at most beside three times those wanted."""
+_UNIT = torch.finfo(torch.float32).eps / 2
 
 
 class Book(NamedTuple):
@@ -43,19 +45,78 @@ class Book(NamedTuple):
         return self.made.bias.numel()
 
 
+@dataclass(frozen=True)
+class Sums:
+    """Sums kept of frames [n, D]: the codes [n, b, q] of the ``books`` that led there.
+
+    anchors: −½|r|² of their residuals [n, b], as found for the last code. bound: [n] how far those
+    may be off.
+    """
+
+    frames: Tensor
+    books: tuple[Book, ...]
+    paths: Tensor
+    anchors: Tensor
+    bound: Tensor
+
+    @staticmethod
+    def empty(frames: Tensor) -> Sums:
+        """No codes yet; nothing is known of the frames' lengths."""
+        n = len(frames)
+        paths = frames.new_zeros(n, 1, 0, dtype=torch.int64)
+        return Sums(frames, (), paths, frames.new_zeros(n, 1), frames.new_full((n,), torch.inf))
+
+    def continued(self, near: Nearest, book: Book) -> Sums:
+        """Those that follow by the next ``book``."""
+        n, b, q = self.paths.shape
+        origin = near.places // book.padded
+        codes = near.places - origin * book.padded
+        origin += torch.arange(0, n * b, b, device=origin.device)[:, None]
+        paths = self.paths.flatten(0, 1).index_select(0, origin.flatten())
+        paths = torch.cat([paths, codes.view(-1, 1)], 1).view(n, -1, q + 1)
+        return Sums(self.frames, (*self.books, book), paths, near.scores, near.bound)
+
+    def part(self, frames: slice) -> Sums:
+        """Those of some frames."""
+        some = (each[frames] for each in (self.paths, self.anchors, self.bound))
+        return Sums(self.frames[frames], self.books, *some)
+
+    def residuals(self, rows: Tensor | None = None) -> Tensor:
+        """Frames less their codes, one after another, for ``rows`` [m] of the n·b: [m, D].
+
+        All are those of the frames in order where no rows are given.
+        """
+        n, b, q = self.paths.shape
+        if rows is None:
+            rows = torch.arange(n * b, device=self.frames.device)
+        left = self.frames.index_select(0, rows // b if b > 1 else rows)
+        chosen = self.paths.view(n * b, q).index_select(0, rows)
+        for book, codes in zip(self.books, chosen.unbind(1), strict=True):
+            left -= book.codes.index_select(0, codes)
+        return left
+
+
 class Scored(NamedTuple):
-    """Rough scores r·c − ½|c|² of some frames' residuals [n, b, D], both less the codes' mean.
+    """Rough scores of the continuations of some frames' sums, less the −½|r|² of their residuals.
 
     maxima: [n, b·G] of groups of codes. scores: those of groups [m] of the n·b·G, [m, g].
     anchors: −½|r|² [n, b]; with them, the scores are −½|r − c|². bound: [n] how far the sum of both
-    may be off.
+    may be off. residuals: those of rows [m] of the n·b, [m, D].
     """
 
     maxima: Tensor
     scores: Callable[[Tensor], Tensor]
     anchors: Tensor
     bound: Tensor
-    residuals: Tensor
+    residuals: Callable[[Tensor], Tensor]
+
+
+class Nearest(NamedTuple):
+    """Places of the nearest continuations [n, w] and their −½|r − c|², off by ``bound`` [n]."""
+
+    places: Tensor
+    scores: Tensor
+    bound: Tensor
 
 
 class _Candidates(NamedTuple):
@@ -74,6 +135,40 @@ class _Candidates(NamedTuple):
         return _Candidates(*(each.index_select(0, chosen) for each in self))
 
 
+def rounding(D: int, q: int, reach: Tensor, radius: Tensor, squares: Tensor) -> Tensor:
+    """How far −½|r − c|² as it is computed may be off, [n]; infinite where it may overflow.
+
+    It is the sum of −½|r|² and r·c − ½|c|², with r as it is kept and r·c put together from q codes
+    before it. S is the length of the frame less the means of layers before and of the longest codes
+    there together (|r| where q is 0), R that of the longest code, ρ² the largest |r|², u the unit
+    roundoff. The products are off by D·u·S·R, the code by u·R, what stands for the residual by
+    (2q + 2)u·S, and the sum of q + 3 numbers by (q + 2)u(S·R + ½R²) and u·½ρ²; ½|c|² by
+    (D + 3)u·½R² and ½|r|² by (D + 2)u·½ρ², if it is computed here. Two units of each are left for
+    products of these and for the floor that is taken off.
+
+    Args:
+        D: terms of a product.
+        q: codes before.
+        reach: S [n].
+        radius: R [].
+        squares: ρ² [n].
+    """
+    terms = (D + 3 * q + 7) * reach * radius
+    terms += 0.5 * ((D + q + 7) * radius.square() + (D + 5) * squares)
+    return (_UNIT * terms).where(
+        (reach + radius).square().isfinite() & squares.isfinite(), torch.inf
+    )
+
+
+def carried(bound: Tensor, D: int) -> Tensor:
+    """How far a −½|r − c|² that was off by ``bound`` [n] is off as that of the residual kept.
+
+    Adding the floor again and rounding r − c takes 4 units of S·R + ½R² + ½ρ² (see `rounding`), of
+    which a bound holds D + 5.
+    """
+    return bound * (1 + 8 / (D + 5))
+
+
 def group_size(b: int, padded: int, wanted: int) -> int:
     """Codes of a group, g: as many as `_SETS` × ``wanted`` groups allow."""
     size = GROUP
@@ -82,13 +177,8 @@ def group_size(b: int, padded: int, wanted: int) -> int:
     return size
 
 
-def places(index: Tensor, b: int) -> Tensor:
-    """Rows in a flattened [n·b, …] of ``index`` [n, k] along the second axis of [n, b, …]."""
-    return index + torch.arange(0, index.shape[0] * b, b, device=index.device)[:, None]
-
-
-def nearest_sums(scored: Scored, book: Book, wanted: int) -> Tensor:
-    """Places [n, ``wanted``] of the nearest continuations, the nearest first.
+def nearest_sums(scored: Scored, book: Book, wanted: int) -> Nearest:
+    """The ``wanted`` nearest continuations of each frame, the nearest first.
 
     Of equal ones the first, by a distance in float64 from the residual as it is.
     """
@@ -96,18 +186,21 @@ def nearest_sums(scored: Scored, book: Book, wanted: int) -> Tensor:
     floor, groups, hard = _groups(scored, wanted, most)
     found = _candidates(scored, floor, groups)
     counts = torch.bincount(found.frames, minlength=len(floor))
-    near, sure = _sorted(found, counts, scored.bound, wanted, most)
+    table, doubtful, crowded = _sorted(found, counts, scored.bound, wanted, most)
+    near, scores = table.places[:, :wanted].clone(), table.scores[:, :wanted] + floor[:, None]
     hard |= counts < wanted
-    doubtful = ~(sure | hard)
     if bool(doubtful.any()):
-        near[doubtful] = _ranked(scored.residuals, book, found.of(doubtful), wanted)
+        rows = doubtful.nonzero()[:, 0]
+        near[rows], scores[rows] = _settled(scored, book, table, floor, rows, wanted)
+    crowded &= ~hard
+    if bool(crowded.any()):
+        near[crowded], scores[crowded] = _ranked(scored, book, found.of(crowded), wanted)
     if bool(hard.any()):
         rows = hard.nonzero()[:, 0]
         step = max(1, RESCORE_ELEMENTS // (scored.anchors.shape[1] * book.padded))
-        near[rows] = torch.cat(
-            [_nearest_wide(scored.residuals[part], book, wanted) for part in rows.split(step)]
-        )
-    return near
+        for part in rows.split(step):
+            near[part], scores[part] = _nearest_wide(scored, part, book, wanted)
+    return Nearest(near, scores, carried(scored.bound, book.codes.shape[1]))
 
 
 def _groups(scored: Scored, wanted: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,13 +230,13 @@ def _reached(maxima: Tensor, wanted: int) -> Tensor:
 
 
 def _nonzero(of: Tensor) -> Tensor:
-    """Places in ``of``, flattened, of the few that are not zero: whole words are seen first."""
-    if of.numel() * of.itemsize % 8:
+    """Places in ``of`` bool, flattened, of the few that are true: whole words are seen first."""
+    if of.numel() % 8:
         return of.view(-1).nonzero()[:, 0]
-    words, each = of.view(-1).view(torch.int64), 8 // of.itemsize
+    words = of.view(-1).view(torch.int64)
     some = words.nonzero()[:, 0]
-    inside = words.index_select(0, some).view(of.dtype).nonzero()[:, 0]
-    return some.index_select(0, inside // each).mul_(each).add_(inside % each)
+    inside = words.index_select(0, some).view(torch.bool).nonzero()[:, 0]
+    return some.index_select(0, inside >> 3).mul_(8).add_(inside & 7)
 
 
 def _candidates(scored: Scored, floor: Tensor, groups: Tensor) -> _Candidates:
@@ -152,9 +245,9 @@ def _candidates(scored: Scored, floor: Tensor, groups: Tensor) -> _Candidates:
     frames = groups // of_frame
     above = scored.anchors.view(-1).index_select(0, groups // (of_frame // b))
     above -= floor.index_select(0, frames)
-    scores = scored.scores(groups).add_(above[:, None]).relu_()
+    scores = scored.scores(groups).add_(above[:, None])
     g = scores.shape[1]
-    chosen = _nonzero(scores)
+    chosen = _nonzero(scores > 0)
     group = chosen // g
     places = (groups - frames * of_frame).index_select(0, group).mul_(g).add_(chosen % g)
     return _Candidates(
@@ -162,12 +255,25 @@ def _candidates(scored: Scored, floor: Tensor, groups: Tensor) -> _Candidates:
     )
 
 
+class _Table(NamedTuple):
+    """Candidates of each frame, the greatest score first: places and scores [n, s].
+
+    Where there are fewer, their places are 0 and their scores −inf.
+    """
+
+    places: Tensor
+    scores: Tensor
+    close: Tensor
+
+
 def _sorted(
     found: _Candidates, counts: Tensor, bound: Tensor, wanted: int, most: int
-) -> tuple[Tensor, Tensor]:
-    """Places [n, ``wanted``] of the greatest scores, and whether their order is the true one [n].
+) -> tuple[_Table, Tensor, Tensor]:
+    """The candidates of each frame, at most ``most``.
 
-    Candidates of a frame beyond ``most`` are not seen, and the frame is not sure.
+    Returns:
+        They, frames [n] whose order among the ``wanted`` first may not be the true one, and others
+        [n] that have more candidates.
     """
     n, greatest = counts.shape[0], int(counts.max())
     slots = min(max(greatest, wanted), most)
@@ -181,49 +287,81 @@ def _sorted(
         address, scores, held = address[within], scores[within], held[within]
     table = scores.new_full((n * slots,), -torch.inf).scatter_(0, address, scores)
     ranked, order = table.view(n, slots).sort(dim=1, descending=True)
-    apart = ranked[:, :-1] - ranked[:, 1:] > 2 * bound[:, None]
-    sure = apart[:, :wanted].all(1) & (counts <= slots)
-    held = held.new_zeros(n * slots).scatter_(0, address, held)
-    return held.view(n, slots).gather(1, order[:, :wanted]), sure
+    close = ranked[:, :-1] - ranked[:, 1:] <= 2 * bound[:, None]
+    crowded = counts > slots
+    doubtful = close[:, :wanted].any(1) & ~crowded
+    held = held.new_zeros(n * slots).scatter_(0, address, held).view(n, slots).gather(1, order)
+    return _Table(held, ranked, close), doubtful, crowded
 
 
-def _ranked(residuals: Tensor, book: Book, found: _Candidates, wanted: int) -> Tensor:
-    """Places of the nearest candidates of each frame that has any, by distance in float64."""
-    b, D = residuals.shape[1:]
-    origin, codes = found.places // book.padded, found.places % book.padded
-    rows, flat = found.frames * b + origin, residuals.flatten(0, 1)
-    step = RESCORE_ELEMENTS // D + 1
-    distances = torch.cat(
+def _settled(
+    scored: Scored, book: Book, table: _Table, floor: Tensor, rows: Tensor, wanted: int
+) -> tuple[Tensor, Tensor]:
+    """Places and −½|r − c|², [m, ``wanted``], of some ``rows`` [m] of the table in true order.
+
+    Those within 2B of a neighbour get a score by its distance in float64, which keeps their places
+    before and after all others: it is within B of the rough one.
+    """
+    places, rough, close = (each.index_select(0, rows) for each in table)
+    linked = torch.zeros_like(places, dtype=torch.bool)
+    linked[:, :-1] |= close
+    linked[:, 1:] |= close
+    row, slot = linked.nonzero(as_tuple=True)
+    above = floor.index_select(0, rows).double()
+    keys = rough.double()
+    distances = _distances(scored, book, rows[row], places[row, slot])
+    keys[row, slot] = -0.5 * distances - above[row]
+    # Equal ones by their place.
+    places, order = places.sort(dim=1)
+    keys, again = keys.gather(1, order).sort(dim=1, descending=True, stable=True)
+    places = places.gather(1, again[:, :wanted])
+    return places, (keys[:, :wanted] + above[:, None]).float()
+
+
+def _distances(scored: Scored, book: Book, frames: Tensor, places: Tensor) -> Tensor:
+    """|r − c|² in float64 of continuations [m] of some frames [m]."""
+    origin = places // book.padded
+    sums, codes = frames * scored.anchors.shape[1] + origin, places - origin * book.padded
+    step = RESCORE_ELEMENTS // book.codes.shape[1] + 1
+    return torch.cat(
         [
-            (flat.index_select(0, row).double() - book.wide.index_select(0, code)).square_().sum(1)
-            for row, code in zip(rows.split(step), codes.split(step), strict=True)
+            (scored.residuals(some).double() - book.wide.index_select(0, code)).square_().sum(1)
+            for some, code in zip(sums.split(step), codes.split(step), strict=True)
         ]
     )
+
+
+def _ranked(scored: Scored, book: Book, found: _Candidates, wanted: int) -> tuple[Tensor, Tensor]:
+    """Places of the nearest candidates of each frame that has any, by distance in float64.
+
+    Returns:
+        They and their −½|r − c|², [m, ``wanted``].
+    """
+    distances = _distances(scored, book, found.frames, found.places)
     order = distances.argsort(stable=True)
     order = order[found.frames[order].argsort(stable=True)]
     counts = torch.unique_consecutive(found.frames, return_counts=True)[1]
     first = counts.cumsum(0) - counts
-    kept = first[:, None] + torch.arange(wanted, device=first.device)
-    return found.places[order[kept]]
+    kept = order[first[:, None] + torch.arange(wanted, device=first.device)]
+    return found.places[kept], (-0.5 * distances[kept]).float()
 
 
-def _nearest_wide(residuals: Tensor, book: Book, wanted: int) -> Tensor:
-    """The same as `nearest_sums` of residuals [n, b, D], with all scores in float64."""
-    n, b, D = residuals.shape
+def _nearest_wide(scored: Scored, frames: Tensor, book: Book, wanted: int) -> tuple[Tensor, Tensor]:
+    """The same of all candidates of some ``frames`` [m], with all scores in float64."""
+    b, D = scored.anchors.shape[1], book.codes.shape[1]
     mean = book.made.mean.double()
     codes = torch.zeros_like(book.made.codes, dtype=torch.float64)
     codes[: len(book.wide)] = book.wide - mean
     codes = codes.where(book.allowed[:, None], 0.0)
-    moved = residuals.double() - mean
+    rows = frames[:, None] * b + torch.arange(b, device=frames.device)
+    moved = scored.residuals(rows.flatten()).double() - mean
     lengths = codes.square().sum(1)
     bias = (-0.5 * lengths).masked_fill_(~book.allowed, -torch.inf)
-    anchors = moved.square().sum(2)
-    scores = torch.addmm(bias, moved.flatten(0, 1), codes.T).view(n, b, -1)
-    scores = (scores - 0.5 * anchors[..., None]).view(n, -1)
+    anchors = moved.square().sum(1).view(-1, b)
+    scores = torch.addmm(bias, moved, codes.T).view(len(frames), b, -1)
+    scores = (scores - 0.5 * anchors[..., None]).view(len(frames), -1)
     reach = anchors.amax(1).sqrt() + lengths.amax().sqrt()
     margin = (D + 9) * torch.finfo(torch.float64).eps * reach.square()
     floor = scores.topk(wanted, sorted=False).values.amin(1) - margin
-    frames, held = (
-        (scores >= floor[:, None]).logical_and_(scores > -torch.inf).nonzero(as_tuple=True)
-    )
-    return _ranked(residuals, book, _Candidates(frames, held, scores[frames, held]), wanted)
+    some, held = (scores >= floor[:, None]).logical_and_(scores > -torch.inf).nonzero(as_tuple=True)
+    return _ranked(scored, book, _Candidates(frames[some], held, scores[some, held]), wanted)

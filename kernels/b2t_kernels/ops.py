@@ -27,7 +27,7 @@ def prepare_codes(codebooks: Tensor) -> list[list[Tensor]]:
 
     Give an entry as ``prepared`` to all calls that use the codebook as long as it stays the same:
     a few launches on a GPU, or a sort of its codes on a CPU, are then saved in each. The entries
-    mean nothing to anyone else.
+    mean nothing to anyone else. On a CPU, beams keep up to 34 MB of products of codes with them.
 
     Raises:
         ValueError: shapes do not fit.

@@ -1,9 +1,12 @@
 """Picking sums of codes from rough scores, against float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from b2t_kernels import beam_candidates, blocked_beam, reference
+from b2t_kernels import beam_candidates, blocked_beam, blocked_tables, reference
+from b2t_kernels.blocked_tables import Tables
 
 
 def problem(N=300, Q=3, K=64, D=32, seed=3):
@@ -13,20 +16,27 @@ def problem(N=300, Q=3, K=64, D=32, seed=3):
 
 
 def sums_of(x, books, width):
-    """Sums of codes of the layers before the last, and the codebooks as the search takes them."""
-    prepared = [blocked_beam._book(book, None) for book in books]
+    """Sums of codes of the layers before the last, as a search keeps them, and the last book."""
+    *earlier, book = (blocked_beam._book(each, None) for each in books)
+    sums = beam_candidates.Sums.empty(x)
     paths = torch.randint(books.shape[1], (len(x), width, len(books) - 1))
-    left = x[:, None].expand(-1, width, -1)
-    for q, book in enumerate(books[:-1]):
-        left = left - book[paths[..., q]]
-    return blocked_beam._Sums(left, paths), prepared
+    left = (x[:, None].double() - sum(books[q].double()[paths[..., q]] for q in range(2))).float()
+    anchors = -0.5 * left.square().sum(2)
+    sums = replace(sums, books=tuple(earlier), paths=paths, anchors=anchors)
+    off = (anchors + 0.5 * sums.residuals().view(left.shape).double().square().sum(2)).abs()
+    return replace(sums, bound=off.amax(1).float() * 1.001), book
 
 
-@pytest.mark.parametrize("scored", [blocked_beam._by_tables, blocked_beam._by_products])
+def by_tables(sums, book, wanted):
+    """With tables of this layer alone."""
+    return blocked_tables.by_tables(sums, book, wanted, Tables(range(2, 3), book.made))
+
+
+@pytest.mark.parametrize("scored", [by_tables, blocked_beam._by_products])
 @pytest.mark.parametrize("case", ["plain", "offset", "outlier", "far", "near"])
 def test_no_score_is_off_by_more_than_its_bound(scored, case, monkeypatch):
-    monkeypatch.setattr(blocked_beam, "_PASSING_ELEMENTS", 8 * 64 * 20)
-    monkeypatch.setattr(blocked_beam, "_PASSING_BLOCKS", 4)
+    monkeypatch.setattr(blocked_tables, "PASSING_ELEMENTS", 8 * 64 * 20)
+    monkeypatch.setattr(blocked_tables, "FRAME_ELEMENTS", 64 * 120)
     x, books = problem()
     if case == "offset":
         x, books = x + 300, books + torch.tensor([300.0, 0.0, 7.0])[:, None, None]
@@ -36,18 +46,20 @@ def test_no_score_is_off_by_more_than_its_bound(scored, case, monkeypatch):
         x = 1e4 * x
     elif case == "near":
         books[-1] *= 1e-4
-    sums, prepared = sums_of(x, books, 8)
+    sums, book = sums_of(x, books, 8)
     start = 0
-    for part in scored(x, sums, prepared, 8):
-        n = len(part.residuals)
+    for part in scored(sums, book, 8):
+        n = len(part.anchors)
         groups = torch.arange(part.maxima.numel())
         found = part.scores(groups).view(n, 8, -1).double() + part.anchors.double()[..., None]
-        left = sums.residuals[start : start + n].double()
-        true = -0.5 * (left[:, :, None] - books[-1].double()).square().sum(3)
+        left = sums.part(slice(start, start + n)).residuals().view(n, 8, -1)
+        assert torch.equal(part.residuals(torch.arange(8 * n)).view(n, 8, -1), left)
+        true = -0.5 * (left[:, :, None].double() - books[-1].double()).square().sum(3)
         off = (found - true).abs().amax((1, 2))
         assert (off <= part.bound.double()).all()
         # A bound that says nothing would do, too.
         assert (part.bound < 2e3 * off.max()).all()
+        assert torch.equal(part.maxima, part.scores(groups).amax(1).view(n, -1))
         start += n
     assert start == len(x)
 
@@ -91,9 +103,11 @@ def test_a_frame_of_more_candidates_than_are_seen_is_not_sure():
     places = torch.arange(12)
     found = beam_candidates._Candidates(torch.zeros_like(places), places, places.float())
     counts, bound = torch.tensor([12]), torch.tensor([0.1])
-    near, sure = beam_candidates._sorted(found, counts, bound, 2, 20)
-    assert (near.tolist(), sure.tolist()) == ([[11, 10]], [True])
-    assert beam_candidates._sorted(found, counts, bound, 2, 8)[1].tolist() == [False]
+    table, *flags = beam_candidates._sorted(found, counts, bound, 2, 20)
+    assert (table.places[0, :2].tolist(), table.scores[0, :2].tolist()) == ([11, 10], [11, 10])
+    assert [flag.tolist() for flag in flags] == [[False], [False]]
+    _, *flags = beam_candidates._sorted(found, counts, bound, 2, 8)
+    assert [flag.tolist() for flag in flags] == [[False], [True]]
 
 
 @pytest.mark.parametrize("K", [1, 3, 40, 200])
@@ -108,6 +122,5 @@ def test_any_number_of_codes_and_of_sums(K, width):
 def test_places_that_are_not_zero():
     generator = torch.Generator().manual_seed(0)
     for numel in (8, 63, 64, 1000, 4096):
-        for kind in (torch.bool, torch.float32, torch.float64):
-            some = (torch.rand(numel, generator=generator) < 0.05).to(kind)
-            assert torch.equal(beam_candidates._nonzero(some), some.nonzero()[:, 0])
+        some = torch.rand(numel, generator=generator) < 0.05
+        assert torch.equal(beam_candidates._nonzero(some), some.nonzero()[:, 0])

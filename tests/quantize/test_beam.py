@@ -1,5 +1,6 @@
 """Beam search against exhaustive search, faiss and the nearest codes."""
 
+import gc
 import itertools
 import logging
 
@@ -11,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import b2t_kernels
 from b2t.errors import UserError
 from b2t.quantize import ResidualVQ, StepNorms
 from b2t.quantize.beam import beam_search
 from b2t.quantize.layers import Layers
-from b2t_kernels import blocked_beam, cuda, reference
+from b2t_kernels import blocked_beam, blocked_tables, cuda, reference
+from b2t_kernels.blocked import CentredCodes
 
 
 def layers_of(books, gain=None, cosine=False):
@@ -152,16 +155,97 @@ def test_products_from_tables_give_the_float64_answer(case, monkeypatch):
         books = books[:1].expand(3, -1, -1)
     expected = reference.beam_codes(x, list(books), 8)
     used = []
-    by_tables = blocked_beam._by_tables
+    by_tables = blocked_beam.by_tables
     monkeypatch.setattr(
-        blocked_beam, "_by_tables", lambda *a: (used.append(len(a[2])), by_tables(*a))[1]
+        blocked_beam, "by_tables", lambda *a: (used.append(len(a[0].books)), by_tables(*a))[1]
     )
     found = beam_search(layers_of(books), x, 3, 8)
-    assert used == [2, 3]
+    assert used == [1, 2]
     # Sums of codes that were swapped are equal, but for the rounding of a residual.
     excess = left_over(x, books, found) - left_over(x, books, expected)
     assert excess.abs().max() < 1e-5
     assert case == "shared" or torch.equal(found, expected)
+
+
+def test_tables_are_kept_with_what_was_prepared(monkeypatch):
+    x, books = random_problem(400, 3, 64, 32, 7)
+    expected = b2t_kernels.beam_codes(x, list(books), 8)
+    products, addmm = [], torch.addmm
+    monkeypatch.setattr(
+        blocked_tables.torch,
+        "addmm",
+        lambda *a, **k: (products.append(len(a[1])), addmm(*a, **k))[1],
+    )
+
+    def tables_made(prepared, x=x, books=books, expected=expected):
+        products.clear()
+        found = b2t_kernels.beam_codes(x, list(books), 8, prepared)
+        assert torch.equal(found, expected)
+        return products.count(64)
+
+    prepared = b2t_kernels.prepare_codes(books)
+    assert [tables_made(prepared) for _ in range(3)] == [3, 0, 0]
+    # Others, of which one is the same: nothing is taken for what it is not.
+    moved = books.clone()
+    moved[0] *= 1.5
+    other = [b2t_kernels.prepare_codes(moved)[0], *prepared[1:]]
+    answer = b2t_kernels.beam_codes(x, list(moved), 8)
+    assert [tables_made(other, books=moved, expected=answer) for _ in range(2)] == [3, 0]
+    two = b2t_kernels.beam_codes(x, list(books[:2]), 8)
+    assert tables_made(prepared[:2], books=books[:2], expected=two) == 1
+    assert tables_made(prepared) == 3
+    # Fewer frames, and more than were products of before.
+    assert tables_made(prepared, x=x[:50], expected=expected[:50]) == 0
+    monkeypatch.setattr(blocked_tables, "FRAME_ELEMENTS", 64 * 90)
+    again = b2t_kernels.prepare_codes(books)
+    assert [tables_made(again) for _ in range(2)] == [3, 0]
+
+
+def test_two_searches_at_once_never_share_tables():
+    x, books = random_problem(400, 3, 64, 32, 7)
+    expected = b2t_kernels.beam_codes(x, list(books), 8)
+    prepared = b2t_kernels.prepare_codes(books)
+    b2t_kernels.beam_codes(x, list(books), 8, prepared)
+    ours = [
+        blocked_beam._book(book, CentredCodes(*given))
+        for book, given in zip(books, prepared, strict=True)
+    ]
+    with blocked_tables.Kept(ours) as one:
+        taken = one.tables(tuple(ours[:1]), ours[1])
+        assert taken._codes, "not those of the search before"
+        taken.rows[: taken.frames] = 1e6
+        assert torch.equal(b2t_kernels.beam_codes(x, list(books), 8, prepared), expected)
+        assert (taken.rows[: taken.frames] == 1e6).all()
+    assert torch.equal(b2t_kernels.beam_codes(x, list(books), 8, prepared), expected)
+
+
+def test_tables_go_with_what_was_prepared():
+    x, books = random_problem(400, 3, 64, 32, 7)
+    shared = b2t_kernels.prepare_codes(books[:1]) * 3
+    gc.collect()
+    before = len(blocked_tables._KEPT)
+    b2t_kernels.beam_codes(x, [books[0]] * 3, 8, shared)
+    b2t_kernels.beam_codes(x, list(books), 8)
+    assert len(blocked_tables._KEPT) == before + 1
+    del shared
+    assert len(blocked_tables._KEPT) == before
+
+
+def test_tables_too_large_to_be_kept_are_made_for_each_layer(monkeypatch):
+    x, books = random_problem(400, 4, 64, 32, 7)
+    expected = reference.beam_codes(x, list(books), 8)
+    monkeypatch.setattr(blocked_tables, "FRAME_ELEMENTS", 64 * 100)
+    monkeypatch.setattr(blocked_tables, "TABLE_ELEMENTS", 64 * 100 + 5 * 64 * 64)
+    prepared = b2t_kernels.prepare_codes(books)
+    assert torch.equal(b2t_kernels.beam_codes(x, list(books), 8, prepared), expected)
+    assert prepared[-1][0] not in blocked_tables._KEPT
+
+
+def test_layers_of_different_sizes():
+    x, books = random_problem(400, 3, 256, 32, 7)
+    books = [books[0, :64], books[1], books[2, :192]]
+    expected = reference.beam_codes(x, books, 8)
+    assert torch.equal(b2t_kernels.beam_codes(x, books, 8), expected)
 
 
 class Largest(TorchDispatchMode):
