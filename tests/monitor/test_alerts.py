@@ -241,6 +241,38 @@ def test_built_in_rules_wait_until_the_codebooks_have_settled():
     assert [a for step in range(9) for a in engine.check(step, {**HEALTHY, **unsettled})] == []
 
 
+@pytest.mark.parametrize(("frames_per_code", "fires"), [(4.0, False), (4.01, True)])
+def test_codes_are_judged_only_where_there_are_frames_enough(frames_per_code, fires):
+    """At 4 frames per code uniform use leaves out exp(-4), 2 % of the codes; at 1, 37 %."""
+    few = {"codebook/utilization_worst": 0.05, "codebook/perplexity_worst_fraction": 0.01}
+    metrics = {**HEALTHY, **few, "codebook/frames_per_code": frames_per_code}
+    engine = AlertEngine(BUILT_IN)
+    raised = {a.rule for step in range(9) for a in engine.check(step, metrics)} - {"ema-warm"}
+    assert raised == (
+        {"codebook-collapse", "low-utilization", "low-perplexity"} if fires else set()
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "silent", "fires"),
+    [
+        ("codebook/utilization", 0.401, 0.399),
+        ("codebook/perplexity_fraction", 50.1 / 256, 49.9 / 256),
+        ("codebook/dead", 0.399, 0.401),
+        ("reconstruction/snr_db", 10.1, 9.9),
+        ("reconstruction/cosine", 0.801, 0.799),
+        ("optim/grad_norm", 1.01e-6, 0.99e-6),
+    ],
+)
+def test_strict_thresholds_are_those_of_the_monitoring_table(metric, silent, fires):
+    def raised(value):
+        engine = AlertEngine([each for each in STRICT if each not in BUILT_IN])
+        checks = [engine.check(step, {**HEALTHY, metric: value}) for step in range(6)]
+        return {each.rule for alerts in checks for each in alerts} - {"utilization > 0.95"}
+
+    assert len(raised(fires)) == 1 and raised(silent) == set()
+
+
 def test_strict_rules_add_the_tables_bounds_literally():
     engine = AlertEngine(STRICT)
     raised = [a.rule for step in range(5) for a in engine.check(step, HEALTHY)]

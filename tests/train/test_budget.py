@@ -126,3 +126,18 @@ def test_processor_time_does_not_pass_in_sleep(monkeypatch):
         pass
     assert slept < 0.04 and kept.elapsed() >= 0.05
     assert PhaseBudget(phase(), progress).elapsed() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("minutes", "seconds", "left"),
+    [
+        (None, 0.0, 3.0 * 950),
+        (10, 0.0, 3.0 * 950),  # nothing is known of the time yet
+        (10, 150.0, 450.0),  # 50 steps took a quarter of the minutes
+        (1000, 150.0, 3.0 * 950),  # steps end it first
+    ],
+)
+def test_what_is_left_is_that_of_steps_or_minutes_whichever_ends_first(minutes, seconds, left):
+    progress = Progress(phase_step=50, phase_seconds=seconds)
+    budget = PhaseBudget(phase(steps=1000, minutes=minutes), progress)
+    assert budget.seconds_left(3.0) == pytest.approx(left)

@@ -35,3 +35,12 @@ def test_a_best_with_the_fields_of_older_checkpoints_is_understood():
     values = Progress(best=Best("val/per", "max", 0.5, 7)).to_dict()
     values["best"] |= {"patience": 5, "min_delta": 0.0, "waited": 3}
     assert Progress.from_dict(values).best == Best("val/per", "max", 0.5, 7)
+
+
+def test_the_best_starts_anew_where_it_is_chosen_by_something_else():
+    progress = Progress(best=Best("val/per", "min", 0.5, 7))
+    assert progress.choose_best_by("val/per", "min") is None and progress.best.best == 0.5
+    for metric, mode in (("val/per", "max"), ("val/wer", "max")):
+        former = progress.best
+        assert progress.choose_best_by(metric, mode) is former
+        assert progress.best == Best(metric, mode)

@@ -113,7 +113,7 @@ def test_records_are_means_over_steps_micro_batches_and_ranks(monkeypatch):
             assert filled.not_finite() == ["loss/reconstruction", "loss/total"]
             filled.drop_step()
         else:
-            filled.close_step(TOTALS, 0.5, 0.1, None)
+            filled.close_step(TOTALS, 0.25, 0.1, None)
     record = filled.metrics()
     assert record["loss/reconstruction"] == 4.0 and record["loss/total"] == 8.0
     assert record["reconstruction/snr_db"] == pytest.approx(10.0)
@@ -121,6 +121,6 @@ def test_records_are_means_over_steps_micro_batches_and_ranks(monkeypatch):
     assert record["phoneme/left_out_fraction"] == 0.25
     assert record["text/left_out_fraction"] == 1.0
     assert record["throughput/padding_fraction"] == pytest.approx(1 - 70 / 90)
-    assert record["throughput/frames_per_s"] == pytest.approx(14.0)
-    assert record["time/step_s"] == 0.5 and record["time/data_wait_fraction"] == 0.2
+    assert record["throughput/frames_per_s"] == pytest.approx(28.0)
+    assert record["time/step_s"] == 0.25 and record["time/data_wait_fraction"] == 0.4
     assert filled.steps == 0
