@@ -94,6 +94,17 @@ def require_writable(folder: Path, option: str = "run.dir") -> None:
         ) from None
 
 
+def require_file(path: Path, option: str) -> None:
+    """Refuse a file that could not be written at the end of a command.
+
+    Raises:
+        UserError: it is a folder, or its folder cannot be written.
+    """
+    if path.is_dir():
+        raise UserError(f"{option}={path}: it is a folder; name a file")
+    require_writable(path.parent, option)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file that is either the old one or the whole new one, even after a crash."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -51,11 +51,11 @@ def run(args: argparse.Namespace) -> int:
     from b2t.evaluate.audit import audit, is_clean
     from b2t.evaluate.audit.figure import draw_audit
     from b2t.log import quiet_libraries
-    from b2t.records import require_writable, write_atomically
+    from b2t.records import require_file, write_atomically
 
     quiet_libraries()
     if args.out is not None:
-        require_writable(args.out.parent, "--out")
+        require_file(args.out, "--out")
     if args.plot is not None:
         _require_picture(args.plot)
     subject = _subject(args.dataset)
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
             "trials": found.trials,
             "findings": [asdict(finding) for finding in found.findings],
         }
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(args.out, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         print(f"written: {args.out}")
     if args.plot is not None:

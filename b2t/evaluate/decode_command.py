@@ -172,12 +172,10 @@ def run(args: argparse.Namespace) -> int:
 def _check_out(args: argparse.Namespace) -> None:
     """Refuse places and kinds of output that cannot be, before the work."""
     from b2t.errors import UserError
-    from b2t.records import require_writable
+    from b2t.records import require_file
 
     if args.out is not None:
-        if args.out.is_dir():
-            raise UserError(f"--out={args.out}: it is a folder; name a file")
-        require_writable(args.out.parent, "--out")
+        require_file(args.out, "--out")
     if args.n_best is not None and (
         args.lm is None or args.out is None or args.out.suffix == ".csv"
     ):

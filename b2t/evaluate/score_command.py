@@ -38,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score, print, and write where asked."""
     from b2t.evaluate.outputs import paired, read_outputs
-    from b2t.records import require_writable, write_atomically
+    from b2t.records import require_file, write_atomically
 
     if args.out is not None:
-        require_writable(args.out.parent, "--out")
+        require_file(args.out, "--out")
     reference = read_outputs(args.reference, args.reference_key or _target_key(args.reference))
     files = [args.hypothesis, *([args.other] if args.other is not None else [])]
     systems = [
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         record["comparison"] = compared(reference.rows, systems, plain, args.seed)
         print_comparison([str(file) for file in files], record["comparison"])
     if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(args.out, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         print(f"written: {args.out}")
     return 0

@@ -128,7 +128,9 @@ def _errors(result: Evaluation) -> list[str]:
             f"{_percent(kinds[kind] / units)} {kind}"
             for kind in ("substitutions", "deletions", "insertions")
         )
-        confused = ", ".join(f"{a} → {b}" for a, b, _ in kinds["confused"][:5])
+        confused = ", ".join(
+            f"{_short(a, 20)} → {_short(b, 20)}" for a, b, _ in kinds["confused"][:5]
+        )
         found.append(line + (f" · most confused {confused}" if confused else ""))
         rates = [some["rate"] for some in kinds["by_session"].values() if some["rate"] is not None]
         if len(rates) > 1:
@@ -162,7 +164,7 @@ def _usage(result: Evaluation) -> Table:
 
 
 def _pairs(predictions: list[Prediction]) -> Table:
-    table = Table(title="Target and output", title_justify="left", show_lines=True)
+    table = Table(title="Target and output", title_justify="left")
     table.add_column("trial", overflow="fold")
     table.add_column("")
     table.add_column("text", overflow="fold")
@@ -176,10 +178,18 @@ def _pairs(predictions: list[Prediction]) -> Table:
             "by joint scores": p.joint_prediction,
             "of noise by them": p.joint_noise_prediction,
         }
-        kinds = [kind for kind, text in said.items() if text is not None]
-        texts = [text for text in said.values() if text is not None]
-        table.add_row(_plain(p.row), "\n".join(kinds), _plain("\n".join(texts)))
+        row = _plain(p.row)
+        for kind, text in said.items():
+            if text is not None:
+                table.add_row(row, kind, _plain(_short(text, 240)))
+                row = ""
+        table.add_section()
     return table
+
+
+def _short(text: str, most: int) -> str:
+    """Begin a text: models that have not learnt to stop repeat themselves to the end."""
+    return text if len(text) <= most else f"{text[: most - 2]} …"
 
 
 def _plain(text: str) -> str:

@@ -33,6 +33,7 @@ p { margin: .3rem 0; max-width: 80ch; }
 .concerning b, td.concerning { color: var(--concerning); }
 .verdict.critical { border-color: var(--critical); }
 .critical b, td.critical { color: var(--critical); }
+td { overflow-wrap: anywhere; } td.number, td.grade, td.label { overflow-wrap: normal; }
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px;
   background: var(--card); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }

@@ -33,6 +33,15 @@ def write(path, lines):
     return path
 
 
+def test_a_file_in_a_new_folder_is_written_and_a_folder_refused(tmp_path):
+    targets = write(tmp_path / "t.txt", ["one two", "three"])
+    out = tmp_path / "new" / "deep" / "scores.json"
+    call(score_command, targets, targets, "--out", out)
+    assert json.loads(out.read_text())["systems"]
+    with pytest.raises(UserError, match="it is a folder; name a file"):
+        call(score_command, targets, targets, "--out", tmp_path)
+
+
 def test_two_decoders_are_compared_on_the_same_trials(tmp_path, capsys):
     targets = write(tmp_path / "t.txt", ["One two three.", "four five", "six"] * 10)
     rows = [{"row": f"d/{i}", "target": t} for i, t in enumerate(targets.read_text().splitlines())]

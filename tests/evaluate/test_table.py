@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from b2t.evaluate.results import Evaluation
+from b2t.evaluate.results import Evaluation, Prediction
 from b2t.evaluate.table import print_evaluation
 
 
@@ -21,3 +21,18 @@ def test_no_digit_of_a_rate_is_lost_on_a_narrow_terminal(width):
     expected = ["67.4%", "60.0%–102.3%", "97.7%", "116.3%", "116.3%", "94.8%", "116.3%"]
     assert cells[1:] == expected
     assert "…" not in shown.getvalue()
+
+
+def test_texts_stand_beside_what_they_are_also_where_they_take_two_lines():
+    said = Prediction(
+        "day/1/0", "day", target="one " * 30 + "end", prediction="two", noise_prediction="x" * 2000
+    )
+    shown = io.StringIO()
+    result = Evaluation("test", wer=0.5, predictions=[said])
+    print_evaluation(result, "run", Console(file=shown, width=80))
+    lines = shown.getvalue().split("Target and output")[1].splitlines()
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+    beside = {kind: text for _, kind, text in cells if kind}
+    assert beside["target"].startswith("one one") and beside["output"] == "two"
+    assert set(beside["of noise"]) == {"x"}
+    assert sum(text.count("x") for *_, text in cells) < 250, "who repeats itself is cut"
