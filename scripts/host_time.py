@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 VIEWS = {
     "alias", "as_strided", "detach", "expand", "lift_fresh", "select", "slice", "split",
@@ -81,6 +82,7 @@ def as_on_a_gpu() -> Iterator[Driver]:
     """Let tensors of the CPU go the way of CUDA tensors, to a driver that starts nothing."""
     import triton
 
+    import b2t_kernels
     from b2t_kernels import cuda, ops, tuning, usage_ops
 
     driver = Driver()
@@ -88,6 +90,8 @@ def as_on_a_gpu() -> Iterator[Driver]:
     places = {
         (cuda, "obstacle"): lambda *_, **__: "",
         (ops, "undispatched"): lambda _: True,
+        (ops, "blocked_residual"): cuda,
+        (b2t_kernels, "prepare_codes"): lambda books: cuda.prepare_codes(books.detach()),
         (usage_ops, "undispatched"): lambda _: True,
         (tuning, "family"): lambda _: 90,
         (tuning, "multiprocessors"): lambda _: 132,
@@ -162,6 +166,24 @@ def operators(N: int, K: int, D: int, layers: int = 4) -> dict[str, Callable[[],
     }  # fmt: skip
 
 
+def step_of(N: int, K: int, D: int, layers: int = 4) -> Callable[[], Any]:
+    """A quantizer's forward with all losses, backward and update, which revives nothing."""
+    from b2t.quantize import ResidualVQ
+
+    sizes: dict[str, Any] = {"dim": D, "codebook_size": K, "num_quantizers": layers}
+    quantizer = ResidualVQ(**sizes, kmeans_init=False, revival=None).train()
+    x = torch.randn(1, N, D, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def step() -> None:
+        with torch.enable_grad():
+            out = quantizer(x, finite=True)
+            total = torch.stack(list(out.losses.values())).sum() + out.quantized.sum()
+            torch.autograd.grad(total, x)
+        quantizer.update(out.stats)
+
+    return step
+
+
 def measured(call: Callable[[], Any], driver: Driver, calls: int, rounds: int = 7) -> list[float]:
     """Launches, pointers as tensors, other operators, allocations, microseconds of Python."""
     for _ in range(3):
@@ -193,7 +215,9 @@ def main() -> int:
     print("| operator | launches | tensors | other operators | allocations | python µs |")
     print("|---" * 6 + "|")
     with as_on_a_gpu() as driver, torch.no_grad():
-        for name, call in operators(*options.sizes).items():
+        calls = operators(*options.sizes)
+        calls["quantizer's step, 4 layers"] = step_of(*options.sizes)
+        for name, call in calls.items():
             if options.only in name:
                 *counts, spent = measured(call, driver, options.calls)
                 print(f"| {name} | {' | '.join(map(str, counts))} | {spent:.0f} |", flush=True)

@@ -76,6 +76,19 @@ def test_frames_that_the_caller_has_counted_give_the_same_bits(broken, width):
     assert int(out.stats.nonfinite) == int(broken is not None)
 
 
+def test_frames_known_to_be_finite_give_the_same_bits():
+    quantizer, mask = started(), torch.rand(4, 25) > 0.4
+    x, count = latents(), int(mask.sum())
+    known, own = quantizer(x, mask, count=count, finite=True), quantizer(x, mask)
+    assert torch.equal(known.quantized, own.quantized) and torch.equal(known.codes, own.codes)
+    for name in own.losses:
+        assert torch.equal(known.losses[name], own.losses[name]), name
+    with pytest.raises(ValueError, match="count"):
+        quantizer(x, mask, finite=True)
+    x[mask.nonzero()[0, 0], mask.nonzero()[0, 1], 0] = torch.nan
+    assert quantizer(x, mask, count=count, finite=True).losses["commitment"].isnan()
+
+
 def test_a_batch_with_every_frame_masked_leaves_the_state_alone():
     quantizer = started()
     x = latents().requires_grad_()

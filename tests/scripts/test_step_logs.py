@@ -36,6 +36,15 @@ def test_the_benchmark_is_told_as_far_as_it_came(logs, repository, tmp_path):
     ]
 
 
+def test_a_step_is_compared_with_one_graph_of_it(repository):
+    with script(repository, "bench_kernels") as bench:
+        goal = bench.Goal("step over its graph", "q", "step", "step", 1, of_graph=True)
+        report = bench.Report("GPU", 1, {}, results=[bench.Result("q", "step", 6.0)])
+        assert goal.judge(report) == "- step over its graph: could not be captured"
+        report.results[0].graph = 0.5
+        assert goal.judge(report) == "- step over its graph: 12.000"
+
+
 def test_of_what_failed_the_end_is_told(logs, tmp_path):
     (tmp_path / "resume.log").write_text("\n".join(map(str, range(50))))
     (tmp_path / "resume-alone.log").write_text("RuntimeError: no luck")
