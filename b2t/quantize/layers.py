@@ -168,7 +168,6 @@ class Layers:
         """
         Q, K = self.quantizers, self.books.shape[1]
         layers = Q if layers is None else layers
-        N = latents.shape[0]
         given, chosen, numbers, left = codes, [], [], []
         code_error, projection = latents.new_zeros(2, Q).unbind()
         totals = torch.zeros_like(self.books.detach()) if sums else None
@@ -195,13 +194,8 @@ class Layers:
                 residual, self.books[self.index(q)].detach(), index, self.gain_of(q),
                 errors if layers > 1 else None,
             ))  # fmt: skip
-        # One copy for all layers; those that were not walked hold nothing.
-        dropped = Q - layers
-        codes = torch.stack(
-            [*chosen, *[latents.new_full((N,), -1, dtype=torch.int64)] * dropped], 1
-        )
-        counts = torch.stack([*numbers, *[torch.zeros_like(numbers[0])] * dropped])
-        squared = torch.stack([*left, *[torch.zeros_like(left[0])] * dropped])
+        codes = _together(chosen, Q, -1, axis=1)
+        counts, squared = _together(numbers, Q, 0), _together(left, Q, 0)
         if not self.cosine:
             code_error = squared
         if totals is not None and self.joint:
@@ -267,3 +261,9 @@ class Layers:
                 sums.append(search.soft_usage(seen, book, width, self.backend, prepared))
         sums += [torch.zeros_like(sums[0])] * (self.quantizers - walk.layers)
         return torch.stack(sums)
+
+
+def _together(parts: list[Tensor], layers: int, empty: int, axis: int = 0) -> Tensor:
+    """What each walked layer found beside one another, ``empty`` for those not walked."""
+    missing = [torch.full_like(parts[0], empty)] * (layers - len(parts))
+    return torch.stack([*parts, *missing], axis)

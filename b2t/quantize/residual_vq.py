@@ -113,10 +113,8 @@ class ResidualVQ(QuantizerState):
                 trains the latents needs, also where the quantizer itself is frozen. None means in
                 training mode.
             count: frames that ``mask`` calls real; knowing it spares a wait for the device.
-            finite: all real frames are known to be finite, which spares the other: forward,
-                backward and an `update` that revives nothing then read nothing, and can be captured
-                in a CUDA graph (whose replays do not move the clocks). If it is not true, losses
-                are NaN.
+            finite: all of them are known to be finite (else losses are NaN): nothing is read, and
+                with an `update` that revives nothing a CUDA graph holds the step.
         """
         require_known(losses)
         frames_of, latents, nonfinite = self.valid_latents(x, mask, count, finite)
