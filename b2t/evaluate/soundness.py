@@ -12,10 +12,10 @@ _FACTOR = 100.0
 """A trial this much louder or quieter than a typical one of the training is out of range."""
 
 _SAYS = {
-    "text_decoder": "WER, CER, BLEU and ROUGE",
-    "phoneme_head": "PER",
-    "signal_decoder": "the reconstruction",
-    "encoder": "every score",
+    "text_decoder": "WER, CER, BLEU and ROUGE mean",
+    "phoneme_head": "PER means",
+    "signal_decoder": "the reconstruction means",
+    "encoder": "every score means",
 }
 
 
@@ -34,7 +34,7 @@ def note_soundness(result: "Evaluation", model: "BrainToText", rms: dict[str, fl
         ]
     for name in result.untrained:
         result.notes.append(
-            f"{name} was never trained before this model was saved: {_SAYS[name]} mean nothing"
+            f"{name} was never trained before this model was saved: {_SAYS[name]} nothing"
         )
     typical = (getattr(model.config, "signal", None) or {}).get("rms")
     typical = typical or float(np.median(list(rms.values()) or [0.0]))

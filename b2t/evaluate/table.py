@@ -108,7 +108,7 @@ def _facts(result: Evaluation) -> list[str]:
             f"ROUGE-2 {_number(result.rouge2, 1)} · ROUGE-L {_number(result.rougeL, 1)}"
         )
     facts += _errors(result)
-    if result.mse is not None:
+    if result.mse is not None and "signal_decoder" not in result.untrained:
         facts.append(
             f"reconstruction SNR {_number(result.snr_db)} dB pooled, "
             f"{_number(result.snr_median_db)} dB median trial · cosine {_number(result.cosine)}"

@@ -1,5 +1,6 @@
 """When a run validates and decodes, and whom it tells."""
 
+from b2t.model.trained import trained_components
 from b2t.train.callback import Callback, Run
 from b2t.train.metric_names import DECODED, active_losses
 from b2t.train.validation import (
@@ -59,7 +60,9 @@ class Validating(Callback):
                 decoded = decode(
                     trainer.model, config, trainer.materials, phase, trainer.ranks, trainer.stops
                 )
-        said = scores(decoded)
+        before = trainer.model.config.started_with
+        trained = trained_components(config.phases, progress.phase, progress.phase_step, before)
+        said = scores(decoded, trained)
         texts = {name: value for name, value in said.items() if name in DECODED}
         trainer.hook("on_scores", {**metrics, **texts}, fresh)
         progress.validated = progress.step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 
@@ -170,9 +170,15 @@ def decode(
     return result
 
 
-def scores(result: Evaluation | None) -> dict[str, float]:
-    """Return the `val/…` metrics of a decoding, the same on all ranks."""
-    names = ("wer", "cer", "per", "distinct_ratio", "snr_db")
+def scores(result: Evaluation | None, trained: Collection[str]) -> dict[str, float]:
+    """Return the `val/…` metrics of a decoding, the same on all ranks.
+
+    Args:
+        result: the decoding, if there was one.
+        trained: components that have been trained: of an untrained signal decoder no SNR is told.
+    """
+    names = ["wer", "cer", "per", "distinct_ratio"]
+    names += ["snr_db"] if "signal_decoder" in trained else []
     found = {} if result is None else result.scalars()
     return {f"val/{name}": value for name, value in found.items() if name in names}
 

@@ -123,6 +123,11 @@ def test_what_never_trained_is_marked(tmp_path, capsys):
     told = [advice.symptom for advice in advise(load_run(run))]
     assert any("untrained text decoder" in symptom for symptom in told)
     assert not any("hardly better" in symptom for symptom in told)
+    assert "PER means nothing" in printed and "reconstruction SNR" in printed
+    blind = save_run(tmp_path / "blind", data, trained=["encoder", "text_decoder", "phoneme_head"])
+    call(evaluate_command, blind, "--no-noise")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "the reconstruction means nothing" in printed and "SNR" not in printed
     everything = ["encoder", "quantizer", "signal_decoder", "phoneme_head", "text_decoder"]
     whole = save_run(tmp_path / "whole", data, trained=everything)
     call(evaluate_command, whole)

@@ -9,9 +9,10 @@ from datasets import load_from_disk
 
 from b2t.config import load_config
 from b2t.data.augment import Augment
+from b2t.evaluate.results import Evaluation
 from b2t.train.build import build
 from b2t.train.metric_names import active_losses
-from b2t.train.validation import validate, validation_batches
+from b2t.train.validation import scores, validate, validation_batches
 from tests.train.small_runs import SMALL
 
 
@@ -31,6 +32,15 @@ def test_fewer_trials_come_from_all_sessions(tiny_trials):
     rows = [row for batch in validation_batches(*run, 6) for row in batch.rows]
     assert sorted(row.split("/")[0] for row in rows) == ["day0"] * 3 + ["day1"] * 3
     assert len({row for batch in validation_batches(*run, None) for row in batch.rows}) == 36
+
+
+def test_no_snr_is_told_of_a_signal_decoder_that_nothing_has_trained():
+    result = Evaluation("val", per=0.2, snr_db=-0.1)
+    assert scores(result, ["phoneme_head"]) == {"val/per": 0.2}
+    assert scores(result, ["phoneme_head", "signal_decoder"]) == {
+        "val/per": 0.2,
+        "val/snr_db": -0.1,
+    }
 
 
 def validated(data, ranks, *overrides):
