@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from b2t_kernels import tuning
 from b2t_kernels.exact import NOTHING, UNIT, WHOLE_SLOT, threshold_of_reach
@@ -288,12 +289,26 @@ def repeated(codebook: Tensor) -> Tensor:
     )
 
 
+_distinct = WeakIdKeyDictionary()
+"""Biases without repeats by those that they were made of: prepared codes stay as they are."""
+
+
 def without_repeats(codebook: Tensor, codes: PreparedCodes) -> PreparedCodes:
     """Prepared codes of which those that an earlier one equals are never chosen."""
+    bias = _distinct.get(codes.bias)
+    if bias is None:
+        bias = _bias_of_first(codebook, codes)
+        # What is made while a CUDA graph is captured exists in its replays alone.
+        if not (bias.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _distinct[codes.bias] = bias
+    return codes._replace(bias=bias)
+
+
+def _bias_of_first(codebook: Tensor, codes: PreparedCodes) -> Tensor:
     place = physical_place(codebook.shape[0], codebook.device)
     bias = codes.bias.clone()
     bias[place] = bias[place].masked_fill(repeated(codebook), -torch.inf)
-    return codes._replace(bias=bias)
+    return bias
 
 
 def _extend(

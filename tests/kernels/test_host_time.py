@@ -92,4 +92,5 @@ def test_the_script_tells_what_a_call_takes(repository, sizes):
     assert found["nearest exact, prepared"][:3] == [4, 0, 0]
     assert found["search and usage"][:3] == [6, 0, 0]
     assert found["prepare one"][0] == found["prepare four"][0] == 3
+    assert found["beam of 8, 4 layers"][2] < 4, "prepared codes were looked through again"
     assert all(spent > 0 for *_, spent in found.values())
