@@ -85,6 +85,7 @@ def _of_optimization(run: RunData) -> list[Candidate]:
 
 
 def _of_outputs(run: RunData) -> list[Candidate]:
+    redrawn = "signal_decoder" not in (run.evaluation.get("untrained") or [])
     return [
         (
             "snr",
@@ -95,7 +96,7 @@ def _of_outputs(run: RunData) -> list[Candidate]:
         (
             "movement",
             "Movement of codes and revivals",
-            bool(run.names("ema/movement") or run.names("codebook/revived")),
+            bool(run.names("ema/movement")) or any(run.series("codebook/revived")[1]),
             lambda axes: draw_movement(axes, run),
         ),
         (
@@ -107,13 +108,13 @@ def _of_outputs(run: RunData) -> list[Candidate]:
         (
             "traces",
             "Original and reconstruction" + trial_shown(run),
-            bool(run.traces.get("trials")),
+            redrawn and bool(run.traces.get("trials")),
             lambda axes: draw_traces(axes, run.traces["trials"][0], run.traces["sampling_rate"]),
         ),
         (
             "spectra",
             "Spectra of original and reconstruction",
-            bool(run.traces.get("spectrum")),
+            redrawn and bool(run.traces.get("spectrum")),
             lambda axes: draw_spectra(axes, run.traces["spectrum"]),
         ),
     ]
