@@ -40,11 +40,14 @@ def a_batch():
 
 
 def passed(stack, x, mask, count):
+    """Output and gradients by name, of a loss that the last norm does not hold constant."""
     x = x.clone().requires_grad_()
     stack.zero_grad()
     out = stack(x, mask, count)
-    out.square().sum().backward()
-    return [out.detach(), x.grad, *(p.grad.clone() for p in stack.parameters())]
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    (out * weights.to(out)).sum().backward()
+    found = {name: p.grad.clone() for name, p in stack.named_parameters()}
+    return {"output": out.detach(), "input": x.grad, **found}
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -57,9 +60,11 @@ def test_outputs_and_gradients_are_those_of_padded_frames(lent, causal, every):
     expected = passed(stack, x, mask, int(mask.sum()))
     stack.packs = True
     found = passed(stack, torch.where(mask[..., None], x, torch.nan), mask, int(mask.sum()))
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert (found[0][~mask] == 0).all()
+    assert found.keys() == expected.keys()
+    for name, theirs in expected.items():
+        assert theirs.norm() > 0.01, f"{name}: nothing to compare"
+        torch.testing.assert_close(found[name], theirs, rtol=1e-5, atol=5e-6)
+    assert (found["output"][~mask] == 0).all()
 
 
 def test_a_model_whose_batch_was_counted_packs_and_gives_the_same(lent, monkeypatch):
@@ -111,9 +116,14 @@ def test_a_gpu_gives_what_padded_frames_give(causal):
     assert packing.can_pack(x, None)
     expected = passed(stack, x, mask, None)
     stack.packs = True
-    for ours, theirs in zip(passed(stack, x, mask, int(mask.sum())), expected, strict=True):
-        distance = (ours.float() - theirs.float()).norm() / theirs.float().norm()
-        assert distance < 0.01
+    found, far = passed(stack, x, mask, int(mask.sum())), {}
+    # Some twenty roundings of 2⁻¹¹ lie between a gradient and the output: √20 · 2⁻¹¹ on each side
+    # (on a CPU either is 0.2 % from float64 at most), and three times that is let pass.
+    for name, theirs in expected.items():
+        distance = (found[name].float() - theirs.float()).norm() / theirs.float().norm()
+        if not distance < 0.01:
+            far[f"{name} {list(theirs.shape)}"] = float(distance)
+    assert not far
 
 
 def test_a_batch_that_moves_keeps_its_count_and_one_made_of_it_does_not():
