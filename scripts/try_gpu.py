@@ -11,7 +11,7 @@ passed, with the device, the versions, and figures of training; --write puts tha
 the benchmark between the markers of kernels/RESULTS.md. The steps, and their seconds:
 
     device       20  the GPU, its driver, what it reaches, and the versions of what runs on it
-    correct     100  the kernels' checks on the device, CUDA graphs, and augmentation there
+    correct     100  the kernels' checks on the device, CUDA graphs; augmentation, attention, CTC
     bench       110  scripts/bench_kernels.py, wall time and host time, from the flagship case on
     train       140  the demo in fp16 on simulated recordings, stopped after two minutes: it saves
     resume      110  a short run stopped by a signal and gone on, beside one left alone: the same?
@@ -42,6 +42,10 @@ from watched_runs import differences, leave_when, losses
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVED = 75
+BESIDE = (
+    *("data/test_augment_gpu.py", "model/test_packing.py"),
+    *("model/test_ctc_gradient.py", "model/test_attention_backends.py"),
+)
 PROCESSES = max(4, min(8, (os.cpu_count() or 4) // 2))
 SHORT = [
     *("phases.0.steps=24", "phases.1.steps=8", "phases.2.steps=16", "phases.0.warmup_steps=4"),
@@ -183,12 +187,12 @@ def device_step(trial: Trial, limit: float) -> dict[str, Any]:
 
 
 def correct_step(trial: Trial, limit: float) -> dict[str, Any]:
-    """The tests of kernels and of augmentation."""
+    """The tests of kernels, augmentation, packed frames, CTC and attention."""
     tests = ROOT / "tests" / "kernels"
     if trial.device == "cuda":
         # Most of the time goes into compiling: several processes share it.
         names = ("kernel_checks.py", "draw_checks.py", "test_kernel_gpu.py")
-        places = [tests / name for name in names] + [ROOT / "tests/data/test_augment_gpu.py"]
+        places = [tests / name for name in names] + [ROOT / "tests" / name for name in BESIDE]
         chosen = ["-v", "-k", "not test_kernels_on_the_gpu", "--numprocesses", str(PROCESSES)]
     else:
         places, chosen = [tests], ["-k", "test_kernel_ops and mistakes"] if trial.dry else []

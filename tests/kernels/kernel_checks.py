@@ -22,6 +22,7 @@ from b2t_kernels import (
     tuning,
     usage,
 )
+from tests.kernels.apart import assert_near, unlike
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") else "cuda"
 
@@ -74,7 +75,7 @@ def check_search(x, codebook, mask, exact, expected=None):
     wanted, _ = reference.nearest_code(x, codebook, mask) if expected is None else expected
     assert (indices[~valid] == -1).all()
     if exact:
-        assert torch.equal(indices, wanted)
+        assert torch.equal(indices, wanted), unlike(indices, wanted)
     else:
         assert regret(x, codebook, indices, valid).max() < 4e-3
     assert torch.equal(counts, torch.bincount(indices[valid], minlength=codebook.shape[0]))
@@ -220,7 +221,7 @@ def test_usage_and_its_gradients(N, K, D, offset):
     found = soft_gradients(weights, x, codebook, tau, lse)
     wanted = torch.autograd.grad(expected @ weights.double(), wide)
     for ours, theirs in zip(found, wanted, strict=True):
-        assert (ours - theirs).norm() <= 4e-3 * theirs.norm() + 1e-12
+        assert_near(ours, theirs, 4e-3, 1e-12)
     assert not found[0][~valid].any()
 
 
@@ -358,11 +359,11 @@ def test_few_rows_split_the_codes(monkeypatch):
         gradients = soft_gradients(torch.linspace(-1, 1, 2000), x, codebook, tau, found.lse)
         results.append((indices, found.indices, total, found.lse, *gradients))
     for other in results[1:]:
-        assert torch.equal(other[0], results[0][0])
-        assert torch.equal(other[1], results[0][1])
+        assert torch.equal(other[0], results[0][0]), unlike(other[0], results[0][0])
+        assert torch.equal(other[1], results[0][1]), unlike(other[1], results[0][1])
         for ours, theirs in zip(other[2:], results[0][2:], strict=True):
             # Float32 sums in another order; small elements are differences of large ones.
-            assert (ours - theirs).norm() <= 5e-5 * theirs.norm()
+            assert_near(ours, theirs, 5e-5)
 
 
 def test_long_inputs_come_in_parts(monkeypatch):
