@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from b2t.counted import counted
 from b2t.errors import UserError
 
 if TYPE_CHECKING:
@@ -163,7 +164,8 @@ def _print(info: "DatasetInfo", splits: dict[str, "Dataset"], path: str) -> None
     simulated = "   SIMULATION" if info.simulated else ""
     console.print(f"[bold]{escape(path)}[/bold]{simulated}")
     console.print(
-        f"{info.channels} channels at {info.sampling_rate:g} Hz, fingerprint {info.fingerprint}\n"
+        f"{counted(info.channels, 'channel')} at {info.sampling_rate:g} Hz, "
+        f"fingerprint {info.fingerprint}\n"
     )
     summaries = {split: split_summary(trials) for split, trials in splits.items()}
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -292,7 +294,8 @@ def _plot(trials: "Dataset", row: int, info: "DatasetInfo", file: Path) -> None:
     name = row_id(record)
     facts = [
         name if record["text"] else "",
-        f"{len(signal)} bins, {len(signal) / info.sampling_rate:.2f} s, {info.channels} channels",
+        f"{counted(len(signal), 'bin')}, {len(signal) / info.sampling_rate:.2f} s, "
+        f"{counted(info.channels, 'channel')}",
         "SIMULATION" if info.simulated else "",
     ]
     plot_trial(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from b2t.arguments import seed
+from b2t.counted import counted
 from b2t.errors import UserError
 from b2t.records import require_writable
 
@@ -392,7 +393,8 @@ def summary(content: dict[str, Any], out: Path) -> str:
         scale = "z-scored per block by the source"
     lines = [
         f"{out}: {rows} trials ({kind})",
-        f"  {len(content['channels'])} channels at {content['sampling_rate']:g} Hz, {scale}",
+        f"  {counted(len(content['channels']), 'channel')} at {content['sampling_rate']:g} Hz, "
+        f"{scale}",
     ]
     if content.get("processing"):
         from b2t.signal_processing import ProcessingOptions
@@ -403,13 +405,13 @@ def summary(content: dict[str, Any], out: Path) -> str:
             f"  stored as {content['dtype']}: {content['rounding_snr_db']:g} dB over rounding"
         )
     lines += [
-        f"  {name} lacks {len(lacking)} channels, which are 0 there ({', '.join(lacking[:5])}"
+        f"  {name} lacks {counted(len(lacking), 'channel')}, 0 there ({', '.join(lacking[:5])}"
         f"{' …' if len(lacking) > 5 else ''})"
         for name, lacking in content.get("missing_channels", {}).items()
         if lacking
     ]
     if content["skipped"]:
-        lines.append(f"  {content['skipped']} bad trials left out")
+        lines.append(f"  {counted(content['skipped'], 'bad trial')} left out")
     return "\n".join([*lines, f"  look at it: b2t inspect {out}"])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from b2t.arguments import finite, seed
+from b2t.counted import counted
 from b2t.errors import UserError
 from b2t.records import require_writable
 
@@ -214,8 +215,8 @@ def _simulate(args: argparse.Namespace) -> int:
         )
     train, val, test = config.trials
     print(
-        f"simulated {config.sessions} sessions: {train} train, {val} val, {test} test trials of "
-        f"{2 * config.electrodes} features, seed {config.seed}\n{folder}"
+        f"simulated {counted(config.sessions, 'session')}: {train} train, {val} val, "
+        f"{test} test trials of {2 * config.electrodes} features, seed {config.seed}\n{folder}"
     )
     return 0
 

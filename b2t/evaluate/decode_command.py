@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from b2t.arguments import seconds
+from b2t.counted import counted
 from b2t.evaluate.evaluate_command import (
     FASTER,
     add_checkpoint,
@@ -165,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     written = _table(rows, texts) if args.out.suffix == ".csv" else _lines(rows, texts, ranked)
     write_atomically(args.out, written)
-    print(f"written: {args.out} ({len(rows):,} trials of {split})")
+    print(f"written: {args.out} ({counted(len(rows), 'trial')} of {split})")
     return 0
 
 

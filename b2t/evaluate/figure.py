@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from b2t.counted import counted
 from b2t.evaluate.results import Evaluation
 from b2t.evaluate.table import SIMULATED, heading
 
@@ -43,7 +44,7 @@ def draw_evaluation(
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5.6 * columns, 0.7 + 3.6 * rows), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    title = f"{heading(title, result)} · {result.rows:,} trials"
+    title = f"{heading(title, result)} · {counted(result.rows, 'trial')}"
     if result.snr_db is not None:
         title += f" · SNR {result.snr_db:.1f} dB"
     figure.suptitle(title + (f"\n{SIMULATED}" if result.simulated else ""), fontsize=11)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from b2t.counted import counted
 from b2t.data.phonemes import to_names
 from b2t.errors import UserError
 from b2t.evaluate.bin_source import read_bins, sentences
@@ -186,7 +187,7 @@ def _latency(bin_s: list[float], end_s: list[float], at_once: int, rate: float, 
     ]
     if end_s:
         lines.append(
-            f"{len(end_s):,} sentences: the text follows the last bin by "
+            f"{counted(len(end_s), 'sentence')}: the text follows the last bin by "
             f"{1e3 * float(np.median(end_s)):.1f} ms (median), {1e3 * max(end_s):.1f} ms (longest)"
         )
     return "\n".join(lines)

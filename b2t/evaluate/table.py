@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from b2t.counted import counted
 from b2t.evaluate.results import Evaluation, Prediction
 from b2t.evaluate.verdict import KINDS, control_rates, verdict
 
@@ -19,7 +20,8 @@ def print_evaluation(
         console.print(line, style="bold red", markup=False)
     if result.simulated:
         console.print(SIMULATED, style="bold yellow")
-    console.print(f"{heading(title, result)} · {result.rows:,} trials · {result.frames:,} frames")
+    seen = f"{counted(result.rows, 'trial')} · {counted(result.frames, 'frame')}"
+    console.print(f"{heading(title, result)} · {seen}")
     if any(rate is not None for rate in (result.per, result.wer, result.wer_lm)):
         console.print(_rates(result))
     facts = _facts(result)

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from b2t.counted import counted
 from b2t.evaluate.evaluate_command import add_checkpoint, positive
 
 SUMMARY = "write the discrete codes of every trial as a dataset column"
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     DatasetDict(tokenized).save_to_disk(str(temporary))
     temporary.rename(args.out)
     total = sum(len(split) for split in tokenized.values())
-    print(f"written: {args.out} ({total:,} trials, {layers} codes per frame)")
+    print(f"written: {args.out} ({counted(total, 'trial')}, {counted(layers, 'code')} per frame)")
     return 0
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from b2t.counted import counted
 from b2t.errors import UserError
 from b2t.model.brain_to_text import BrainToText
 from b2t.model.objectives import COMPONENTS
@@ -116,7 +117,7 @@ def _unusable(component: str, model: BrainToText, source: BrainToText) -> str:
 
 def _sessions_note(model: BrainToText, source: BrainToText) -> str:
     strange = [name for name in model.config.sessions if name not in source.config.sessions]
-    return f"{len(strange)} sessions by the mean of the source's" if strange else ""
+    return f"{counted(len(strange), 'session')} by the mean of the source's" if strange else ""
 
 
 def _maps(

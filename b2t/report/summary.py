@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from b2t.config.flat import flattened
+from b2t.counted import counted
 from b2t.log import logger
 from b2t.monitor.health import TABLE, verdict
 from b2t.records import finite, require_writable, write_atomically
@@ -341,7 +342,7 @@ def _scored(evaluation: dict[str, Any]) -> list[str]:
     split, rows = evaluation.get("split"), evaluation.get("rows")
     if not split:
         return []
-    parts = [f"Split {split}", f"{rows:,} trials" if isinstance(rows, int) else ""]
+    parts = [f"Split {split}", counted(rows, "trial") if isinstance(rows, int) else ""]
     if evaluation.get("checkpoint") not in (None, "best"):
         parts.append(f"checkpoint {evaluation['checkpoint']}")
     known = evaluation.get("known_sentences")

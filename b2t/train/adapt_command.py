@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from b2t.arguments import finite, seed
+from b2t.counted import counted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,7 +75,10 @@ def run(args: argparse.Namespace) -> int:
     reader = open_words(model, args.lm, rescoring=False)
     words = None if reader is None else reader.decoder
     options = AdaptationOptions(rounds=args.rounds, epochs=args.epochs, lr=args.lr, keep=args.keep)
-    print(f"{len(source.trials):,} trials of {', '.join(new)}, {source.split} of {args.dataset}")
+    print(
+        f"{counted(len(source.trials), 'trial')} of {', '.join(new)}, "
+        f"{source.split} of {args.dataset}"
+    )
     record = []
     maps = [model.config.sessions.index(name) for name in new]
     rounds = adapt(model, maps, lambda: hear(model, source.plain(), words), source.epoch, options)

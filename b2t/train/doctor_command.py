@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from b2t.counted import counted
 from b2t.errors import UserError
 from b2t.train.interfaces import ENV_FILE, interfaces, write_env
 
@@ -414,9 +415,10 @@ def check_training(config: Config, ds_path: str | None, ranks: int | None) -> It
     yield Finding(
         "ok",
         "data",
-        f"{config.data.path}: {len(materials.train)} training trials, {info.channels} channels, "
+        f"{config.data.path}: {counted(len(materials.train), 'training trial')}, "
+        f"{counted(info.channels, 'channel')}, "
         f"{'text' if info.has_text else 'no text'}; global batch {ds_file.global_batch(world)} "
-        f"on {world} rank{'' if world == 1 else 's'}",
+        f"on {counted(world, 'rank')}",
     )
     yield Finding("ok", "memory", describe_memory(materials.model, config.phases, ds_file, world))
 

@@ -4,6 +4,7 @@ import os
 import socket
 
 from b2t.config import Config
+from b2t.counted import counted
 from b2t.errors import UserError
 from b2t.log import logger
 from b2t.model.attention_backends import without_plans_per_length
@@ -197,19 +198,18 @@ def introduce(trainer: Run) -> None:
     info, ds_file, ranks = trainer.materials.info, trainer.ds_file, trainer.ranks
     parameters = sum(p.numel() for p in trainer.model.parameters())
     log.info(
-        "%s%d train and %d validation trials, %d channels at %g Hz, %d sessions",
+        "%s%d train and %s, %s at %g Hz, %s",
         "SIMULATED DATA: " if info.simulated else "",
         len(trainer.materials.train),
-        len(trainer.materials.validation),
-        info.channels,
+        counted(len(trainer.materials.validation), "validation trial"),
+        counted(info.channels, "channel"),
         info.sampling_rate,
-        len(info.sessions),
+        counted(len(info.sessions), "session"),
     )
     log.info(
-        "%.1f M parameters, %d rank%s on %s, %s, %s, batch %d = %d × %d accumulated × %d",
+        "%.1f M parameters, %s on %s, %s, %s, batch %d = %d × %d accumulated × %d",
         parameters / 1e6,
-        ranks.world,
-        "" if ranks.world == 1 else "s",
+        counted(ranks.world, "rank"),
         ranks.device.type,
         f"ZeRO-{ds_file.zero_stage}"
         if ds_file.zero_stage

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from b2t.counted import counted
 from b2t.errors import UserError
 from b2t.log import quiet_libraries
 from b2t.train.build_lock import lock_builds
@@ -244,7 +245,7 @@ def _own_gpu(local_rank: int, gpus: int) -> int:
     if local_rank >= gpus:
         raise UserError(
             f"rank {os.environ['RANK']} is number {local_rank} of {socket.gethostname()}, counted "
-            f"from 0, and sees {gpus} GPU{'' if gpus == 1 else 's'}: start one rank per GPU, and "
+            f"from 0, and sees {counted(gpus, 'GPU')}: start one rank per GPU, and "
             "let all ranks of a host see all its GPUs (Slurm: --gpus-per-node, no --gpus-per-task)"
         )
     return local_rank

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from b2t.counted import counted
 from b2t.errors import UserError
 from b2t.log import logger
 from b2t.run_files import CHECKPOINTS, STATE_FILE, STEP_PREFIX
@@ -42,9 +43,9 @@ def keep_global_batch(ds_file: DeepSpeedFile, run_dir: Path, world: int) -> Deep
             "number of ranks that divides them"
         )
     logger(__name__).warning(
-        "%d ranks continue a run of %d: the global batch stays %d = %d × %d accumulated × %d "
+        "%s continue a run of %d: the global batch stays %d = %d × %d accumulated × %d "
         "(%s says %d × %d)",
-        world, state["world"], wanted, micro, accumulation, world,
+        counted(world, "rank"), state["world"], wanted, micro, accumulation, world,
         ds_file.path, ds_file.micro_batch, ds_file.accumulation,
     )  # fmt: skip
     return replace(ds_file, micro_batch=micro, accumulation=accumulation)

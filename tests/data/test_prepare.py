@@ -144,7 +144,7 @@ def test_a_channel_that_never_moves_becomes_zero(tmp_path, caplog):
     source = Memory(bad=dict.fromkeys(range(20), still))
     with caplog.at_level("WARNING", logger="b2t"):
         prepare(source, tmp_path / "out", PrepareOptions())
-    assert "1 channels never move (c0)" in caplog.text
+    assert "1 channel without any movement (c0)" in caplog.text
     splits = load_from_disk(str(tmp_path / "out")).with_format("numpy")
     assert all(not row["signal"][:, 0].any() for trials in splits.values() for row in trials)
 

@@ -155,7 +155,7 @@ def test_several_sources_are_aligned_by_name(tmp_path, capsys):
     options = ["--licence", "CC0", *whole]
     assert main(["prepare", str(one), str(other), str(tmp_path / "out"), *options]) == 0
     printed = capsys.readouterr().out
-    assert "one lacks 1 channels, which are 0 there (d)" in printed
+    assert "one lacks 1 channel, 0 there (d)" in printed
     record, rows = content(tmp_path / "out")
     assert record["channels"] == ["a", "b", "c", "d"]
     assert record["missing_channels"] == {"one": ["d"], "other": ["b"]}

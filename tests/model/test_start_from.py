@@ -59,7 +59,7 @@ def test_channels_and_sessions_are_matched_by_name():
         assert torch.equal(own[0], codes)
         torch.testing.assert_close(own[1], decoded[..., order])
         torch.testing.assert_close(own[2], logits)
-    assert report["adapter"].note == "1 sessions by the mean of the source's"
+    assert report["adapter"].note == "1 session by the mean of the source's"
     assert all(taken.taken == taken.total and not taken.new for taken in report.values())
     assert int(model.quantizer.codebooks.updates) == int(source.quantizer.codebooks.updates)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from b2t.counted import counted
 from b2t.data.sources import Source
 from b2t.data.sources.processed import recording_of
 from b2t.errors import UserError
@@ -162,9 +163,9 @@ class Blocks:
             if len(still):
                 names = ", ".join(self.source.channels[index] for index in still[:5])
                 logger(__name__).warning(
-                    "%s: %d channels never move (%s%s): they become 0",
+                    "%s: %s without any movement (%s%s), written as 0",
                     unit,
-                    len(still),
+                    counted(len(still), "channel"),
                     names,
                     " …" if len(still) > 5 else "",
                 )

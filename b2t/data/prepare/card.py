@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, load_from_disk
 
+from b2t.counted import counted
 from b2t.data.phonemes import words_of
 from b2t.data.trials import read_signal, row_id, signal_lengths, spread_over_sessions
 
@@ -32,7 +33,8 @@ def write_card(folder: Path, name: str, content: dict[str, Any], licence: str | 
         "",
         "SIMULATED recordings, not of a brain." if content["simulated"] else "",
         f"Licence of the recordings: {licence or 'not stated; ask where they came from'}.",
-        f"Read as {content['format']}: {len(channels)} channels at {content['sampling_rate']:g} Hz,"
+        f"Read as {content['format']}: {counted(len(channels), 'channel')} at "
+        f"{content['sampling_rate']:g} Hz,"
         f" unit {content['unit'] or 'unknown'}, stored as {content['dtype']}.",
         "",
         "| split | trials | hours | sessions | subjects | texts | words | vocabulary |",

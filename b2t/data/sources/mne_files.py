@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from b2t.counted import counted
 from b2t.data.remarks import Remarks
 from b2t.data.sources import ctf_check, fif_check, mat_check
 from b2t.data.sources.base import SourceOptions, TrialInfo, require_rate
@@ -220,7 +221,9 @@ def _good_epochs(epochs: Any, file: Path) -> Any:
     count = len(epochs.events)
     epochs.drop_bad()
     if len(epochs.events) < count:
-        logger(__name__).info("%s: left out %d epochs marked bad", file, count - len(epochs.events))
+        logger(__name__).info(
+            "%s: left out %s marked bad", file, counted(count - len(epochs.events), "epoch")
+        )
     return epochs
 
 
