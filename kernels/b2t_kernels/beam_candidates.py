@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from b2t_kernels.blocked import GROUP, RESCORE_ELEMENTS, CentredCodes
+from b2t_kernels.blocked import RESCORE_ELEMENTS
+from b2t_kernels.blocked_codes import GROUP, CentredCodes
 
 _SETS = 4
 """Sets of continuations whose maxima give t, for each sum that is wanted."""

@@ -6,106 +6,23 @@ float32 (float64 where x is float64), for blocks that stay in the cache, and nev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from b2t_kernels import blocked_rough
+from b2t_kernels.blocked_codes import (
+    GROUP,
+    CentredCodes,
+    centre_codes,
+    usable_rows,
+    working_dtype,
+)
 from b2t_kernels.gumbel import noise
 
-ROW_BLOCK, CODE_BLOCK, GROUP = 512, 1024, 64
+ROW_BLOCK, CODE_BLOCK = 512, 1024
 USAGE_ELEMENTS = 1 << 21
 RESCORE_ELEMENTS = 1 << 18
-
-
-def working_dtype(x: Tensor) -> torch.dtype:
-    """Float64 stays float64; everything else is computed in float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def lowest_duplicate(codebook: Tensor, bias: Tensor, usable: Tensor) -> Tensor | None:
-    """For each code, the lowest index of an identical code, [K]; None if all codes differ.
-
-    Those that are not ``usable`` [K] are like no other.
-
-    A matrix product may round equal columns differently at the edge of a block, so ties between
-    identical codes are settled here and not by comparing scores.
-    """
-    _, group, members = torch.unique(bias, return_inverse=True, return_counts=True)
-    suspects = ((members[group] > 1) & usable).nonzero()[:, 0]
-    if not suspects.numel():
-        return None
-    _, inverse = torch.unique(codebook[suspects], dim=0, return_inverse=True)
-    lowest = torch.full_like(suspects, codebook.shape[0])
-    lowest.scatter_reduce_(0, inverse, suspects, "amin")
-    first = torch.arange(codebook.shape[0], device=codebook.device)
-    first[suspects] = lowest[inverse]
-    return first
-
-
-class CentredCodes(NamedTuple):
-    """A codebook moved to its mean and padded to whole groups, with −½|c|² beside it.
-
-    Centring keeps a common offset of the data out of the rounding. Codes that are not finite and
-    the padding get −inf and are never chosen.
-
-    codes: [K′, D]. bias: [K′]. mean: [D]. radius: [] the largest |c − mean|.
-    duplicates: [K] int64, the lowest index of an identical code; [0] if all differ.
-    """
-
-    codes: Tensor
-    bias: Tensor
-    mean: Tensor
-    radius: Tensor
-    duplicates: Tensor
-
-    def centre(self, x: Tensor) -> Tensor:
-        """Rows of x in the working precision, moved by the codebook's mean."""
-        return x.to(self.mean.dtype) - self.mean
-
-    def scores(self, rows: Tensor, block: slice, buffer: Tensor) -> Tensor:
-        """x·c − ½|c|² of centred rows [n, D] and a block of codes, [n, k], in ``buffer``."""
-        bias, n = self.bias[block], rows.shape[0]
-        scores = buffer[: n * bias.shape[0]].view(n, bias.shape[0])
-        return torch.addmm(bias, rows, self.codes[block].T, out=scores)
-
-    def allowed(self) -> Tensor:
-        """Codes that may be chosen: finite, and the first of those identical. [K′] bool."""
-        allowed = self.bias > -torch.inf
-        if self.duplicates.numel():
-            K = self.duplicates.numel()
-            allowed[:K] &= self.duplicates == torch.arange(K, device=allowed.device)
-        return allowed
-
-
-def centre_codes(codebook: Tensor, dtype: torch.dtype) -> CentredCodes:
-    """Prepare a codebook [K, D] for searches and soft assignments of the same ``dtype``."""
-    codebook = codebook.to(dtype)
-    K, D = codebook.shape
-    finite = _usable(codebook, None)
-    safe = codebook if bool(finite.all()) else torch.where(finite[:, None], codebook, 0)
-    mean = safe.sum(dim=0) / finite.sum().clamp(min=1)
-    padded = (K + GROUP - 1) // GROUP * GROUP
-    codes = safe.new_empty(padded, D)
-    torch.sub(safe, mean, out=codes[:K])
-    codes[K:] = 0
-    bias = codes.square().sum(dim=1).mul_(-0.5)
-    duplicates = lowest_duplicate(safe, bias[:K], finite)
-    bias[:K].masked_fill_(~finite, -torch.inf)
-    bias[K:] = -torch.inf
-    radius = torch.where(finite, codes[:K].norm(dim=1), 0).max()
-    if duplicates is None:
-        duplicates = torch.empty(0, dtype=torch.int64, device=codebook.device)
-    return CentredCodes(codes, bias, mean, radius, duplicates)
-
-
-def centred(given: Sequence[Tensor], x: Tensor) -> CentredCodes | None:
-    """What :func:`centre_codes` made, if it was given and fits rows like x."""
-    if len(given) == len(CentredCodes._fields) and given[0].dtype == working_dtype(x):
-        return CentredCodes(*given)
-    return None
 
 
 class _Best:
@@ -224,7 +141,7 @@ class _Search:
         self.bound = codes.mean.new_zeros(N)
         self.doubtful = torch.zeros(N, dtype=torch.bool, device=x.device)
 
-    def take(self, block: slice | Tensor, rows: Tensor, best: _Best) -> None:
+    def take(self, block: slice | Tensor, rows: Tensor, best: _Best | blocked_rough.Best) -> None:
         """Keep what was found for centred ``rows``, which are ``block`` of all."""
         self.indices[block] = best.index
         # A row or a code too long for float32 squares is found in float64.
@@ -269,11 +186,20 @@ def nearest_code(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`b2t_kernels.nearest_code`."""
     codes = codes or centre_codes(codebook, working_dtype(x))
-    search = _Search(x, codebook, codes, _usable(x, mask), exact)
-    padded = codes.bias.numel()
-    buffer = codes.mean.new_empty(min(ROW_BLOCK, x.shape[0]) * min(CODE_BLOCK, padded))
-    for start in range(0, x.shape[0], ROW_BLOCK):
-        block = slice(start, start + ROW_BLOCK)
+    search = _Search(x, codebook, codes, usable_rows(x, mask), exact)
+    N, padded, start = x.shape[0], codes.bias.numel(), 0
+    rough = blocked_rough.RoughCodes(codes) if blocked_rough.pays(x, codes) else None
+    while rough is not None and start < N:
+        block = slice(start, start + blocked_rough.ROWS)
+        rows = codes.centre(x[block])
+        found = rough.nearest(rows)
+        if found is None:
+            break
+        search.take(block, rows, found)
+        start += blocked_rough.ROWS
+    buffer = codes.mean.new_empty(min(ROW_BLOCK, N) * min(CODE_BLOCK, padded))
+    for first_row in range(start, N, ROW_BLOCK):
+        block = slice(first_row, first_row + ROW_BLOCK)
         rows = codes.centre(x[block])
         best = _Best(rows, exact)
         for first in range(0, padded, CODE_BLOCK):
@@ -294,7 +220,7 @@ def sample_code(
     """See :func:`b2t_kernels.sample_code`."""
     codes = codes or centre_codes(codebook, working_dtype(x))
     (N, _), K = x.shape, codebook.shape[0]
-    every, valid = slice(0, K), _usable(x, None)
+    every, valid = slice(0, K), usable_rows(x, None)
     step = max(1, USAGE_ELEMENTS // K)
     buffer = codes.mean.new_empty(min(step, N) * K)
     indices = torch.empty(N, dtype=torch.int64, device=x.device)
@@ -326,12 +252,6 @@ def code_sums(
         return rows.new_zeros(K, x.shape[1]), counts
     sums = functional.embedding_bag(order[left_out:], rows, counts.cumsum(0) - counts, mode="sum")
     return sums, counts
-
-
-def _usable(x: Tensor, mask: Tensor | None) -> Tensor:
-    # Unlike isfinite over all of x, without a temporary of its size.
-    valid = x.amax(dim=1).isfinite() & x.amin(dim=1).isfinite()
-    return valid if mask is None else valid & mask
 
 
 class _Assignments:
@@ -380,7 +300,7 @@ def usage_forward(
     """
     codes = codes or centre_codes(codebook, working_dtype(x))
     K, N = codebook.shape[0], x.shape[0]
-    valid = _usable(x, mask)
+    valid = usable_rows(x, mask)
     search = None if exact is None else _Search(x, codebook, codes, valid, exact)
     soft = _Assignments(codes, temperature, N)
     total = torch.zeros_like(codes.bias)

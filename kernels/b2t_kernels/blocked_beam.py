@@ -25,7 +25,7 @@ from b2t_kernels.beam_candidates import (
     nearest_sums,
     rounding,
 )
-from b2t_kernels.blocked import CentredCodes, centre_codes, centred
+from b2t_kernels.blocked_codes import CentredCodes, centre_codes, centred
 from b2t_kernels.blocked_tables import Kept, by_tables, pays
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from b2t_kernels.beam_candidates import Book, Scored, Sums, group_size, rounding
-from b2t_kernels.blocked import CentredCodes
+from b2t_kernels.blocked_codes import CentredCodes
 
 PASSING_ELEMENTS = 1 << 18
 """Scores that are made at a time, and stay in the cache until maxima are taken."""

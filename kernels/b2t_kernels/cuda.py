@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from b2t_kernels import blocked, blocked_beam, blocked_residual
+from b2t_kernels import blocked, blocked_beam, blocked_codes, blocked_residual
 
 try:
     from b2t_kernels import beam, draw, nearest, prepare, residual, sums, tuning, usage
@@ -84,8 +84,8 @@ def _run(
 def prepare_codes(codebooks: Tensor) -> list[list[Tensor]]:
     """See :func:`b2t_kernels.prepare_codes`."""
     if obstacle(codebooks):
-        dtype = blocked.working_dtype(codebooks)
-        return [list(blocked.centre_codes(book, dtype)) for book in codebooks]
+        dtype = blocked_codes.working_dtype(codebooks)
+        return [list(blocked_codes.centre_codes(book, dtype)) for book in codebooks]
     with _device_of(codebooks):
         made = prepare.prepare(codebooks)
         return [list(each) for each in prepare.layers_of(made)]
@@ -107,7 +107,7 @@ def nearest_code(
         obstacle(x, codebook),
         x,
         lambda: nearest.nearest_code(x, codebook, mask, exact, _prepared(codebook, given)),
-        lambda: blocked.nearest_code(x, codebook, mask, exact, blocked.centred(given, x)),
+        lambda: blocked.nearest_code(x, codebook, mask, exact, blocked_codes.centred(given, x)),
     )
 
 
@@ -126,7 +126,7 @@ def sample_code(
         obstacle(x, codebook),
         x,
         lambda: draw.sample_code(x, codebook, *keys, _prepared(codebook, given)),
-        lambda: blocked.sample_code(x, codebook, *keys, blocked.centred(given, x)),
+        lambda: blocked.sample_code(x, codebook, *keys, blocked_codes.centred(given, x)),
     )
 
 
@@ -185,7 +185,7 @@ def usage_forward(
         x,
         kernels,
         lambda: blocked.usage_forward(
-            x, codebook, temperature, mask, blocked.centred(given, x), exact
+            x, codebook, temperature, mask, blocked_codes.centred(given, x), exact
         ),
     )
 
@@ -208,7 +208,7 @@ def usage_backward(
             grad, x, codebook, temperature, lse, _prepared(codebook, given), wanted
         ),
         lambda: blocked.usage_backward(
-            grad, x, codebook, temperature, lse, blocked.centred(given, x), wanted
+            grad, x, codebook, temperature, lse, blocked_codes.centred(given, x), wanted
         ),
     )
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from b2t_kernels import blocked, blocked_beam, blocked_residual, cuda
+from b2t_kernels import blocked, blocked_beam, blocked_codes, blocked_residual, cuda
 from b2t_kernels.checks import check_devices, check_precision, check_rows, check_search
 
 Precision = Literal["fast", "exact"]
@@ -37,15 +37,15 @@ def prepare_codes(codebooks: Tensor) -> list[list[Tensor]]:
     codebooks = codebooks.detach()
     if codebooks.is_cuda:
         return cuda.prepare_codes(codebooks)
-    dtype = blocked.working_dtype(codebooks)
-    return [list(blocked.centre_codes(book, dtype)) for book in codebooks]
+    dtype = blocked_codes.working_dtype(codebooks)
+    return [list(blocked_codes.centre_codes(book, dtype)) for book in codebooks]
 
 
 @torch.library.custom_op("b2t_kernels::nearest_code", mutates_args=(), device_types="cpu")
 def _nearest_code(
     x: Tensor, codebook: Tensor, mask: Tensor | None, exact: bool, prepared: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    return blocked.nearest_code(x, codebook, mask, exact, blocked.centred(prepared, x))
+    return blocked.nearest_code(x, codebook, mask, exact, blocked_codes.centred(prepared, x))
 
 
 @_nearest_code.register_kernel("cuda")
@@ -160,7 +160,7 @@ def sample_code(
     if x.is_cuda:
         return cuda.sample_code(x, codebook, scale, row_keys, code_keys, prepared)
     return blocked.sample_code(
-        x, codebook, scale, row_keys, code_keys, blocked.centred(prepared, x)
+        x, codebook, scale, row_keys, code_keys, blocked_codes.centred(prepared, x)
     )
 
 
@@ -217,7 +217,7 @@ def _(
     x: Tensor, indices: Tensor, K: int, mask: Tensor | None, counts: Tensor | None, atomic: bool
 ) -> tuple[Tensor, Tensor]:
     return (
-        x.new_empty(K, x.shape[1], dtype=blocked.working_dtype(x)),
+        x.new_empty(K, x.shape[1], dtype=blocked_codes.working_dtype(x)),
         x.new_empty(K, dtype=torch.int64),
     )
 

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from b2t_kernels import blocked, cuda
+from b2t_kernels import blocked, blocked_codes, cuda
 from b2t_kernels.checks import check_precision, check_search
 from b2t_kernels.ops import Precision, Prepared, on_device, undispatched
 
@@ -25,7 +25,7 @@ def _usage_forward(
     exact: bool | None,
     prepared: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    codes = blocked.centred(prepared, x)
+    codes = blocked_codes.centred(prepared, x)
     return blocked.usage_forward(x, codebook, temperature, mask, codes, exact)
 
 
@@ -39,7 +39,7 @@ def _(x, codebook, temperature, mask, exact, prepared) -> _Forward:
 
 @_usage_forward.register_fake
 def _(x, codebook, temperature, mask, exact, prepared) -> _Forward:
-    dtype, K, N = blocked.working_dtype(x), codebook.shape[0], x.shape[0]
+    dtype, K, N = blocked_codes.working_dtype(x), codebook.shape[0], x.shape[0]
     return (
         x.new_empty(K, dtype=dtype),
         x.new_empty(N, dtype=dtype),
@@ -61,7 +61,7 @@ def _usage_backward(
     prepared: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     return blocked.usage_backward(
-        grad, x, codebook, temperature, lse, blocked.centred(prepared, x), (rows, codes)
+        grad, x, codebook, temperature, lse, blocked_codes.centred(prepared, x), (rows, codes)
     )
 
 

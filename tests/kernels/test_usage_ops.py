@@ -4,13 +4,13 @@ import pytest
 import torch
 
 import b2t_kernels
-from b2t_kernels import blocked, cuda, usage_ops
+from b2t_kernels import blocked, blocked_codes, cuda, usage_ops
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """What is prepared; the dispatched operators are out of reach."""
-    prepared, centre_codes = [], blocked.centre_codes
+    prepared, centre_codes = [], blocked_codes.centre_codes
 
     def refuse(*_):
         raise AssertionError("torch's dispatcher was asked")
@@ -23,7 +23,8 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(usage_ops, "_usage_forward", refuse)
     monkeypatch.setattr(usage_ops, "_usage_backward", refuse)
     monkeypatch.setattr(cuda, "obstacle", lambda *_, **__: "a stand-in for the kernels")
-    monkeypatch.setattr(blocked, "centre_codes", centre)
+    for module in (blocked, blocked_codes):
+        monkeypatch.setattr(module, "centre_codes", centre)
     return prepared
 
 

@@ -18,7 +18,7 @@ from b2t.quantize import ResidualVQ, StepNorms
 from b2t.quantize.beam import beam_search
 from b2t.quantize.layers import Layers
 from b2t_kernels import blocked_beam, blocked_tables, cuda, reference
-from b2t_kernels.blocked import CentredCodes
+from b2t_kernels.blocked_codes import CentredCodes
 
 
 def layers_of(books, gain=None, cosine=False):
