@@ -9,6 +9,7 @@ launches share and nobody else sees from torch at once.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ ADDRESSES = not triton.knobs.runtime.interpret
 """Whether launches take addresses; if not, every buffer is a tensor of its own (for watchers)."""
 
 _ALIGNED = 512
+_dtype_of = operator.attrgetter("dtype")
 
 
 def ceildiv(a: int, b: int) -> int:
@@ -138,7 +140,7 @@ class Launcher:
             aligned = () if joined & 15 == 0 else [address & 15 for address in addresses]
             device = tensors[0].get_device()
             key = (
-                device, *aligned, *[each.dtype for each in tensors], *map(_kind, numbers),
+                device, *aligned, *map(_dtype_of, tensors), *map(_kind, numbers),
                 *options, *options.values(),
             )  # fmt: skip
             known = self.compiled.get(key)

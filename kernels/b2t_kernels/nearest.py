@@ -285,7 +285,8 @@ def assign(
     # One buffer that starts at zero: counts, rows that count, and a queue's length for each part.
     state = torch.empty(K + 1 + len(pieces), dtype=torch.int64, device=device)
     indices = torch.empty(N if search else 0, dtype=torch.int64, device=device)
-    lse = torch.empty(0 if temperature is None else N, dtype=torch.float32, device=device)
+    # Nobody looks at what was not asked for.
+    lse = state if temperature is None else torch.empty(N, dtype=torch.float32, device=device)
     wanted = Wanted(search, exact, temperature)
     if not pieces:
         state.zero_()
@@ -300,7 +301,7 @@ def assign(
         _settle(part, codebook, codes, rows, kept, found, beyond(state, K + 1 + number), wanted)
         if each is not None:
             each(rows, left[1])
-    return Found(indices, state[:K], lse, state[K])
+    return Found(indices, state.narrow(0, 0, K), lse, None if temperature is None else state[K])
 
 
 def nearest_code(
