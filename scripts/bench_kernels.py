@@ -349,6 +349,9 @@ def run(options: argparse.Namespace, device: str, report: Report) -> None:
         measure(f"search {case.name}", search_methods(data, report.missing), rounds, cuda, report)
         if options.quick or (UNFUSED_ELEMENTS if cuda else 1 << 24) < case.N * case.K:
             continue
+        if case == small:
+            methods = quantizer_methods(case, device, report.missing)
+            measure(f"quantizer {case.name}", methods, rounds, cuda, report)
         for codes in (False, True):
             name = f"usage, {'both gradients' if codes else 'rows alone'}, {case.name}"
             measure(name, usage_methods(data, codes), rounds, cuda, report)
@@ -356,8 +359,6 @@ def run(options: argparse.Namespace, device: str, report: Report) -> None:
         if case == small:
             measure(f"beam {case.name}", beam_methods(data), rounds, cuda, report)
             measure(f"draw {case.name}", draw_methods(data), rounds, cuda, report)
-            methods = quantizer_methods(case, device, report.missing)
-            measure(f"quantizer {case.name}", methods, rounds, cuda, report)
 
 
 def main() -> int:

@@ -370,9 +370,13 @@ def test_long_inputs_come_in_parts(monkeypatch):
     x, codebook = rows_and_codes(300, 90, 24)
     mask, tau = torch.arange(300) % 7 != 0, torch.tensor(5.0)
     whole = soft(x, codebook, tau, mask, search=True, exact=True)
+    pulled = soft_gradients(torch.linspace(-1, 1, 90), x, codebook, tau, whole[1].lse)
     monkeypatch.setattr("b2t_kernels.rows.SCRATCH_BYTES", 1 << 14)
     parts = soft(x, codebook, tau, mask, search=True, exact=True)
     torch.testing.assert_close(parts, whole)
+    again = soft_gradients(torch.linspace(-1, 1, 90), x, codebook, tau, whole[1].lse)
+    for ours, theirs in zip(again, pulled, strict=True):
+        assert_near(ours, theirs, 5e-5)
     check_search(x, codebook, mask, True)
 
 
