@@ -12,6 +12,7 @@ from b2t.errors import UserError
 from b2t.log import configure, logger, quiet_libraries
 from b2t.run_files import PROFILE
 from b2t.train.ds_config import DeepSpeedFile, load_ds_config
+from b2t.train.launched import check_numbers
 
 if TYPE_CHECKING:
     from b2t.train.ranks import Ranks
@@ -90,6 +91,11 @@ def _main(argv: list[str] | None) -> int:
     arguments = parser().parse_intermixed_args(argv)
     quiet_libraries()
     name_accelerator()
+    try:
+        check_numbers()
+    except UserError as error:
+        print(f"train_ds.py: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
     rank = int(os.environ.get("RANK", "0"))
     configure(rank)
     try:

@@ -22,6 +22,7 @@ from b2t.errors import UserError
 from b2t.log import quiet_libraries
 from b2t.train.build_lock import lock_builds
 from b2t.train.interfaces import choose_for_gloo
+from b2t.train.launched import check_complete
 
 _COMMUNICATION = re.compile(r"(torch[/\\]distributed|deepspeed[/\\]comm)[/\\][^/\\]+$")
 """Files whose functions are called on the way to a collective."""
@@ -176,13 +177,15 @@ def join(timeout_s: float = 1800.0) -> Ranks:
     `python` becomes a world of one.
 
     Raises:
-        UserError: more ranks than GPUs on this host, or a port that another process has.
+        UserError: an environment that lacks where to meet, more ranks than GPUs on this host, or a
+            port that another process has.
     """
     quiet_libraries()
     if "RANK" not in os.environ:
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_port()
         )
+    check_complete()
     cache = os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_operator_cache()))
     lock_builds(Path(cache))
     _prefer_own_tools()

@@ -131,7 +131,8 @@ def test_the_group_of_gpus_waits_longer_than_that_of_processes(gpus, limit, monk
 def test_a_port_that_another_training_has_is_said(monkeypatch):
     taken = socket.create_server(("127.0.0.1", 0))
     port = taken.getsockname()[1]
-    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": port}.items():
+    said = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**said, "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(ranks, "_share_cores", lambda: None)
     monkeypatch.setattr(ranks, "wait_at_most", lambda timeout: None)
