@@ -212,6 +212,7 @@ class Trainer:
 
     def _take_steps(self) -> None:
         batches = self._batches()
+        self.clock.restart()  # dry batches and building an engine are no part of a step
         try:
             while self._budget.done() < 1 and not self._stopping_early():
                 self._start_codebooks_when_due()
