@@ -1,6 +1,8 @@
 """What an exact search on a CPU compares again, against float64 brute force."""
 
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import b2t_kernels
 from b2t_kernels import blocked, reference
@@ -30,3 +32,34 @@ def test_a_code_at_the_origin_is_no_repeat_of_one_that_is_not_finite():
     codebook = torch.tensor([[torch.nan, 0.0], [0.0, 0.0], [3.0, 3.0], [0.0, 0.0]])
     indices, counts = blocked.nearest_code(torch.zeros(5, 2), codebook, None, True)
     assert (indices.tolist(), counts.tolist()) == ([1] * 5, [0, 5, 0, 0])
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operator makes, but views."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        made = function(*arguments, **(keywords or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, torch.Tensor) and tensor._base is None:
+                self.size = max(self.size, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("scale", [1.0, 3e19])
+def test_codes_that_are_all_as_near_are_compared_in_chunks(scale, monkeypatch):
+    """All codes are the nearest of all rows: 51,200 pairs of width 64, in parts of a bound."""
+    generator = torch.Generator().manual_seed(7)
+    codebook, x = torch.zeros(128, 64), torch.zeros(400, 64)
+    codebook[:64, :32] = torch.randint(2, (64, 32), generator=generator) * 2.0 - 1
+    codebook[64:] = -codebook[:64]
+    x[:, 32:] = torch.randn(400, 32, generator=generator)
+    expected = reference.nearest_code(scale * x, scale * codebook)[0]
+    monkeypatch.setattr(blocked, "RESCORE_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(blocked, "ROW_BLOCK", 128)
+    with Largest() as largest:
+        found, _ = blocked.nearest_code(scale * x, scale * codebook, None, True)
+    assert torch.equal(found, expected)
+    # The places of all scores of some rows.
+    assert largest.size <= max(x.numel(), 8 * blocked.RESCORE_ELEMENTS)
