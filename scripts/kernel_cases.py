@@ -282,9 +282,13 @@ def beam_methods(data: Data, layers: int = 4, width: int = 8) -> dict[str, Metho
             codes, _ = b2t_kernels.nearest_code(left, book, None, "exact", entry)
             b2t_kernels.leave(left, book, codes)
 
+    def fresh() -> None:
+        b2t_kernels.beam_codes(x, books, width, b2t_kernels.prepare_codes(torch.stack(books)))
+
     return {
         "one code": one,
         f"beam of {width}": lambda: b2t_kernels.beam_codes(x, books, width, prepared),
+        f"beam of {width}, codes prepared anew": fresh,
     }
 
 
