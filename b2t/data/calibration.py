@@ -234,7 +234,8 @@ def load_recording(path: Path | str) -> Recording:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; name a recording (.hdf5 of T15, or .npy)")
+        found = "it is a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {found}; name a recording (.hdf5 of T15, or .npy)")
     if path.suffix == ".npy":
         return _load_array(path)
     if path.suffix in (".hdf5", ".h5"):

@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     """Make the model, tune it, or both."""
     from b2t.errors import UserError
     from b2t.evaluate.language_model import CARD_FILE, make, read_card
+    from b2t.evaluate.run_folder import open_run
     from b2t.records import require_writable
 
     require_writable(args.out, "--out")
@@ -107,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
                 f"{args.out}: holds a language model whose weights were tuned on {tuned.run}, and "
                 "without --tune they would be lost; name another folder or remove it"
             )
+    if args.tune is not None:  # a run that is not there is told before anything is made
+        open_run(args.tune, args.checkpoint)
     if args.source:
         sources = [read_source(name, args.split) for name in args.source]
         card, model = make(

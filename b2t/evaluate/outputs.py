@@ -46,6 +46,8 @@ def read_outputs(path: Path, key: str | None = None) -> Outputs:
         text = path.read_text("utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: it is a folder; name a file, {_FORMATS}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text in UTF-8 (byte {error.start})") from None
     readers = {".txt": _lines, ".jsonl": _json_lines, ".csv": _table, ".json": _json}

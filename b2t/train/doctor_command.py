@@ -60,6 +60,13 @@ class Finding:
         return f"{first}\n     → {self.remedy}" if self.remedy else first
 
 
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text}")
+    return count
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `b2t doctor`."""
     parser.epilog = EPILOG
@@ -67,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deepspeed_config", metavar="NAME|FILE", help="DeepSpeed JSON to check")
     parser.add_argument("--config", metavar="NAME|FILE", help="preset or YAML file to check")
     parser.add_argument(
-        "--ranks", type=int, metavar="N", help="ranks of the run (default: the GPUs, or 1)"
+        "--ranks", type=_count, metavar="N", help="ranks of the run (default: the GPUs, or 1)"
     )
     parser.add_argument(
         "--write-env",
@@ -401,7 +408,7 @@ def check_training(config: Config, ds_path: str | None, ranks: int | None) -> It
     from b2t.train.memory import describe_memory
     from b2t.train.startup import checkpoint_bytes, require_disk
 
-    world = ranks or max(1, torch.cuda.device_count())
+    world = max(1, torch.cuda.device_count()) if ranks is None else ranks
     try:
         ds_file = load_ds_config(ds_path or default_ds_config())
         materials = build(config)

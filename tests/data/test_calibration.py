@@ -148,6 +148,8 @@ def test_trials_of_the_release_are_read(tmp_path):
 def test_bad_recordings(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_recording(tmp_path / "absent.npy")
+    with pytest.raises(UserError, match="it is a folder"):
+        load_recording(tmp_path)
     (tmp_path / "x.mat").write_text("")
     with pytest.raises(UserError, match="unknown kind"):
         load_recording(tmp_path / "x.mat")

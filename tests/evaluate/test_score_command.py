@@ -82,6 +82,8 @@ def test_files_that_cannot_be_scored_are_one_message(tmp_path, name, text, told)
         call(score_command, targets, tmp_path / name)
     with pytest.raises(UserError, match="no such file"):
         call(score_command, targets, tmp_path / "none.txt")
+    with pytest.raises(UserError, match="it is a folder; name a file"):
+        call(score_command, targets, tmp_path)
 
 
 def test_other_trials_are_refused(tmp_path):

@@ -305,6 +305,10 @@ def test_nothing_to_learn_from_is_told(tmp_path):
             call(lm_command, tmp_path / source, "--out", tmp_path / "lm")
     with pytest.raises(UserError, match="no such file"):
         call(lm_command, tmp_path / "none.txt", "--out", tmp_path / "lm")
+    (tmp_path / "known.txt").write_text("water please\n")
+    with pytest.raises(UserError, match="no such run folder"):
+        call(lm_command, tmp_path / "known.txt", "--out", tmp_path / "lm", "--tune", "nowhere")
+    assert not (tmp_path / "lm").exists(), "nothing is made for a run that is not there"
     (tmp_path / "news").write_text("water please\n")
     with pytest.raises(UserError, match=r"news: expected a dataset, or .* ends in \.txt"):
         call(lm_command, tmp_path / "news", "--out", tmp_path / "lm")

@@ -128,3 +128,11 @@ def training(data, folder):
     from b2t.config import load_config
 
     return load_config("demo", [f"data.path={data}", f"run.dir={folder}"]), ds_file(folder)
+
+
+@pytest.mark.parametrize("ranks", ["0", "-1"])
+def test_numbers_of_ranks_that_cannot_be_are_refused(ranks, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["doctor", "--ranks", ranks])
+    assert left.value.code == 2
+    assert f"whole number above 0, found {ranks}" in capsys.readouterr().err
