@@ -7,15 +7,17 @@ RUN    ?= runs/demo
 KILLS  ?= 60
 LOCK   := requirements.lock
 LATEST := .envs/latest
+LOWEST := .envs/lowest
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile \
     --no-loadscope-reorder
 
-.PHONY: help install demo test test-latest test-tritons lock soak lint format clean-demo
+.PHONY: help install demo test test-latest test-lowest test-tritons lock soak lint format clean-demo
 
 help:
 	@echo "make demo          simulate recordings, train in three phases, evaluate (minutes on two CPU cores)"
 	@echo "make test          all tests, then those that start several ranks"
 	@echo "make test-latest   the fast tests with the newest packages that pyproject.toml allows"
+	@echo "make test-lowest   the same with the oldest, on Python 3.10 (PYTHON=python3.10)"
 	@echo "make test-tritons  the kernels' tests under every triton that a supported torch brings"
 	@echo "make lock          renew $(LOCK), the versions that everything here installs"
 	@echo "make soak          kill a run 60 times and compare it with one left alone (KILLS=60)"
@@ -46,6 +48,16 @@ test-latest:
 	$(PYTHON) -m venv $(LATEST)
 	$(LATEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev,eeg,bids,nwb,lm,lora,peers]'
 	PATH="$(CURDIR)/$(LATEST)/bin:$$PATH" OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -m "not distributed" $(SIDE_BY_SIDE)
+
+# What is asked for directly, at its oldest; what that brings along, at its newest.
+test-lowest:
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --upgrade uv
+	$(LOWEST)/bin/uv pip compile pyproject.toml --all-extras --resolution lowest-direct --upgrade --quiet \
+	  --python $(LOWEST)/bin/python --no-annotate --output-file $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --no-deps \
+	  --requirements $(LOWEST)/requirements.txt --editable .
+	PATH="$(CURDIR)/$(LOWEST)/bin:$$PATH" OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -m "not distributed" $(SIDE_BY_SIDE)
 
 test-tritons: install
 	$(BIN)/python scripts/kernel_tritons.py

@@ -9,6 +9,7 @@ import sys
 from b2t.closed_pipe import until_closed
 from b2t.errors import UserError
 from b2t.log import configure, quiet_libraries
+from b2t.terminal import show_in_any_encoding
 
 COMMANDS = {
     "simulate": "b2t.data.simulate_command",
@@ -67,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; return its exit status."""
     quiet_libraries()
+    show_in_any_encoding()
     configure()
     return until_closed(lambda: _run(argv))
 

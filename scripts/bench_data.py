@@ -171,7 +171,7 @@ def train_within(folder: Path, limit_mib: int, epochs: int = 4) -> dict[str, Any
 
 def status(name: str) -> int:
     """Return a number of /proc/self/status, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 

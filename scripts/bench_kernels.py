@@ -144,7 +144,7 @@ def peak_memory(method: Method, cuda: bool) -> float | None:
     try:
         # Freed blocks that malloc keeps would hide what the run takes.
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except (OSError, AttributeError):
         return None
     before = _status("VmRSS")
@@ -153,7 +153,7 @@ def peak_memory(method: Method, cuda: bool) -> float | None:
 
 
 def _status(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return float(next(line for line in lines if line.startswith(name)).split()[1])
 
 

@@ -60,7 +60,7 @@ def load_lines(path: Path) -> list[dict[str, Any]]:
     """Finished runs."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
 def perform(args: argparse.Namespace) -> None:

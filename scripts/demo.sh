@@ -24,9 +24,13 @@ else
   export DS_ACCELERATOR=cpu
 fi
 
+# A port that is free: the launcher's own would be taken where two demos run on one machine.
+free='import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+port=$("$BIN/python" -c "$free")
 # PATH: the launcher starts `python` and looks for ninja there.
-PATH="$PWD/$BIN:$PATH" "$BIN/deepspeed" --log_level error --num_accelerators "$ranks" train_ds.py \
-  --deepspeed_config "$ds_config" --config demo "run.dir=$RUN" "data.path=$DATA/prepared"
+PATH="$PWD/$BIN:$PATH" "$BIN/deepspeed" --log_level error --num_accelerators "$ranks" \
+  --master_port "$port" train_ds.py --deepspeed_config "$ds_config" --config demo \
+  "run.dir=$RUN" "data.path=$DATA/prepared"
 
 "$BIN/b2t" evaluate "$RUN"
 "$BIN/b2t" report "$RUN"

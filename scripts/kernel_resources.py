@@ -342,11 +342,11 @@ def table(reports: list[Report]) -> str:
 
 def write_between_markers(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
     """Replace what stands between the markers of ``path``."""
-    old = path.read_text()
+    old = path.read_text(encoding="utf-8")
     if begin not in old or end not in old:
         raise SystemExit(f"{path}: the markers {begin} and {end} are missing")
     before, rest = old.split(begin, 1)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
 
 
 def report_all(selected: list[Job], workers: int) -> list[Report]:

@@ -51,7 +51,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def load_lines(path: Path) -> list[dict[str, Any]]:
     """Finished points."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.exists()
+        else []
+    )
 
 
 def perform(args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@
 #   RUN=DIR, PREPARED=DIR  run folder (runs/CONFIG), prepared data (prepared/RECORDINGS)
 #   PREPARE="--window 2"   options of `b2t prepare`
 #   HOSTFILE=FILE          several hosts; MASTER=NAME, the first of them, answers the others
+#   MASTER_PORT=N          where the first rank answers (29500 with a hostfile, else one that is free)
 #   LAUNCHER=deepspeed|torchrun|accelerate    who starts the ranks of one host (deepspeed)
 #   BIN=DIR                where b2t and the launchers are (.venv/bin, or what PATH finds)
 #   DRY_RUN=1              print the commands that would run
@@ -65,7 +66,9 @@ all=$ranks
 launcher=${LAUNCHER:-deepspeed}
 case $launcher in
   deepspeed)
-    launch=(deepspeed --log_level error --num_accelerators "$ranks")
+    free='import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+    [ -n "${HOSTFILE:-}" ] || MASTER_PORT=${MASTER_PORT:-$(python -c "$free")}
+    launch=(deepspeed --log_level error --num_accelerators "$ranks" --master_port "${MASTER_PORT:-29500}")
     if [ -n "${HOSTFILE:-}" ]; then
       [ -r "$HOSTFILE" ] || give_up "HOSTFILE=$HOSTFILE: no such file, or it cannot be read"
       hosts=$(sed 's/#.*//' "$HOSTFILE" | awk 'NF { print $1 }')

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import logging
 import os
 import subprocess
 from pathlib import Path
@@ -7,6 +8,16 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def log_as_it_was():
+    """Takes back what a command that a test runs does to the log: the next may want to read it."""
+    log = logging.getLogger("b2t")
+    propagate, level, handlers = log.propagate, log.level, list(log.handlers)
+    yield
+    log.propagate, log.handlers[:] = propagate, handlers
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -195,27 +196,34 @@ def check_devices() -> Iterator[Finding]:
 
 
 def check_compiler(gpus: bool | None = None) -> Iterator[Finding]:
-    """What DeepSpeed and Triton build at their first start."""
+    """What DeepSpeed, Triton and torch's compiler build where they are used first."""
     import torch
 
     gpus = torch.cuda.is_available() if gpus is None else gpus
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     ninja = shutil.which("ninja")
     beside = Path(sys.executable).parent / "ninja"
-    needs = "Triton's launchers and CPU offload" if gpus else "DeepSpeed's communication on CPUs"
+    needs = "Triton's launchers and CPU offload" if gpus else "compiled blocks and CPU offload"
     if compiler is None:
         yield Finding(
-            "warn" if gpus else "fail",
+            "warn" if gpus else "note",
             "compiler",
-            f"no C++ compiler on PATH; {needs} need one",
+            f"no C++ compiler on PATH; {needs} need one, nothing else does",
             "install one (Debian: apt install g++), or name it in CXX",
+        )
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        yield Finding(
+            "fail" if gpus else "note",
+            "Python headers",
+            f"no Python.h in {sysconfig.get_path('include')}; {needs} need it",
+            "install them (Debian: apt install python3-dev), or a Python that brings them",
         )
     if ninja is None:
         here = f"it is at {beside}: " if beside.exists() else ""
         yield Finding(
-            "warn" if gpus else "fail",
+            "warn" if gpus else "note",
             "ninja",
-            f"not on PATH; {needs} need it",
+            "not on PATH; CPU offload needs it",
             f"{here}export PATH={beside.parent}:$PATH"
             if beside.exists()
             else "pip install ninja, and put its folder on PATH",
@@ -233,7 +241,7 @@ def deepspeed_ops() -> dict[str, bool]:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
-    wanted = ("cpu_adam", "fused_adam", "deepspeed_shm_comm")
+    wanted = ("cpu_adam", "fused_adam")
     return {name: ALL_OPS[name].is_compatible() for name in wanted if name in ALL_OPS}
 
 
@@ -365,14 +373,16 @@ def check_limits() -> Iterator[Finding]:
 
 def check_deepspeed_file(path: str) -> Iterator[Finding]:
     """The DeepSpeed file, key by key, and whether this machine has its precision."""
+    from b2t.config import Config
     from b2t.train.ds_config import load_ds_config
-    from b2t.train.launch import check_precision
+    from b2t.train.launch import check_precision, require_compiler
     from b2t.train.main import name_accelerator
 
     name_accelerator()
     try:
         ds_file = load_ds_config(path)
         check_precision(ds_file)
+        require_compiler(Config(), ds_file)
     except UserError as error:
         yield Finding("fail", "DeepSpeed file", str(error), "correct what it names")
         return
@@ -391,10 +401,6 @@ def check_deepspeed_file(path: str) -> Iterator[Finding]:
     ):
         yield Finding(
             "warn", "bf16", "emulated on this GPU, slowly", "use ds_configs/zero2_fp16.json"
-        )
-    if ds_file.offload and shutil.which(os.environ.get("CXX", "c++")) is None:
-        yield Finding(
-            "fail", "CPU offload", "needs a C++ compiler", "install one (Debian: apt install g++)"
         )
 
 

@@ -1,6 +1,7 @@
 """A run from its settings to its end: ranks, checks, data, model, hooks, training."""
 
 import os
+import shutil
 import socket
 
 from b2t.config import Config
@@ -52,11 +53,12 @@ def prepare_torch(config: Config, ds_file: DeepSpeedFile) -> None:
     """Refuse what this machine or configuration cannot train; set torch's algorithms.
 
     Raises:
-        UserError: fp16 without a GPU, compiled blocks under ZeRO-3, or lengths that do not fit
-            together.
+        UserError: fp16 without a GPU, compiled blocks under ZeRO-3, no C++ compiler for what needs
+            one, or lengths that do not fit together.
     """
     check_precision(ds_file)
     check_compiling(config, ds_file)
+    require_compiler(config, ds_file)
     check_lengths(config)
     if config.log.profile.collectives:
         record_collectives(config.run.dir / PROFILE)
@@ -190,6 +192,26 @@ def check_compiling(config: Config, ds_file: DeepSpeedFile) -> None:
             f"model.compile_blocks=true with {ds_file.path}: ZeRO-3 fetches weights while a block "
             "runs, which cannot be compiled; take a file of stage 1 or 2, or leave blocks as "
             "they are (model.compile_blocks=false)"
+        )
+
+
+def require_compiler(config: Config, ds_file: DeepSpeedFile) -> None:
+    """Refuse what is compiled in C++ where it is first used, without a compiler for it."""
+    import torch
+
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is not None:
+        return
+    remedy = "install one (Debian: apt install g++), or name it in CXX"
+    if ds_file.offload:
+        raise UserError(
+            f"{ds_file.path}: an optimizer on the CPU (offload_optimizer) is compiled by a C++ "
+            f"compiler, and there is no {compiler}: {remedy}, or take a file without offload"
+        )
+    if config.model.compile_blocks and not torch.cuda.is_available():
+        raise UserError(
+            f"model.compile_blocks=true takes a C++ compiler, and there is no {compiler}: "
+            f"{remedy}, or leave blocks as they are (model.compile_blocks=false)"
         )
 
 

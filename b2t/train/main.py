@@ -11,6 +11,7 @@ from b2t.config import COMPONENTS, Config, describe, load_config, preset_names
 from b2t.errors import UserError
 from b2t.log import configure, logger, quiet_libraries
 from b2t.run_files import PROFILE
+from b2t.terminal import show_in_any_encoding
 from b2t.train.ds_config import DeepSpeedFile, load_ds_config
 from b2t.train.launched import check_numbers
 
@@ -88,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str] | None) -> int:
+    show_in_any_encoding()
     arguments = parser().parse_intermixed_args(argv)
     quiet_libraries()
     name_accelerator()

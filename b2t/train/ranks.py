@@ -1,14 +1,14 @@
 """Ranks: joining the process group, small agreements between ranks on the CPU."""
 
 import hashlib
-import io
 import os
 import re
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -33,8 +33,6 @@ _PATIENCE = 2
 
 _STOP = "stop"
 """Key of the board."""
-
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 class WaitedTooLong(Exception):  # noqa: N818  # reads as what happened
@@ -203,9 +201,9 @@ def join(timeout_s: float = 1800.0) -> Ranks:
         _share_cores()
     wait_at_most(timeout)
     limit = _PATIENCE * timeout if device.type == "cuda" else timeout
+    _leave_out_shared_memory()
     try:
-        with redirect_stdout(io.StringIO()):  # it prints that it has built its operators
-            deepspeed.init_distributed(auto_mpi_discovery=False, timeout=limit, verbose=False)
+        deepspeed.init_distributed(auto_mpi_discovery=False, timeout=limit, verbose=False)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error):
             raise UserError(_port_taken()) from error
@@ -214,8 +212,6 @@ def join(timeout_s: float = 1800.0) -> Ranks:
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, control, timeout_s)
     if ranks.world > 1:
         ranks.board = _open_board(ranks, timeout)
-    ranks.barrier()  # the others have opened this rank's buffer
-    _remove_shared_buffer()
     return ranks
 
 
@@ -270,15 +266,16 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def _remove_shared_buffer() -> None:
-    """Remove the name of the shared memory through which DeepSpeed adds up on CPU ranks.
+def _leave_out_shared_memory() -> None:
+    """Keep DeepSpeed from building its sums through shared memory for CPU ranks.
 
-    DeepSpeed never does: each run would leave 69 MB of memory a rank, for good. Who has opened a
-    buffer keeps it without its name.
+    Only `deepspeed.comm.inference_all_reduce` would use them, which no training calls. They take a
+    C++ compiler, a minute of the first start, and 69 MB of /dev/shm a rank, which outlast the run.
     """
-    place = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK")]
-    name = "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *place])
-    (_SHARED_MEMORY / name).unlink(missing_ok=True)
+    import deepspeed.ops
+
+    # DeepSpeed keeps this dictionary, so that it may be edited.
+    getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
 def _share_cores() -> None:
@@ -306,9 +303,16 @@ def _operator_cache() -> Path:
     """Folder for the operators that DeepSpeed compiles, one per Python environment.
 
     Environments that share one recompile each other's operators at every start, for a minute.
+    They lie in the home folder, or, where none can be written, in that of temporary files.
     """
     environment = hashlib.blake2b(sys.prefix.encode(), digest_size=6).hexdigest()
-    return Path.home() / ".cache" / "torch_extensions" / f"b2t-{environment}"
+    name = f"b2t-{environment}"
+    with suppress(OSError, RuntimeError):  # a user may have no home at all
+        place = Path.home() / ".cache" / "torch_extensions" / name
+        place.mkdir(parents=True, exist_ok=True)
+        if os.access(place, os.W_OK):
+            return place
+    return Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
 
 
 def _prefer_own_tools() -> None:

@@ -1,14 +1,18 @@
 """Loading of batches: memory that is used again, and reading while one is worked on."""
 
+import errno
+import os
 import threading
 import time
 
 import numpy as np
+import pytest
 import torch
 
 from b2t.data.batches import BatchPlan, train_batches
 from b2t.data.batches.buffers import Buffers
 from b2t.data.batches.loading import _HEAD_START_S, _one_ahead
+from b2t.errors import UserError
 from tests.data.test_trial_reader import prepared
 
 SIDE = 1 << 10
@@ -81,6 +85,41 @@ def test_batches_that_are_kept_stay_as_they_were(monkeypatch):
     assert all(
         torch.equal(batch.signal, copy) for batch, copy in zip(kept, copies[1::2], strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1_2_0>: No space (28)"
+        ),
+        RuntimeError("unable to write to file </torch_1_2_0>: No space left on device (28)"),
+    ],
+)
+def test_too_little_shared_memory_is_one_message_and_not_a_wait_without_end(monkeypatch, error):
+    """The processes are forked, and so have the function that fails."""
+
+    def full(_):
+        raise error
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    dataset = prepared(24)
+    plan = BatchPlan([len(signal) for signal in dataset["signal"]], 4)
+    loader = train_batches(dataset, plan, None, ["day0"], None, seed=0, micro_batch=4, workers=1)
+    with pytest.raises(UserError, match=r"data\.workers=1: .* /dev/shm .* data\.workers=0"):
+        next(loader)
+
+
+def test_workers_that_cannot_start_for_want_of_it_are_the_same_message(monkeypatch):
+    def none_left(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("b2t.data.batches.loading.DataLoader.__iter__", none_left)
+    dataset = prepared(24)
+    plan = BatchPlan([len(signal) for signal in dataset["signal"]], 4)
+    loader = train_batches(dataset, plan, None, ["day0"], None, seed=0, micro_batch=4, workers=1)
+    with pytest.raises(UserError, match=r"data\.workers=1: "):
+        next(loader)
 
 
 def test_the_next_batch_is_read_meanwhile_and_at_once_when_asked_for():

@@ -11,7 +11,7 @@ import pytest
 from deepspeed.launcher.runner import fetch_hostfile
 
 SCRIPTS = ("demo.sh", "run_optimized_training.sh", "slurm.sbatch")
-_READ = ("HOSTFILE", "GPUS", "LAUNCHER", "B2T_THREADS")
+_READ = ("HOSTFILE", "GPUS", "LAUNCHER", "MASTER_PORT", "B2T_THREADS")
 """Variables that the scripts read, and that this process may have from elsewhere."""
 
 
@@ -52,7 +52,8 @@ def test_all_steps_in_order_and_settings_reach_them(repository, prepared):
     doctor, train, evaluate, report = commands
     assert doctor[:2] == ["b2t", "doctor"] and doctor[doctor.index("--ranks") + 1] == "3"
     assert train[:5] == ["deepspeed", "--log_level", "error", "--num_accelerators", "3"]
-    assert train[5:7] == ["train_ds.py", "--deepspeed_config"]
+    assert train[5] == "--master_port" and 1024 <= int(train[6]) < 65536
+    assert train[7:9] == ["train_ds.py", "--deepspeed_config"]
     assert train[-3:] == [f"data.path={prepared}", "run.dir=runs/demo", "phases.0.steps=2"]
     assert evaluate == ["b2t", "evaluate", "runs/demo"] and report == ["b2t", "report", "runs/demo"]
     assert "no GPU: 3 ranks on the CPU, ds_configs/zero2_cpu.json" in said
@@ -89,6 +90,9 @@ def test_several_hosts(repository, prepared, tmp_path):
     assert train[train.index("--hostfile") + 1 :][:3] == [str(hostfile), "--master_addr", "node1"]
     commands, _ = planned(repository, prepared, HOSTFILE=str(hostfile), MASTER="10.0.0.1")
     assert commands[1][commands[1].index("--master_addr") + 1] == "10.0.0.1"
+    assert commands[1][commands[1].index("--master_port") + 1] == "29500", "the same on all hosts"
+    commands, _ = planned(repository, prepared, HOSTFILE=str(hostfile), MASTER_PORT="4711")
+    assert commands[1][commands[1].index("--master_port") + 1] == "4711"
 
 
 def test_deepspeed_reads_the_hostfile_as_it_says(repository, tmp_path):

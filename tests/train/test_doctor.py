@@ -30,12 +30,29 @@ def ds_file(folder, **changes):
     return str(path)
 
 
-@pytest.mark.parametrize(("gpus", "level"), [(False, "fail"), (True, "warn")])
+@pytest.mark.parametrize(("gpus", "level"), [(False, "note"), (True, "warn")])
 def test_no_compiler_and_no_ninja(monkeypatch, gpus, level):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     found = list(doctor.check_compiler(gpus))
     assert levels(found) == {"compiler": level, "ninja": level}
     assert all(finding.remedy for finding in found)
+
+
+@pytest.mark.parametrize(("gpus", "level"), [(False, "note"), (True, "fail")])
+def test_no_headers_of_python(monkeypatch, tmp_path, gpus, level):
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(doctor, "deepspeed_ops", dict)
+    assert levels(doctor.check_compiler(gpus))["Python headers"] == level
+    (tmp_path / "Python.h").touch()
+    assert "Python headers" not in levels(doctor.check_compiler(gpus))
+
+
+def test_offload_without_a_compiler_is_a_failure(monkeypatch, tmp_path):
+    zero = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (finding,) = doctor.check_deepspeed_file(ds_file(tmp_path, **zero))
+    assert finding.level == "fail" and "no-such-compiler" in finding.text
 
 
 def test_a_compiler_named_in_the_environment(monkeypatch):

@@ -1,10 +1,11 @@
-"""How a rank joins: which tools DeepSpeed finds to compile its operators."""
+"""How a rank joins: what DeepSpeed compiles, and with which tools; the port; who waits for whom."""
 
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,25 @@ def test_the_ninja_of_this_environment_comes_first(monkeypatch, tmp_path):
 
 def test_joining_prefers_it(one_rank):
     assert shutil.which("ninja") == str(Path(sys.executable).parent / "ninja")
+
+
+def test_operators_have_a_place_without_a_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ranks._operator_cache().parent == tmp_path / ".cache" / "torch_extensions"
+    temporary = Path(tempfile.gettempdir())
+    monkeypatch.setenv("HOME", "/proc/self/no-home")
+    assert ranks._operator_cache().parent == temporary
+
+    def no_entry():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_entry)
+    assert ranks._operator_cache().parent == temporary
+
+
+def test_joining_compiles_nothing(one_rank):
+    """It would take a compiler, and 69 MB of shared memory for sums that no training asks for."""
+    assert deepspeed.comm.comm.cdb.shm_comm_op is None
 
 
 WAITER = """

@@ -8,7 +8,7 @@ from b2t.config import COMPONENTS, load_config
 from b2t.errors import UserError
 from b2t.model.objectives import WEIGHTED
 from b2t.train import settings
-from b2t.train.launch import check_compiling
+from b2t.train.launch import check_compiling, require_compiler
 
 
 @pytest.fixture
@@ -79,6 +79,23 @@ def test_blocks_are_not_compiled_where_zero_3_fetches_their_weights():
     check_compiling(load_config("demo"), SimpleNamespace(zero_stage=3, path="f.json"))
     with pytest.raises(UserError, match=r"model.compile_blocks=true with f.json: ZeRO-3"):
         check_compiling(compiled, SimpleNamespace(zero_stage=3, path="f.json"))
+
+
+def test_what_needs_a_compiler_is_refused_without_one_and_nothing_else(monkeypatch):
+    plain, compiled = load_config("demo"), load_config("demo", ["model.compile_blocks=true"])
+    on_gpu, offloaded = (SimpleNamespace(path="f.json", offload=some) for some in (False, True))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    require_compiler(plain, on_gpu)
+    with pytest.raises(
+        UserError, match=r"f\.json: .*offload_optimizer.* no no-such-compiler: .*g\+\+"
+    ):
+        require_compiler(plain, offloaded)
+    with pytest.raises(UserError, match=r"compile_blocks=true takes a C\+\+ compiler"):
+        require_compiler(compiled, on_gpu)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # Triton compiles them there
+    require_compiler(compiled, on_gpu)
+    monkeypatch.setenv("CXX", "sh")  # is there
+    require_compiler(compiled, offloaded)
 
 
 def test_losses_that_reach_nothing_trained_are_refused():

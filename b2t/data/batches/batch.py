@@ -111,6 +111,14 @@ class Batch:
         """Return the batch in page-locked memory (called by ``DataLoader``)."""
         return self._map(torch.Tensor.pin_memory)
 
+    def share_memory(self) -> "Batch":
+        """Return the batch in memory that other processes see.
+
+        Raises:
+            RuntimeError: there is not enough of it.
+        """
+        return self._map(torch.Tensor.share_memory_)
+
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         once: dict[int, torch.Tensor] = {}  # signal and target may be one tensor
 

@@ -1,6 +1,8 @@
 """Loading of batches with worker processes."""
 
 import os
+import re
+import shutil
 import signal as signals
 import threading
 import warnings
@@ -28,6 +30,11 @@ if TYPE_CHECKING:
 
 
 _HEAD_START_S = 0.005
+
+_SHARED_MEMORY = re.compile(
+    r"shared memory|Bus error|torch_\w+>: No space|^\[Errno (28|30|38)\]", re.IGNORECASE
+)
+"""What Python and torch say where a system has too little memory for processes to share."""
 
 
 def train_batches(
@@ -145,24 +152,53 @@ def _load(rows: TrialRows, keys: Iterator[list[Any]], workers: int) -> Iterator[
 def _from_workers(
     rows: TrialRows, keys: Iterator[list[Any]], workers: int, collated: Callable[..., Any]
 ) -> Iterator[Batch | UserError]:
-    with warnings.catch_warnings():
-        # Python 3.12 warns of every fork beside threads; workers use numpy and Arrow alone.
-        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-        # Of more workers than cores too, on each rank and in each phase; the start says it once.
-        warnings.filterwarnings("ignore", message=".*worker processes in total.*")
-        loader = DataLoader(
-            rows,
-            batch_sampler=_Keys(keys),
-            collate_fn=collated,
-            num_workers=workers,
-            # Its own generator: a new loader must not advance the model's random state.
-            generator=torch.Generator(),
-            prefetch_factor=2,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_calm_worker,
-            multiprocessing_context="fork",
-        )
-        return iter(loader)
+    try:
+        with warnings.catch_warnings():
+            # Python 3.12 warns of every fork beside threads; workers use numpy and Arrow alone.
+            warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+            # Of more workers than cores too, on each rank and in each phase: the start says it.
+            warnings.filterwarnings("ignore", message=".*worker processes in total.*")
+            loader = DataLoader(
+                rows,
+                batch_sampler=_Keys(keys),
+                collate_fn=partial(_shared, collated=collated),
+                num_workers=workers,
+                # Its own generator: a new loader must not advance the model's random state.
+                generator=torch.Generator(),
+                prefetch_factor=2,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=_calm_worker,
+                multiprocessing_context="fork",
+            )
+            batches = iter(loader)
+        yield from batches
+    except (OSError, RuntimeError) as error:
+        if not _SHARED_MEMORY.search(str(error)):
+            raise
+        raise UserError(
+            f"data.workers={workers}: worker processes hand batches over in {_shared_memory()}, "
+            "and that was not enough: docker run --shm-size=8g (or --ipc=host), a larger /dev/shm, "
+            "or data.workers=0, which reads in a thread"
+        ) from error
+
+
+def _shared(
+    examples: Sequence[Example | UserError], collated: Callable[..., Batch | UserError]
+) -> Batch | UserError:
+    """Collate in a worker, into memory that is shared.
+
+    torch would move it there on its way out, where an error is printed and the batch is lost: who
+    asked for it would wait without end.
+    """
+    batch = collated(examples)
+    return batch.share_memory() if isinstance(batch, Batch) else batch
+
+
+def _shared_memory() -> str:
+    try:
+        return f"/dev/shm ({shutil.disk_usage('/dev/shm').total / 2**20:,.0f} MiB)"
+    except OSError:
+        return "/dev/shm, which this system does not have"
 
 
 def _from_here(
