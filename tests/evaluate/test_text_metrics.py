@@ -70,6 +70,7 @@ def test_rates_are_pooled_over_rows_not_averaged():
         ("x-ray, e.g. this_one", "x-ray eg thisone"),
         ("a well- known one", "a well known one"),
         ("stop--now", "stopnow"),
+        ("stop-- now", "stop- now"),
         ("rock 'n' roll", "rock'n' roll"),
         ("no\tway\nout", "no way out"),
         ("  \n ", ""),

@@ -52,6 +52,7 @@ class Planner:
             self._traced[key] = trace_step(
                 phase, self.model, self.workload, micro_batch,
                 DTYPES[self.ds_file.precision], bins,
+                usage=bins == self.workload.typical_bins,  # memory does not ask for it
             )  # fmt: skip
         return self._traced[key]
 

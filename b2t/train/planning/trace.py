@@ -142,7 +142,7 @@ class Tracer(TorchDispatchMode):
 
 def trace_step(
     phase: PhaseConfig, model: BrainToText, workload: Workload,
-    micro_batch: int, dtype: torch.dtype, bins: int | None = None,
+    micro_batch: int, dtype: torch.dtype, bins: int | None = None, usage: bool = True,
 ) -> MicroStep:  # fmt: skip
     """Trace one micro-batch of a phase and the codebook update.
 
@@ -153,6 +153,7 @@ def trace_step(
         micro_batch: trials.
         dtype: of weights and activations.
         bins: of each trial; None is the longest.
+        usage: trace `MicroStep.usage` too.
     """
     model.freeze([name for name in components(model) if name not in phase.trainable])
     found = MicroStep()
@@ -174,7 +175,8 @@ def trace_step(
             found.backward = tracer.restart()
             found.loss_names = sorted(output.losses or {})
             _update(model, phase, output, tracer, found)
-            _share_usage(model, batch, tracer, found)
+            if usage:
+                _share_usage(model, batch, tracer, found)
         for hook in hooks:
             hook.remove()
     return found
