@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from b2t.data.augment import Augment
-from b2t.data.batches import BatchPlan, Budget, train_batches
+from b2t.data.batches import BatchPlan, Budget, evaluation_batches, train_batches
 from b2t.data.trials import signal_lengths
 from b2t.errors import UserError
 from tests.data.test_batches import SESSIONS, Bytes, assert_same, take, trials
@@ -164,3 +164,27 @@ def test_a_row_that_comes_twice_is_augmented_otherwise():
     for name in set(batch.rows):
         first, second = (place for place, row in enumerate(batch.rows) if row == name)
         assert not np.array_equal(batch.signal[first], batch.signal[second])
+
+
+def test_ranks_pad_to_neighbouring_lengths():
+    """Of each stretch the longest trials go to different ranks."""
+    lengths = np.random.default_rng(0).permutation(64) + 1
+    plan = BatchPlan(lengths, 16, group=4)
+    for position in range(4):
+        cut = {"micro_batch": 4, "accumulation": 2, "world": 2}
+        shares = [plan.micro_batches(0, 0, 0, position, rank=rank, **cut) for rank in range(2)]
+        for pair in zip(*shares, strict=True):
+            own = [max(lengths[rows]) for rows in pair]
+            assert sorted(own) == sorted(lengths[np.concatenate(pair)])[-2:]
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_evaluation_takes_every_row_once_and_the_longest_first(world):
+    lengths = np.random.default_rng(0).permutation(50) + 1
+    shares = [evaluation_batches(lengths, 8, rank, world) for rank in range(world)]
+    rows = np.concatenate([batch for share in shares for batch in share])
+    assert sorted(rows) == list(range(50))
+    for share in shares:
+        assert max(map(len, share)) <= 8
+        found = lengths[np.concatenate(share)]
+        assert (np.diff(found) < 0).all()

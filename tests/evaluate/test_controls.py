@@ -52,6 +52,13 @@ def test_noise_has_each_trials_channel_moments_and_nothing_of_its_course():
     assert not noise[~mask].any()
 
 
+def test_noise_of_two_bins_is_as_loud_as_they_are():
+    """Their deviation is that of all there is, 1; as a sample's it would be the root of 2."""
+    signal = torch.tensor([-1.0, 1.0])[None, :, None].expand(1, 2, 4000)
+    noise = noise_like(signal, torch.ones(1, 2, dtype=torch.bool), [3])
+    assert noise.square().mean().sqrt() == pytest.approx(1.0, abs=0.05)
+
+
 def test_noise_of_a_row_does_not_depend_on_its_batch():
     signal, mask = two_trials()
     both = noise_batch(batch_of(signal, mask), seed=3)
