@@ -19,6 +19,7 @@ from b2t.data.batches import (
     evaluation_batches,
     train_batches,
 )
+from b2t.data.batches.batch import Example, collate
 from b2t.data.trials import signal_lengths, trial_features
 from b2t.errors import UserError
 
@@ -279,6 +280,16 @@ def test_nan_names_the_trial_bin_and_channel(workers):
         list(batches)
     message = str(caught.value)
     assert "day1/0/7" in message and "bin 2, channel 1" in message and "\n" not in message
+
+
+def test_collating_names_the_row_that_is_not_finite():
+    def example(row, value, **known):
+        signal, none = np.full((4, 2), value, np.float32), np.zeros(0, np.int64)
+        return Example(signal, signal, np.ones(4, bool), 0, none, none, row, None, **known)
+
+    with pytest.raises(UserError, match="trial s/0/1 "):
+        collate([example("s/0/0", 1.0), example("s/0/1", np.inf)])
+    assert len(collate([example("s/0/1", np.inf, checked=True)])) == 1
 
 
 def test_an_empty_trial_is_named():
