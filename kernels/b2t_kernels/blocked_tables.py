@@ -32,6 +32,9 @@ _GATHERED_ROW = 4
 _KEPT = WeakTensorKeyDictionary()
 """Of prepared codes: those of all layers that lead there, and the tables of a search."""
 
+_SPARE: list[Tensor] = []
+"""Rows of tables that are gone: asking for such memory anew takes a fifth of a search."""
+
 
 class Tables:
     """Rows that are added up: [R, K′] products of frames, below them those of codes.
@@ -47,8 +50,16 @@ class Tables:
     def __init__(self, layers: range, like: CentredCodes) -> None:
         K = like.bias.numel()
         self.frames, self.layers = max(1, FRAME_ELEMENTS // K), layers
-        self.rows = like.codes.new_empty(self.frames + K * sum(layers), K)
+        shape = (self.frames + K * sum(layers), K)
+        spare = _SPARE.pop() if _SPARE else None
+        if spare is None or spare.shape != shape:
+            spare = like.codes.new_empty(shape)
+        self.rows = spare
         self._codes: dict[int, Tensor] = {}
+
+    def __del__(self, spare: list[Tensor] = _SPARE) -> None:
+        """Leave the rows to the next."""
+        spare[:] = [self.rows]
 
     def of(self, earlier: Sequence[Book], book: Book) -> tuple[Tensor, list[int]]:
         """Codes [K′, D] of ``book``, and where the rows of each of the ``earlier`` begin."""

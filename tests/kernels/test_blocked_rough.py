@@ -95,6 +95,33 @@ def test_no_maximum_is_off_by_more_than_its_bound(case):
     )
 
 
+@pytest.mark.parametrize("case", ["plain", "near", "halfway", "repeats"])
+def test_the_second_best_is_that_of_all_codes_where_it_is_close(case):
+    x, codes = problem(case)
+    prepared = blocked_codes.centre_codes(codes, torch.float32)
+    rows = prepared.centre(x)
+    best = blocked_rough.RoughCodes(prepared).nearest(rows)
+    first, second = torch.addmm(prepared.bias, rows, prepared.codes.T).topk(2).values.unbind(1)
+    torch.testing.assert_close(best.score, first, rtol=0, atol=1e-4)
+    assert (best.second <= second + 1e-4).all()
+    close = first - second < 0.05
+    torch.testing.assert_close(best.second[close], second[close], rtol=0, atol=1e-4)
+    assert close.any() or case == "near"
+
+
+def test_rounding_of_the_scores_themselves_is_allowed_for():
+    """Numbers that bfloat16 holds, with scores that it does not."""
+    generator = torch.Generator().manual_seed(2)
+    half = torch.randint(-60, 61, (320, 24), generator=generator).float()
+    codes, x = torch.cat([half, -half]), torch.randint(-3, 4, (900, 24), generator=generator)
+    x = x.float() + codes[torch.randint(640, (900,), generator=generator)].sign() * 40
+    prepared = blocked_codes.centre_codes(codes, torch.float32)
+    assert float(blocked_rough.RoughCodes(prepared).error) == 0.0
+    for precision in ("fast", "exact"):
+        found, _ = b2t_kernels.nearest_code(x, codes, None, precision)
+        assert torch.equal(found, reference.nearest_code(x, codes)[0])
+
+
 def test_what_two_float32_scores_may_differ_by_is_left_in_question():
     """Two codes of two groups as far from a row, but for float64: both are scored in float32."""
     x, codes = problem("plain", N=1)

@@ -231,6 +231,20 @@ def test_tables_go_with_what_was_prepared():
     assert len(blocked_tables._KEPT) == before
 
 
+def test_rows_of_tables_that_are_gone_are_used_again():
+    x, books = random_problem(400, 3, 64, 32, 7)
+    expected = b2t_kernels.beam_codes(x, list(books), 8)
+    gc.collect()
+    (rows,) = blocked_tables._SPARE
+    rows.fill_(torch.nan)
+    assert torch.equal(b2t_kernels.beam_codes(x, list(books), 8), expected)
+    assert blocked_tables._SPARE[0] is rows
+    other, more = random_problem(400, 3, 128, 32, 7)
+    found = b2t_kernels.beam_codes(other, list(more), 8)
+    assert torch.equal(found, reference.beam_codes(other, list(more), 8))
+    assert blocked_tables._SPARE[0].shape[1] == 128
+
+
 def test_tables_too_large_to_be_kept_are_made_for_each_layer(monkeypatch):
     x, books = random_problem(400, 4, 64, 32, 7)
     expected = reference.beam_codes(x, list(books), 8)
