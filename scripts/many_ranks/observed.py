@@ -107,11 +107,7 @@ def observe(folder: Path, begun: float) -> None:
 
 
 def become(rank: int, world: int, port: int) -> None:
-    """Tell this process its place, as a launcher does.
-
-    LOCAL_SIZE stays unset: DeepSpeed then adds up through gloo, without 69 MB of shared memory a
-    rank.
-    """
+    """Tell this process its place, as a launcher does."""
     for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
     os.environ.update(
