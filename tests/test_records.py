@@ -1,11 +1,12 @@
 import errno
 import json
 import math
+import os
 
 import pytest
 
 from b2t import records
-from b2t.records import JsonlSink, read_jsonl, rewind
+from b2t.records import JsonlSink, read_jsonl, rewind, write_atomically
 
 
 def test_records_come_back_in_order(tmp_path):
@@ -149,3 +150,15 @@ def test_a_log_that_cannot_be_written_raises_nothing(monkeypatch):
     finally:
         logger().handlers.clear()
         logger().propagate = True
+
+
+@pytest.mark.parametrize("umask, mode", [(0o077, 0o600), (0o002, 0o664), (0o022, 0o644)])
+def test_files_are_for_whom_the_umask_says(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "said.json", "{}")
+        write_atomically(tmp_path / "said.json", "[]")
+    finally:
+        os.umask(before)
+    assert [path.name for path in tmp_path.iterdir()] == ["said.json"]
+    assert (tmp_path / "said.json").stat().st_mode & 0o777 == mode
