@@ -85,3 +85,10 @@ def test_the_most_that_a_rank_brings():
     assert most_frames(lengths, 5, 1) == 3 + 2 + 7
     assert most_frames(lengths, 5, 2) == 3 + 7, "the first and the third trial"
     assert most_frames(lengths, 5, 8) == 7
+
+
+@pytest.mark.parametrize("wanted", [1, 4, 5, 17, 99])
+def test_trials_hold_the_frames_that_are_wanted_and_no_trial_more(wanted):
+    frames = np.random.default_rng(1).integers(1, 9, 30)
+    held = np.cumsum(frames[enough_trials(frames, wanted, seed=3)])
+    assert held[-1] >= wanted and (held[:-1] < wanted).all()

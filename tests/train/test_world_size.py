@@ -48,6 +48,13 @@ def test_a_batch_that_does_not_divide_names_the_numbers(ds_file, tmp_path):
         keep_global_batch(ds_file, tmp_path, 3)
 
 
+def test_micro_batches_of_frames_are_shared_out_whole(ds_file, tmp_path):
+    checkpoint(tmp_path, ds_file, 2, config={"data": {"max_frames": 900}})
+    assert keep_global_batch(ds_file, tmp_path, 1).accumulation == 2
+    with pytest.raises(UserError, match=r"run of 2 micro-batches .* which 4 ranks cannot share"):
+        keep_global_batch(ds_file, tmp_path, 4)
+
+
 def test_back_again_over_a_run_of_one(ds_file, tmp_path):
     checkpoint(tmp_path, ds_file, 1, global_batch=16)
     assert keep_global_batch(ds_file, tmp_path, 1).accumulation == 2
