@@ -193,7 +193,6 @@ def nearest_sums(scored: Scored, book: Book, wanted: int) -> Nearest:
     if bool(doubtful.any()):
         rows = doubtful.nonzero()[:, 0]
         near[rows], scores[rows] = _settled(scored, book, table, floor, rows, wanted)
-    crowded &= ~hard
     if bool(crowded.any()):
         near[crowded], scores[crowded] = _ranked(scored, book, found.of(crowded), wanted)
     if bool(hard.any()):

@@ -110,6 +110,33 @@ def test_a_frame_of_more_candidates_than_are_seen_is_not_sure():
     assert [flag.tolist() for flag in flags] == [[False], [True]]
 
 
+@pytest.mark.parametrize(("gap", "doubts"), [(0.19, True), (0.21, False)])
+def test_scores_within_two_bounds_are_not_sure(gap, doubts):
+    scores = torch.tensor([1.0, 1.0 + gap, 4.0])
+    found = beam_candidates._Candidates(torch.zeros(3, dtype=torch.int64), torch.arange(3), scores)
+    counts, bound = torch.tensor([3]), torch.tensor([0.1])
+    assert beam_candidates._sorted(found, counts, bound, 2, 20)[1].tolist() == [doubts]
+    # What may be the nearest is within two bounds of what is reached.
+    maxima = torch.tensor([[4.0 - gap, 4.0, 0.0, 0.0]])
+    scored = beam_candidates.Scored(maxima, None, torch.zeros(1, 1), bound, None)
+    floor, groups, _ = beam_candidates._groups(scored, 1, 20)
+    assert groups.tolist() == ([0, 1] if doubts else [1])
+    assert float(floor) == pytest.approx(3.8)
+
+
+def test_lengths_of_residuals_are_within_their_bound():
+    x, books = problem(Q=4)
+    x, books = x + 20, books + torch.tensor([20.0, 0.0, 3.0, 0.0])[:, None, None]
+    sums = beam_candidates.Sums.empty(x)
+    with blocked_tables.Kept([blocked_beam._book(each, None) for each in books]) as kept:
+        for book in (blocked_beam._book(each, None) for each in books):
+            sums = sums.continued(blocked_beam._continue(sums, book, 8, kept), book)
+            left = sums.residuals().view(len(x), 8, -1).double()
+            off = (sums.anchors + 0.5 * left.square().sum(2)).abs().amax(1)
+            assert (off <= sums.bound).all()
+            assert (sums.bound < 1e-2 * sums.anchors.abs().amin(1)).all()
+
+
 @pytest.mark.parametrize("K", [1, 3, 40, 200])
 @pytest.mark.parametrize("width", [1, 3, 8, 30])
 def test_any_number_of_codes_and_of_sums(K, width):
