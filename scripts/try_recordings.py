@@ -55,6 +55,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("tried"), help="what is written (tried)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these data sets alone")
     args = parser.parse_args()
+    args.folder, args.out = args.folder.resolve(), args.out.resolve()  # steps run in the checkout
     tried = {}
     for source in sorted(path for path in args.folder.iterdir() if path.is_dir()):
         if args.only and source.name not in args.only:
