@@ -62,8 +62,7 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
             continue
         section = section.model_fields[part].annotation
         if get_origin(section) not in (None, list):
-            sections = [a for a in get_args(section) if isinstance(a, type)]
-            section = next((a for a in sections if issubclass(a, Options)), section)
+            section = next((a for a in get_args(section) if _is_section(a)), section)
     return list(section.model_fields) if hasattr(section, "model_fields") else []
 
 
@@ -72,20 +71,25 @@ def describe(section: type[Options] = Config, prefix: str = "") -> list[tuple[st
     rows: list[tuple[str, str, str]] = []
     for name, field in section.model_fields.items():
         inner: Any = field.annotation
-        item = get_args(inner)[0] if get_origin(inner) is list else None
-        if isinstance(item, type) and issubclass(item, Options):
+        item: Any = get_args(inner)[0] if get_origin(inner) is list else None
+        if _is_section(item):
             if field.default == []:  # a list that may stay empty has a row of its own
                 rows.append((prefix + name, "[]", " ".join((field.description or "").split())))
             rows += describe(item, f"{prefix}{name}.0.")
-        elif isinstance(inner, type) and issubclass(inner, Options):
+        elif _is_section(inner):
             rows += describe(inner, f"{prefix}{name}.")
         else:
             default = "required" if field.is_required() else _plain(field.default)
             rows.append((prefix + name, default, " ".join((field.description or "").split())))
             for part in get_args(inner):
-                if isinstance(part, type) and issubclass(part, Options):
+                if _is_section(part):
                     rows += describe(part, f"{prefix}{name}.")
     return rows
+
+
+def _is_section(kind: Any) -> bool:
+    # In Python 3.10 list[int] is an instance of type too, and issubclass refuses it.
+    return get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, Options)
 
 
 def _plain(value: Any) -> str:
