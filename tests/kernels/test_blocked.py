@@ -63,3 +63,17 @@ def test_codes_that_are_all_as_near_are_compared_in_chunks(scale, monkeypatch):
     assert torch.equal(found, expected)
     # The places of all scores of some rows.
     assert largest.size <= max(x.numel(), 8 * blocked.RESCORE_ELEMENTS)
+
+
+def test_exact_doubts_the_best_code_of_an_earlier_block():
+    """Rows halfway between codes of two blocks, of which float32 often takes the wrong one."""
+    generator = torch.Generator().manual_seed(4)
+    codebook = 100 + torch.randn(blocked.CODE_BLOCK + 64, 16, generator=generator)
+    ours = torch.arange(64).repeat(5)
+    codebook[blocked.CODE_BLOCK :] = codebook[:64] + 0.01
+    x = codebook[ours] + 0.005 + 1e-6 * torch.randn(320, 16, generator=generator)
+    indices, _ = blocked.nearest_code(x, codebook, None, True)
+    expected, _ = reference.nearest_code(x, codebook)
+    assert torch.equal(indices, expected)
+    fast, _ = blocked.nearest_code(x, codebook, None, False)
+    assert (fast[expected < 64] >= blocked.CODE_BLOCK).any(), "float32 was right about all of them"
