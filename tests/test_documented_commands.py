@@ -74,7 +74,10 @@ def test_trainings_have_keys_and_files_that_exist(texts):
             pytest.fail(f"{name}: {command}")
         given = [each for each in arguments.overrides if not re.search(r"=[A-Z]$", each)]
         load_config(arguments.config, given)
-        if arguments.deepspeed_config not in (None, "DS"):
+        # Those that a script has written into its folder, shown with a variable, are not here.
+        if arguments.deepspeed_config not in (None, "DS") and "/1/" not in str(
+            arguments.deepspeed_config
+        ):
             load_ds_config(arguments.deepspeed_config)
 
 

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -18,10 +20,25 @@ print("alive")
 """
 
 
+@pytest.fixture(params=[0, 1])
+def threads_beside(request):
+    """So many threads that do not block SIGINT."""
+    done = threading.Event()
+    threads = [threading.Thread(target=done.wait) for _ in range(request.param)]
+    for thread in threads:
+        thread.start()
+    yield
+    done.set()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.usefixtures("threads_beside")
 def test_it_is_held_back_and_then_answered():
     reached = False
     with pytest.raises(KeyboardInterrupt), left_to_this_process():
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)  # until the other thread was handed it
         reached = True
     assert reached
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
