@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run", type=Path, nargs="+", help="run folder, or a folder with a saved model; two compare"
     )
     parser.add_argument("--data", help="dataset to evaluate on (default: the run's data.path)")
-    parser.add_argument("--split", help="split (default: test where it has text, else val)")
+    parser.add_argument("--split", help="split (default: test, or val if it alone has text)")
     parser.add_argument("--batch-size", type=positive, default=16, help="trials per forward (16)")
     parser.add_argument("--beams", type=positive, help="beams; 1 is greedy (default: the run's)")
     parser.add_argument("--max-new-tokens", type=positive, help="longest text (default: the run's)")

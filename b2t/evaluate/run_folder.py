@@ -140,7 +140,9 @@ def load_model(
 
 
 def choose_split(path: str, split: str | None) -> str:
-    """Return ``split`` after looking that it is there; by default `test` where it has text.
+    """Return ``split`` after looking that it is there; by default `test`.
+
+    `val` instead where it alone has text, as in releases that keep the sentences of `test` back.
 
     Raises:
         UserError: the dataset has no such split.
@@ -152,12 +154,11 @@ def choose_split(path: str, split: str | None) -> str:
         if split not in splits:
             raise UserError(f"{path}: no split {split!r}; expected one of {', '.join(splits)}")
         return split
-    if "test" in splits and _has_text(path, "test"):
-        return "test"
+    if "test" in splits:
+        val_alone = "val" in splits and _has_text(path, "val") and not _has_text(path, "test")
+        return "val" if val_alone else "test"
     if "val" in splits:
         return "val"
-    if "test" in splits:
-        return "test"
     raise UserError(
         f"{path}: neither a test nor a val split; found {', '.join(splits)}. Name one with --split"
     )

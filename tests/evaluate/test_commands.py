@@ -10,6 +10,7 @@ from b2t.config import Config
 from b2t.data.trials import trial_features
 from b2t.errors import UserError
 from b2t.evaluate import decode_command, evaluate_command, lm_command, tokenize_command
+from b2t.evaluate.run_folder import choose_split
 from b2t.model import BrainToText
 from b2t.train.checkpoint import Checkpoint, CheckpointStore
 from tests.evaluate.saved_runs import TEXTS, call, save_dataset, save_run, trials
@@ -60,6 +61,14 @@ def test_the_default_split_is_val_where_test_has_no_text(run, tmp_path):
     record = json.loads((tmp_path / "evaluation.json").read_text())
     assert record["split"] == "val" and record["role"] is None, "another dataset than the run's"
     assert any("val split was scored instead" in note for note in record["notes"])
+
+
+@pytest.mark.parametrize(("given", "chosen"), [((1, 1), "test"), ((0, 1), "val"), ((0, 0), "test")])
+def test_recordings_without_a_text_are_scored_on_test(tmp_path, given, chosen):
+    """Not on the split that chose the model; given: whether test has text, and whether val has."""
+    data = save_dataset(tmp_path / "data", test_text=bool(given[0]), text=bool(given[1]))
+    assert choose_split(str(data), None) == chosen
+    assert choose_split(str(data), "val") == "val"
 
 
 def test_a_split_that_chose_the_model_is_named_everywhere(run, tmp_path, capsys):
