@@ -92,6 +92,26 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path, repository):
     assert not partial.exists()
 
 
+def test_two_calls_do_not_write_to_one_place(tmp_path, repository, capsys):
+    """The second says so and changes nothing, the first goes on."""
+    source = write_tables(tmp_path / "eeg", sessions=6, trials=80)
+    words = ["prepare", str(source), str(tmp_path / "out"), "--workers", "1"]
+    environment = {**os.environ, "PYTHONPATH": f"{repository}{os.pathsep}{repository / 'kernels'}"}
+    first = subprocess.Popen([sys.executable, "-m", "b2t.cli", *words], env=environment)
+    partial, deadline = tmp_path / "out.partial", time.monotonic() + 120
+    while not list(partial.glob("measured-000001.npz")):
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    first.send_signal(signal.SIGSTOP)
+    before = sorted((file, file.stat().st_mtime_ns) for file in partial.rglob("*"))
+    assert main([*words, "--seed", "5"]) == 2
+    assert "another call of `b2t prepare` is writing there" in capsys.readouterr().err
+    assert sorted((file, file.stat().st_mtime_ns) for file in partial.rglob("*")) == before
+    first.send_signal(signal.SIGCONT)
+    assert first.wait() == 0 and not partial.exists()
+    assert main(["inspect", str(tmp_path / "out"), "--no-plot", "--verify"]) == 0
+
+
 def test_an_unfinished_folder_of_other_options_is_not_gone_on_from(tmp_path, monkeypatch):
     from b2t.data.prepare import run
 

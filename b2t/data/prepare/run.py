@@ -1,6 +1,7 @@
 """From a source to a folder that training reads, in steps that a later call can go on from."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -72,8 +73,7 @@ def prepare(
         out: a folder that does not exist yet, or an earlier result to overwrite.
         options: normalisation and splits.
         record: further entries of ``b2t.json``, such as where the data came from.
-        reopen: how to open the source again: without it nothing is done in other processes, and
-            an interrupted call leaves nothing.
+        reopen: how to open the source again; None: one process, nothing left if interrupted.
         workers: processes; None takes as many as there are cores where it is worth starting them.
         licence: of the recordings, for the data card.
 
@@ -91,13 +91,14 @@ def prepare(
     require_filled(source, splits, options)
     partial = out.with_name(out.name + UNFINISHED)
     plan = _plan(source, splits, options, partial)
-    _enter(partial, _key(source, splits, options, reopen))
+    lock = _enter(partial, _key(source, splits, options, reopen))
     try:
         with pool(source, plan, reopen, workers) as each:
             job = _Job(source, plan, options, each)
             content = job.content(record or {})
         write_card(partial / "dataset", out.name, content, licence)
         _replace(partial / "dataset", out)
+        shutil.rmtree(partial, ignore_errors=True)
     except (KeyboardInterrupt, LostWorkerError):
         if reopen is None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -108,8 +109,8 @@ def prepare(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
+        os.close(lock)
         source.remarks.say()
-    shutil.rmtree(partial, ignore_errors=True)
     job.say_skipped()
     return content
 
@@ -330,8 +331,35 @@ def _key(
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
-def _enter(partial: Path, key: str | None) -> None:
-    """Make the unfinished folder, or find it as an earlier call of the same kind left it."""
+def _enter(partial: Path, key: str | None) -> int:
+    """Make the unfinished folder, or find it as an earlier call of the same kind left it.
+
+    Returns:
+        The folder opened, for this call alone until it is closed.
+    """
+    if partial.is_dir():
+        os.close(_locked(partial))
+    _make(partial, key)
+    return _locked(partial)
+
+
+def _locked(partial: Path) -> int:
+    """Open a folder that no other call may have open."""
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(
+            f"{partial}: another call of `b2t prepare` is writing there; wait for it, or choose "
+            "another OUT"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return handle
+
+
+def _make(partial: Path, key: str | None) -> None:
     place = partial / KEY
     if key is not None:
         with contextlib.suppress(OSError, ValueError):
