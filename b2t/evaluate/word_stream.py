@@ -33,4 +33,4 @@ class WordStream:
         """Return the text of the sentence."""
         self._search.decode_end()
         found = self._search.get_all_final_hypothesis()
-        return self._decoder.text(found[0]) if found else ""
+        return self._decoder.text(self._decoder.ordered(found)[0]) if found else ""

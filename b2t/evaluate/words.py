@@ -21,7 +21,7 @@ from torch import Tensor
 
 from b2t.data.phonemes import BLANK, PHONEMES, SIL, pronunciations, to_ids
 from b2t.errors import UserError
-from b2t.evaluate.lexicon import Lexicon
+from b2t.evaluate.lexicon import Lexicon, Spelling
 from b2t.evaluate.ngram import UNKNOWN
 
 _KENLM_FAULTS = (RuntimeError, OSError, ValueError, IndexError)
@@ -122,6 +122,11 @@ class WordDecoder:
     every word, but a model may miss it. Where it is missed, the last phone of the word counts for
     one frame only. flashlight-text keeps at most six words of one pronunciation.
 
+    Readings that score alike are ordered by their letters: left to itself the search orders them
+    by where they lie in memory, another way at each call. Where the language model has no weight,
+    words of one pronunciation always score alike, and the best reading has the first of them; the
+    others are looked for where several readings are asked for.
+
     Args:
         arpa: language model, ARPA or KenLM's binary format.
         lexicon: words and pronunciations.
@@ -135,13 +140,23 @@ class WordDecoder:
         self._library = library()
         self._lexicon = lexicon
         self._words, self._model = _read_model(arpa, lexicon)
-        self._trie = _trie(self._library, self._words, self._model, lexicon)
+        self._tries: dict[bool, Any] = {}
         self.with_options(options)
 
     def with_options(self, options: SearchOptions) -> "WordDecoder":
         """Take other weights and widths; the model and the lexicon stay loaded."""
         self.options = options
-        self.search = self._library.LexiconDecoder(
+        self.search = self._search(alternatives=options.lm_weight > 0)
+        self._wide: Any = self.search if options.lm_weight > 0 else None
+        return self
+
+    def _search(self, alternatives: bool) -> Any:
+        """The library's search; without ``alternatives`` through one word per pronunciation."""
+        if alternatives not in self._tries:
+            entries = _entries(self._lexicon, alternatives)
+            self._tries[alternatives] = _trie(self._library, self._words, self._model, entries)
+        options = self.options
+        return self._library.LexiconDecoder(
             self._library.LexiconDecoderOptions(
                 options.beam_size,
                 options.beam_size_token,
@@ -153,7 +168,7 @@ class WordDecoder:
                 options.log_add,
                 self._library.CriterionType.CTC,
             ),
-            self._trie,
+            self._tries[alternatives],
             self._model,
             SIL,
             BLANK,
@@ -161,7 +176,6 @@ class WordDecoder:
             [],
             False,
         )
-        return self
 
     def n_best(self, frames: Tensor, number: int) -> list[Hypothesis]:
         """Read one trial.
@@ -175,8 +189,11 @@ class WordDecoder:
         """
         if not len(frames):
             return [Hypothesis("", 0.0, 0.0, 0.0)]
+        if number > 1 and self._wide is None:
+            self._wide = self._search(alternatives=True)
+        search = self.search if number == 1 else self._wide
         best: dict[str, Hypothesis] = {}
-        for found in self.search.decode(frames.data_ptr(), *frames.shape):
+        for found in self.ordered(search.decode(frames.data_ptr(), *frames.shape)):
             text = self.text(found)
             if text not in best:
                 best[text] = Hypothesis(
@@ -189,6 +206,11 @@ class WordDecoder:
                 if len(best) == number:
                     break
         return list(best.values()) or [Hypothesis("", -math.inf, -math.inf, -math.inf)]
+
+    def ordered(self, found: Sequence[Any]) -> list[Any]:
+        """Results of the search, the best first, those that score alike by their letters."""
+        # Sums over alignments come in any order: their last digits mean nothing.
+        return sorted(found, key=lambda each: (-round(each.score, 6), self.text(each)))
 
     def text(self, found: Any) -> str:
         """Words of a result of the search, with single spaces."""
@@ -293,15 +315,23 @@ def _silent() -> Iterator[None]:
         os.close(terminal)
 
 
-def _trie(library_: Any, words: Any, model: Any, lexicon: Lexicon) -> Any:
+def _entries(lexicon: Lexicon, alternatives: bool) -> list[tuple[str, Spelling]]:
+    """Words with each of their pronunciations; without ``alternatives`` the first word of each."""
+    every = [(word, each) for word, found in sorted(lexicon.spellings.items()) for each in found]
+    if alternatives:
+        return every
+    first = {spelling: word for word, spelling in reversed(every)}
+    return [(word, spelling) for word, spelling in every if first[spelling] == word]
+
+
+def _trie(library_: Any, words: Any, model: Any, entries: Sequence[tuple[str, Spelling]]) -> Any:
     trie = library_.Trie(len(PHONEMES), SIL)
     start = model.start(False)
-    for word, spellings in lexicon.spellings.items():
+    for word, spelling in entries:
         index = words.get_index(word)
         score = model.score(start, index)[1]
-        for spelling in spellings:
-            # Without the second, the last phone of a word could not last two frames.
-            trie.insert(list(spelling), index, score)
-            trie.insert([*spelling, SIL], index, score)
+        # Without the second, the last phone of a word could not last two frames.
+        trie.insert(list(spelling), index, score)
+        trie.insert([*spelling, SIL], index, score)
     trie.smear(library_.SmearingMode.MAX)
     return trie

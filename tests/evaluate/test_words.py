@@ -16,6 +16,7 @@ from tests.evaluate.saved_runs import call, save_dataset, save_run
 
 pytest.importorskip("flashlight.lib.text.decoder", reason="flashlight-text has no wheel here")
 
+from b2t.evaluate.word_stream import WordStream
 from b2t.evaluate.words import PhonemeBeam, SearchOptions, WordDecoder, emissions
 
 WORDS = {"see": "S IY", "say": "S EY", "a": "AH", "us": "AH S"}
@@ -226,6 +227,30 @@ def test_a_lexicon_alone_does_not_care_what_was_said_often(tmp_path):
         texts = zip(rows, masks, strict=True)
         read.append([decoder.decode(row[None], mask)[0] for row, mask in texts])
     assert read[0] == read[1]
+
+
+def test_words_that_sound_alike_are_read_the_same_way_at_each_call(tmp_path):
+    """Without weight of the n-grams the first by its letters; all stand among more readings."""
+    words = {**dict.fromkeys(("two", "too", "to"), "T UW"), "eye": "AY", "i": "AY", "scream": "S K"}
+    model, lexicon = estimate([[word] for word in words], 2), lexicon_of(words)
+    model.write(tmp_path / "lm.arpa")
+    labels = to_ids(["AY", "SIL", "S", "K", "SIL", "T", "UW", "SIL", "AY", "SIL"])
+    frames = torch.full((2 * len(labels), 41), -9.0)
+    frames[torch.arange(len(labels)) * 2, labels] = frames[1::2, 0] = 9.0
+    row = emissions(frames[None], torch.ones(1, len(frames), dtype=torch.bool))[0]
+    alike = [" ".join(each) for each in itertools.product(
+        ("eye", "i"), ("scream",), ("to", "too", "two"), ("eye", "i")
+    )]  # fmt: skip
+    for _ in range(3):
+        decoder = WordDecoder(tmp_path / "lm.arpa", lexicon, SearchOptions(lm_weight=0))
+        for _ in range(3):
+            assert decoder.n_best(row, 1)[0].text == alike[0]
+            assert [each.text for each in decoder.n_best(row, 12)] == alike
+        stream = WordStream(decoder)
+        stream.push(frames)
+        assert stream.finish() == alike[0]
+        every = decoder.with_options(SearchOptions(lm_weight=1.0))
+        assert len({each.text for each in every.n_best(row, 12)}) == 12
 
 
 def test_words_outside_the_vocabulary_break_sentences(tmp_path):
