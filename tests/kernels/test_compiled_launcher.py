@@ -4,14 +4,14 @@ In a process of its own, with a libcuda that notes launches instead of making th
 is needed. Each Triton compiles its launcher for itself: `kernel_tritons.py` runs this under all.
 """
 
-import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
+
+from tests.kernels.compiling import run
 
 PROGRAM = """
 import ctypes
@@ -104,14 +104,6 @@ def without_gpu(tmp_path):
 
 def test_the_launcher_in_c_hands_a_gpu_the_same(repository, without_gpu):
     """Addresses reach the driver as those of tensors do, with the numbers, grid and stream."""
-    variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    variables |= {"TRITON_LIBCUDA_PATH": str(without_gpu), "LD_LIBRARY_PATH": str(without_gpu)}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        cwd=repository,
-        env=variables,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) > 10
+    folder = str(without_gpu)
+    said = run(repository, "-c", PROGRAM, TRITON_LIBCUDA_PATH=folder, LD_LIBRARY_PATH=folder)
+    assert len(said.splitlines()) > 10

@@ -3,11 +3,9 @@
 In processes of their own, as interpretation and compilation cannot share one.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.kernels.compiling import run
 
 PROGRAM = """
 import sys
@@ -68,15 +66,6 @@ with host_time.as_on_a_gpu() as driver, torch.no_grad():
     for operator, call in calls.items():
         print(operator, same(operator, driver, call))
 """
-
-
-def run(repository, *command):
-    variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=repository, env=variables, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_addresses_are_those_of_buffers_apart(repository):

@@ -3,9 +3,7 @@
 In a process of its own, with a driver that notes launches instead of making them.
 """
 
-import os
-import subprocess
-import sys
+from tests.kernels.compiling import run
 
 PROGRAM = """
 import itertools
@@ -81,13 +79,4 @@ print("launched", len(seen))
 
 
 def test_a_launch_finds_what_triton_would(repository):
-    variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        cwd=repository,
-        env=variables,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("launched ")
+    assert run(repository, "-c", PROGRAM).startswith("launched ")
