@@ -158,7 +158,7 @@ def by_tables(sums: Sums, book: Book, wanted: int, tables: Tables) -> Iterator[S
 
 
 def _summed_groups(groups: Tensor, index: Tensor, of_sum: int, chosen: Tensor) -> Tensor:
-    """Scores of the ``chosen`` [m] groups of sums, as `_by_tables` makes them: [m, g].
+    """Scores of the ``chosen`` [m] groups of sums, as `by_tables` makes them: [m, g].
 
     Args:
         groups: of the rows of its table, one after another, [·, g].
